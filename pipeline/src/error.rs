@@ -1,0 +1,69 @@
+//! The pipeline's error: one variant a room, each room naming its own ways to be wrong.
+
+use potstill_cache::ErrorClass;
+
+/// This crate's result.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Errors of the pipeline.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Chats, template or tokenizer.
+    #[error(transparent)]
+    Data(#[from] crate::data::DataError),
+    /// Model folder: config or weights.
+    #[error(transparent)]
+    Model(#[from] crate::model::ModelError),
+    /// Adapter folder or merge.
+    #[error(transparent)]
+    Adapter(#[from] crate::adapter::AdapterError),
+    /// Training settings, checkpoints or a failed step.
+    #[error(transparent)]
+    Train(#[from] crate::train::TrainError),
+    /// The cache.
+    #[error(transparent)]
+    Cache(#[from] potstill_cache::Error),
+    /// The tensor library.
+    #[error("tensor: {0}")]
+    Tensor(#[from] candle_core::Error),
+    /// A device that is not here.
+    #[error("device {asked:?}: {why}")]
+    Device {
+        /// What was asked for.
+        asked: String,
+        /// Why it cannot be had.
+        why: String,
+    },
+    /// A setting out of its range.
+    #[error("{name} = {found}: expected {expected}")]
+    Setting {
+        /// The setting's name.
+        name: &'static str,
+        /// What was given.
+        found: String,
+        /// What is allowed.
+        expected: String,
+    },
+    /// A signal asked for a stop; everything done so far is on disk.
+    #[error("stopped by a signal; {kept}; run the same command again to continue")]
+    Interrupted {
+        /// What is durable.
+        kept: String,
+    },
+}
+
+impl Error {
+    /// The class that decides the exit code.
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Error::Data(e) => e.class(),
+            Error::Model(e) => e.class(),
+            Error::Adapter(e) => e.class(),
+            Error::Train(e) => e.class(),
+            Error::Cache(e) => e.class(),
+            Error::Tensor(_) => ErrorClass::Runtime,
+            Error::Device { .. } | Error::Setting { .. } => ErrorClass::Usage,
+            Error::Interrupted { .. } => ErrorClass::Interrupted,
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! The two stages of potstill and what they are made of.
+//!
+//! Stage one, [`precompute`], runs an AWQ teacher over chats and fills a cache. Stage two, [`train`], trains an NF4 + LoRA
+//! student from that cache. They share no process state: the cache on disk is the only channel.
+#![deny(missing_docs)]
+
+pub mod adapter;
+pub mod data;
+pub mod device;
+mod error;
+pub mod linear;
+pub mod loss;
+pub mod miniature;
+pub mod model;
+pub mod ops;
+pub mod precompute;
+pub mod run;
+pub mod student;
+pub mod teacher;
+pub mod train;
+
+pub use error::{Error, Result};

@@ -1,0 +1,1 @@
+//! y = W x + b (+ LoRA), whatever the encoding of W.

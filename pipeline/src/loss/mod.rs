@@ -1,0 +1,1 @@
+//! Divergences on kept ids and tail, cross entropy, and the fused head.

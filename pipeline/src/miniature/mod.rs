@@ -1,0 +1,1 @@
+//! A tiny tokenizer, teacher, student and chats, made from nothing.

@@ -1,0 +1,1 @@
+//! Blocks with a forward and a backward, each beside its CPU definition.

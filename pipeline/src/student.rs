@@ -1,0 +1,1 @@
+//! The NF4 + LoRA student.

@@ -1,0 +1,1 @@
+//! The teacher: packs in, soft targets out.
