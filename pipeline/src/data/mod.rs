@@ -1,5 +1,7 @@
 //! Chats → conversations → examples. Pure CPU; no tensor type.
 
+pub mod pack;
+
 use potstill_cache::ErrorClass;
 use serde::{Deserialize, Serialize};
 
