@@ -17,6 +17,9 @@ pub enum Error {
     /// Adapter folder or merge.
     #[error(transparent)]
     Adapter(#[from] crate::adapter::AdapterError),
+    /// Inputs of a loss.
+    #[error(transparent)]
+    Loss(#[from] crate::loss::LossError),
     /// Training settings, checkpoints or a failed step.
     #[error(transparent)]
     Train(#[from] crate::train::TrainError),
@@ -59,6 +62,7 @@ impl Error {
             Error::Data(e) => e.class(),
             Error::Model(e) => e.class(),
             Error::Adapter(e) => e.class(),
+            Error::Loss(e) => e.class(),
             Error::Train(e) => e.class(),
             Error::Cache(e) => e.class(),
             Error::Tensor(_) => ErrorClass::Runtime,
