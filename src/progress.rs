@@ -5,6 +5,7 @@
 
 use crate::{print, text};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use potstill_cache::ScanProgress;
 use potstill_pipeline::run::{Phase, RunContext};
 use std::io::IsTerminal;
 use std::sync::Arc;
@@ -26,6 +27,28 @@ pub enum Show {
     No,
 }
 
+/// What one look at a job shows.
+pub struct Glance {
+    phase: Phase,
+    done: u64,
+    stopping: bool,
+}
+
+impl Glance {
+    /// A look at a stage.
+    pub fn at_stage(context: &RunContext) -> Self {
+        let (phase, done) = context.progress.snapshot();
+        Self { phase, done, stopping: context.stopping() }
+    }
+
+    /// A look at a scan over a cache, which has one phase and ends at once on a signal.
+    pub fn at_scan(scan: &ScanProgress, name: &str) -> Self {
+        let (done, total) = scan.rows();
+        let phase = Phase { name: name.into(), unit: "rows", total, serial: 1, ..Phase::default() };
+        Self { phase, done, stopping: false }
+    }
+}
+
 /// A drawing thread; dropping it takes the bar away and waits for the thread.
 pub struct Drawing {
     ended: Arc<AtomicBool>,
@@ -33,13 +56,12 @@ pub struct Drawing {
 }
 
 impl Drawing {
-    /// Starts drawing the counters of `context`.
-    pub fn start(context: &RunContext, show: Show) -> Self {
+    /// Starts drawing what `look` sees.
+    pub fn start(look: impl Fn() -> Glance + Send + 'static, show: Show) -> Self {
         let ended = Arc::new(AtomicBool::new(false));
-        let (flag, context) = (Arc::clone(&ended), context.clone());
-        let thread = (show == Show::Yes).then(|| {
-            std::thread::spawn(move || if std::io::stderr().is_terminal() { bars(&context, &flag) } else { lines(&context, &flag) })
-        });
+        let flag = Arc::clone(&ended);
+        let draw = move || if std::io::stderr().is_terminal() { bars(&look, &flag) } else { lines(&look, &flag) };
+        let thread = (show == Show::Yes).then(|| std::thread::spawn(draw));
         Self { ended, thread }
     }
 }
@@ -73,11 +95,11 @@ impl Pace {
 }
 
 /// One bar a phase.
-fn bars(context: &RunContext, ended: &AtomicBool) {
+fn bars(look: &impl Fn() -> Glance, ended: &AtomicBool) {
     let mut shown: Option<(Pace, ProgressBar)> = None;
     let mut warned = false;
     while !ended.load(Ordering::Relaxed) {
-        let (phase, done) = context.progress.snapshot();
+        let Glance { phase, done, stopping } = look();
         if shown.as_ref().is_some_and(|(pace, _)| pace.serial != phase.serial)
             && let Some((_, bar)) = shown.take()
         {
@@ -88,7 +110,7 @@ fn bars(context: &RunContext, ended: &AtomicBool) {
             bar.set_position(done);
             bar.set_message(describe(&phase, done, pace.per_second(done)));
         }
-        if context.stopping() && !warned {
+        if stopping && !warned {
             warned = true;
             let notice = STOPPING;
             shown.as_ref().map_or_else(|| eprintln!("{notice}"), |(_, bar)| bar.suspend(|| eprintln!("{notice}")));
@@ -115,12 +137,12 @@ fn new_bar(phase: &Phase) -> ProgressBar {
 }
 
 /// A line now and then.
-fn lines(context: &RunContext, ended: &AtomicBool) {
+fn lines(look: &impl Fn() -> Glance, ended: &AtomicBool) {
     let mut pace = Pace::new(0, 0);
     let mut last: Option<Instant> = None;
     let mut warned = false;
     while !ended.load(Ordering::Relaxed) {
-        let (phase, done) = context.progress.snapshot();
+        let Glance { phase, done, stopping } = look();
         if phase.serial != pace.serial {
             pace = Pace::new(phase.serial, done);
         }
@@ -128,7 +150,7 @@ fn lines(context: &RunContext, ended: &AtomicBool) {
             eprintln!("{}: {}", text::visible(&phase.name), describe(&phase, done, pace.per_second(done)));
             last = Some(Instant::now());
         }
-        if context.stopping() && !warned {
+        if stopping && !warned {
             warned = true;
             eprintln!("{STOPPING}");
         }
@@ -173,7 +195,7 @@ mod tests {
         let context = RunContext::default();
         context.progress.begin("testing", "things", 3);
         let started = Instant::now();
-        drop(Drawing::start(&context, Show::Yes));
+        drop(Drawing::start(move || Glance::at_stage(&context), Show::Yes));
         assert!(started.elapsed() < Duration::from_secs(5));
     }
 }

@@ -4,12 +4,12 @@
 //! refused, so that the demo can never delete what somebody else put there.
 
 use super::conversation::Conversation;
-use super::{drawn, inspect, interruptible, merge, precompute, train, verify};
+use super::{drawn, inspect, interruptible, merge, precompute, scanned, train};
 use crate::cli::{self, Manner};
 use crate::exit::{Outcome, UsageError};
 use crate::print::{self, Out, Table};
 use anyhow::Context;
-use potstill_cache::Cache;
+use potstill_cache::{Cache, Summary};
 use potstill_pipeline::adapter::{self, MergeConfig, MergeReport};
 use potstill_pipeline::miniature::{self, Miniature, MiniatureConfig};
 use potstill_pipeline::precompute::{PrecomputeConfig, PrecomputeReport};
@@ -60,8 +60,8 @@ pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
     show(manner, |out| precompute::facts(&filled).write(out))?;
 
     say("3/5  checking every byte of the cache, then looking into it");
-    let checked = drawn(&context, manner, || verify::check(&cache, &context))?;
-    anyhow::ensure!(verify::problems(&checked) == 0, "the cache just written does not verify: run potstill verify {}", cache.display());
+    let checked = scanned("checking", manner, |scan| potstill_cache::verify(&cache, scan))?;
+    anyhow::ensure!(checked.is_good(), "the cache just written does not verify: run potstill verify {}", cache.display());
     look_into(&cache, manner)?;
 
     say("4/5  stage two: the student learns the teacher's distributions through LoRA");
@@ -176,11 +176,11 @@ fn models(tiny: &Miniature) -> Table {
 /// The summary of the cache, and some positions of its first conversation.
 fn look_into(folder: &Path, manner: Manner) -> anyhow::Result<()> {
     let cache = Cache::open(folder)?;
-    let summary = inspect::summarise(&cache)?;
+    let summary = scanned("reading", manner, |scan| Summary::of(&cache, scan))?;
     let row = Conversation::of(0, &cache.row(0)?, inspect::vocabulary(&cache)?);
     let first = row.positions.iter().position(|p| p.scored).unwrap_or(0);
     show(manner, |out| {
-        inspect::facts(folder, &cache, &summary).write(out)?;
+        inspect::write_summary(&cache, &summary, out)?;
         writeln!(out)?;
         row.write_positions(first..first + SHOWN, 3, out)
     })

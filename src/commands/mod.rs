@@ -10,8 +10,10 @@ mod verify;
 
 use crate::cli::{Invocation, Manner, Verb};
 use crate::exit::{self, Outcome};
-use crate::progress::{Drawing, Show};
+use crate::progress::{Drawing, Glance, Show};
+use potstill_cache::ScanProgress;
 use potstill_pipeline::run::RunContext;
+use std::sync::Arc;
 
 /// Carries out what was typed.
 pub fn run(invocation: Invocation) -> anyhow::Result<Outcome> {
@@ -33,10 +35,19 @@ fn interruptible() -> anyhow::Result<RunContext> {
     Ok(context)
 }
 
-/// Does `work` while a thread draws its counters; nothing is drawn any more when it returns.
+/// Does a stage's `work` while a thread draws its counters; nothing is drawn any more when it returns.
 fn drawn<T>(context: &RunContext, manner: Manner, work: impl FnOnce() -> T) -> T {
-    let _drawing = Drawing::start(context, manner.show());
+    let context = context.clone();
+    let _drawing = Drawing::start(move || Glance::at_stage(&context), manner.show());
     work()
+}
+
+/// Does a scan's `work` while a thread draws how far it is.
+fn scanned<T>(name: &'static str, manner: Manner, work: impl FnOnce(&ScanProgress) -> T) -> T {
+    let scan = Arc::new(ScanProgress::default());
+    let looked_at = Arc::clone(&scan);
+    let _drawing = Drawing::start(move || Glance::at_scan(&looked_at, name), manner.show());
+    work(&scan)
 }
 
 impl Manner {
