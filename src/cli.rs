@@ -58,13 +58,16 @@ pub enum Verb {
 ///
 /// The same command, run again, continues where it stopped; a killed run loses at most the open shard.
 #[derive(Debug, Args, Serialize)]
-#[command(allow_negative_numbers = true, after_help = "\
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
 Example:
   potstill precompute --teacher models/Qwen1.5-32B-Chat-AWQ --data ultrachat_200k/data/train_sft-*.parquet \\
       --cache caches/ultrachat --top-k 64 --max-length 1024
 
 Each setting may also stand in the table [precompute] of --config FILE, or in a variable such as
-POTSTILL_PRECOMPUTE__TOP_K=32. Flags win over variables, variables over the file.")]
+POTSTILL_PRECOMPUTE__TOP_K=32. Flags win over variables, variables over the file."
+)]
 pub struct Precompute {
     /// Teacher's Hugging Face folder: AWQ (int4) or dense
     #[arg(long, value_name = "DIR")]
@@ -151,13 +154,16 @@ pub struct Verify {
 ///
 /// Writes adapter/ (PEFT), checkpoint-N/, metrics.jsonl and the resolved settings into --out.
 #[derive(Debug, Args, Serialize)]
-#[command(allow_negative_numbers = true, after_help = "\
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
 Example:
   potstill train --student models/Qwen1.5-14B --cache caches/ultrachat --out runs/distill \\
       --objective distill --lr 2e-4 --rank 64 --alpha 16
 
 Each setting may also stand in the table [train] of --config FILE, or in a variable such as
-POTSTILL_TRAIN__LR=1e-4. Flags win over variables, variables over the file.")]
+POTSTILL_TRAIN__LR=1e-4. Flags win over variables, variables over the file."
+)]
 pub struct Train {
     /// Student's Hugging Face folder (dense; held in NF4 while training)
     #[arg(long, value_name = "DIR")]
@@ -321,7 +327,8 @@ fn command() -> clap::Command {
             })
         })
     };
-    let command = with_defaults(Invocation::command(), &settings::PRECOMPUTE, toml::Table::try_from(PrecomputeConfig::default()).ok());
+    let command =
+        with_defaults(Invocation::command(), &settings::PRECOMPUTE, toml::Table::try_from(PrecomputeConfig::default()).ok());
     let command = with_defaults(command, &settings::TRAIN, toml::Table::try_from(TrainConfig::default()).ok());
     with_defaults(command, &settings::MERGE, toml::Table::try_from(MergeConfig::default()).ok())
 }
@@ -339,6 +346,7 @@ fn shown(value: &toml::Value) -> String {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
 
     #[test]

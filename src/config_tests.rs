@@ -1,4 +1,5 @@
 //! Tests of the layering: who wins, and what is said about what is wrong.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::*;
 use crate::settings::{PRECOMPUTE, TRAIN};

@@ -13,8 +13,9 @@
 
 use crate::text;
 use potstill_cache::ErrorClass;
+use std::io::Write;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// What a verb that did not fail has to say about its result.
@@ -70,7 +71,6 @@ pub fn stop_on_signals(stop: &Arc<AtomicBool>) -> anyhow::Result<()> {
         signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(stop))?;
         signal_hook::flag::register(signal, Arc::clone(stop))?;
     }
-    stop.store(false, Ordering::Relaxed);
     Ok(())
 }
 
@@ -82,16 +82,21 @@ pub fn conclude(ended: std::thread::Result<anyhow::Result<Outcome>>) -> ExitCode
         Ok(Ok(Outcome::Corrupt)) => ExitCode::from(4),
         Ok(Err(error)) if reader_went_away(&error) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            eprintln!("error: {}", sentence(&error));
+            say(&format!("error: {}", sentence(&error)));
             ExitCode::from(code(&error))
         }
         Err(_) => {
             let what = LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner).take();
             let what = text::visible(&what.unwrap_or_else(|| "a panic without a message".into()));
-            eprintln!("error: a defect in potstill: {what}; please report it together with the command");
+            say(&format!("error: a defect in potstill: {what}; please report it together with the command"));
             ExitCode::from(1)
         }
     }
+}
+
+/// The last words. Where nobody can hear them, the exit code still tells.
+fn say(words: &str) {
+    let _ = writeln!(std::io::stderr(), "{words}");
 }
 
 /// The chain of causes as one sentence; a cause that its parent already quotes is not said twice.
@@ -131,6 +136,7 @@ fn reader_went_away(error: &anyhow::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
 
     #[test]

@@ -30,7 +30,8 @@ pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
 
 /// Whether stdout is a terminal that wants colours (`NO_COLOR` unset or empty, `TERM` not `dumb`).
 pub fn colours() -> bool {
-    let unwanted = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty()) || std::env::var_os("TERM").is_some_and(|v| v == "dumb");
+    let unwanted =
+        std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty()) || std::env::var_os("TERM").is_some_and(|v| v == "dumb");
     std::io::stdout().is_terminal() && !unwanted
 }
 
@@ -170,11 +171,16 @@ pub fn duration(seconds: f64) -> String {
 
 /// A rate, or a dash when nothing was timed.
 pub fn rate(n: u64, seconds: f64, unit: &str) -> String {
-    if n == 0 || seconds.is_nan() || seconds <= 0.0 { "-".into() } else { format!("{} {unit}/s", count((n as f64 / seconds) as u64)) }
+    if n == 0 || seconds.is_nan() || seconds <= 0.0 {
+        "-".into()
+    } else {
+        format!("{} {unit}/s", count((n as f64 / seconds) as u64))
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
 
     #[test]
@@ -182,7 +188,10 @@ mod tests {
         assert_eq!([count(0), count(999), count(1000), count(1_234_567)], ["0", "999", "1,000", "1,234,567"]);
         assert_eq!([bytes(1023), bytes(1024), bytes(3 << 30)], ["1023 B", "1.0 KiB", "3.0 GiB"]);
         assert_eq!([percent(1.0), percent(0.12345), percent(1e-9), percent(0.0)], ["100.00%", "12.35%", "<0.01%", "0.00%"]);
-        assert_eq!([duration(1.26), duration(59.9), duration(125.0), duration(7260.0)], ["1.3 s", "1 min 00 s", "2 min 05 s", "2 h 01 min"]);
+        assert_eq!(
+            [duration(1.26), duration(59.9), duration(125.0), duration(7260.0)],
+            ["1.3 s", "1 min 00 s", "2 min 05 s", "2 h 01 min"]
+        );
     }
 
     #[test]

@@ -166,7 +166,11 @@ fn describe(phase: &Phase, done: u64, per_second: f64) -> String {
         format!("{} {}", print::count(done), phase.unit)
     }];
     if per_second > 0.0 {
-        parts.push(if per_second >= 10.0 { format!("{}/s", print::count(per_second as u64)) } else { format!("{per_second:.2}/s") });
+        parts.push(if per_second >= 10.0 {
+            format!("{}/s", print::count(per_second as u64))
+        } else {
+            format!("{per_second:.2}/s")
+        });
         if phase.total > done {
             parts.push(format!("{} left", print::duration((phase.total - done) as f64 / per_second)));
         }
@@ -179,6 +183,7 @@ fn describe(phase: &Phase, done: u64, per_second: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
 
     #[test]

@@ -1,4 +1,5 @@
 //! Tests of the tables: rules accept what they say, refuse the rest, and name exactly the fields of the settings they guard.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::*;
 use potstill_pipeline::adapter::MergeConfig;
@@ -75,7 +76,8 @@ fn defaults_keep_the_rules() {
     let check = |section: &Section, table: toml::Table| {
         for (key, value) in table {
             let rule = section.find(&key).expect("a known key").rule;
-            let not_given = matches!(&value, Value::String(s) if s.is_empty()) || matches!(&value, Value::Array(a) if a.is_empty());
+            let not_given =
+                matches!(&value, Value::String(s) if s.is_empty()) || matches!(&value, Value::Array(a) if a.is_empty());
             assert!(not_given || rule.holds(&rule.shape(value.clone())), "{}.{key} = {value}", section.name);
         }
     };

@@ -152,7 +152,8 @@ impl Position {
         };
         let space = " ".repeat(TOKEN_COLUMNS.saturating_sub(text::width(&token)));
         let next = after.next_probability.map_or_else(|| "in tail".into(), print::percent);
-        let head = format!("{:>places$}  {token}{space}  {next:>7}  {:>7}  ", self.position, print::percent(after.tail_probability));
+        let head =
+            format!("{:>places$}  {token}{space}  {next:>7}  {:>7}  ", self.position, print::percent(after.tail_probability));
         let indent = text::width(&head);
         let mut line = head;
         for (i, kept) in after.kept.iter().take(top).enumerate() {
@@ -172,6 +173,7 @@ impl Position {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
     use potstill_cache::SoftTargets;
 

@@ -83,7 +83,11 @@ pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
         precompute: filled,
         train: trained,
     };
-    if manner.json { print::json(&made)? } else { conclude(&made)? }
+    if manner.json {
+        print::json(&made)?
+    } else {
+        conclude(&made)?
+    }
     Ok(Outcome::Done)
 }
 
@@ -213,6 +217,7 @@ fn conclude(made: &Made) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
 
     #[test]

@@ -44,7 +44,8 @@ pub fn run(flags: &cli::Inspect, manner: Manner) -> anyhow::Result<Outcome> {
             let summary = scanned("reading", manner, |scan| Summary::of(&cache, scan))?;
             if manner.json {
                 let manifest = cache.manifest();
-                let whole = Whole { format_version: manifest.format_version, description: &manifest.description, summary: &summary };
+                let whole =
+                    Whole { format_version: manifest.format_version, description: &manifest.description, summary: &summary };
                 print::json(&whole)?;
             } else {
                 let mut out = print::out();
@@ -99,12 +100,24 @@ fn identity(cache: &Cache) -> Table {
     let mut table = Table::of_facts();
     table
         .fact("cache", cache.dir().display())
-        .fact("teacher", format!("{}, {} in {}, {}", what.teacher.name, what.teacher.weights, what.teacher.compute, short(&what.teacher.weights_blake3)))
+        .fact(
+            "teacher",
+            format!(
+                "{}, {} in {}, {}",
+                what.teacher.name,
+                what.teacher.weights,
+                what.teacher.compute,
+                short(&what.teacher.weights_blake3)
+            ),
+        )
         .fact("tokenizer", format!("{} ids, {}", print::count(what.tokenizer.size.into()), short(&what.tokenizer.blake3)))
         .fact("template", format!("{}, {}", what.template.source, short(&what.template.blake3)))
         .fact("data", if files > 1 { format!("{first} and {} more files", files - 1) } else { first.to_string() })
         .fact("conversations", format!("{} read, {} skipped", print::count(what.data.rows), print::count(skipped)))
-        .fact("longest", format!("{} tokens; longer ones cut by {}", print::count(what.encoding.max_length.into()), what.encoding.truncation))
+        .fact(
+            "longest",
+            format!("{} tokens; longer ones cut by {}", print::count(what.encoding.max_length.into()), what.encoding.truncation),
+        )
         .fact("kept", kept)
         .fact("stored as", format!("{} mantissa bits, zstd level {}", what.mantissa_bits, what.zstd_level));
     table
@@ -123,10 +136,16 @@ fn size(table: &mut Table, summary: &Summary) {
 fn figures(table: &mut Table, d: &Distributions) {
     let perplexity = d.perplexity_where_kept.map_or_else(|| "-".into(), |p| format!("{p:.3}"));
     table
-        .fact("most likely token", format!("{} on average, median {}", print::percent(d.mean_top1), print::percent(d.median_top1)))
+        .fact(
+            "most likely token",
+            format!("{} on average, median {}", print::percent(d.mean_top1), print::percent(d.median_top1)),
+        )
         .fact("kept mass", format!("{} on average, tail {}", print::percent(d.mean_kept_mass), print::percent(d.mean_tail_mass)))
         .fact("entropy", format!("{:.3} nats on average, at least", d.mean_entropy))
-        .fact("the data's token", format!("most likely at {}, kept at {}", print::percent(d.top1_is_next), print::percent(d.next_is_kept)))
+        .fact(
+            "the data's token",
+            format!("most likely at {}, kept at {}", print::percent(d.top1_is_next), print::percent(d.next_is_kept)),
+        )
         .fact("perplexity", format!("{perplexity} where the data's token was kept"));
 }
 
@@ -135,7 +154,12 @@ fn columns(summary: &Summary) -> Table {
     let mut table = Table::with_heads(&heads);
     let ratio = |before: u64, after: u64| if after == 0 { "-".into() } else { format!("{:.2}", before as f64 / after as f64) };
     for c in &summary.columns {
-        table.row([c.name.clone(), print::bytes(c.compressed), print::bytes(c.uncompressed), ratio(c.uncompressed, c.compressed)]);
+        table.row([
+            c.name.clone(),
+            print::bytes(c.compressed),
+            print::bytes(c.uncompressed),
+            ratio(c.uncompressed, c.compressed),
+        ]);
     }
     table.row(["(footers)".into(), print::bytes(summary.other_bytes), String::new(), String::new()]);
     table

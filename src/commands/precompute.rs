@@ -35,7 +35,8 @@ pub fn run(flags: Precompute, manner: Manner) -> anyhow::Result<Outcome> {
 
 /// What a cache holds after a run.
 pub fn facts(report: &PrecomputeReport) -> Table {
-    let per_position = if report.scored == 0 { "-".into() } else { format!("{:.1} B", report.bytes as f64 / report.scored as f64) };
+    let per_position =
+        if report.scored == 0 { "-".into() } else { format!("{:.1} B", report.bytes as f64 / report.scored as f64) };
     let mut table = Table::of_facts();
     table
         .fact("conversations", format!("{} ({} were there before)", print::count(report.rows), print::count(report.resumed_rows)))

@@ -30,7 +30,11 @@ pub fn run(flags: Train, manner: Manner) -> anyhow::Result<Outcome> {
 
 /// What a run did.
 pub fn facts(report: &TrainReport) -> Table {
-    let from = if report.resumed_from == 0 { String::new() } else { format!(", resumed from step {}", print::count(report.resumed_from)) };
+    let from = if report.resumed_from == 0 {
+        String::new()
+    } else {
+        format!(", resumed from step {}", print::count(report.resumed_from))
+    };
     let mut table = Table::of_facts();
     table
         .fact("steps", format!("{}{from}", print::count(report.steps)))

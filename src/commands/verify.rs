@@ -29,8 +29,14 @@ pub fn run(flags: &cli::Verify, manner: Manner) -> anyhow::Result<Outcome> {
 }
 
 fn shards(manifest: &Manifest, report: &VerifyReport) -> Table {
-    let heads = [("shard", Side::Left), ("rows", Side::Right), ("tokens", Side::Right), ("scored", Side::Right), ("size", Side::Right)];
-    let mut table = Table::with_heads(&[heads[0], heads[1], heads[2], heads[3], heads[4], ("state", Side::Left)]);
+    let mut table = Table::with_heads(&[
+        ("shard", Side::Left),
+        ("rows", Side::Right),
+        ("tokens", Side::Right),
+        ("scored", Side::Right),
+        ("size", Side::Right),
+        ("state", Side::Left),
+    ]);
     for shard in &manifest.shards {
         let wrong = report.problems.iter().filter(|problem| problem.file == shard.file).count();
         let state = if wrong == 0 { "good".into() } else { format!("{wrong} wrong") };
@@ -66,5 +72,10 @@ fn write_verdict(report: &VerifyReport, out: &mut Out) -> std::io::Result<()> {
     let whole = if report.complete { "complete" } else { "not complete yet: run the same precompute again" };
     let verdict = if report.is_good() { "all good".into() } else { format!("{} problems", print::count(report.problem_count)) };
     let (good, rows) = (print::count(report.good_rows), print::count(report.rows));
-    writeln!(out, "{verdict}: {good} of {rows} rows, {} shards, {}; {whole}", print::count(report.shards), print::bytes(report.bytes))
+    writeln!(
+        out,
+        "{verdict}: {good} of {rows} rows, {} shards, {}; {whole}",
+        print::count(report.shards),
+        print::bytes(report.bytes)
+    )
 }
