@@ -1,6 +1,6 @@
 //! Every way a cache can be wrong, with both sides of each disagreement, and the class that decides an exit code.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What kind of failure an error is; the command line turns it into an exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,13 +33,197 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The Parquet library could not write.
+    #[error("{path}: cannot write this shard: {source}", path = path.display())]
+    Parquet {
+        /// The file being written.
+        path: PathBuf,
+        /// What the library said.
+        source: parquet::errors::ParquetError,
+    },
+    /// The folder of a cache is not there.
+    #[error("{dir}: no such folder; expected the folder of a cache", dir = dir.display())]
+    NoFolder {
+        /// The folder asked for.
+        dir: PathBuf,
+    },
+    /// The folder is there, but it is not a cache.
+    #[error("{dir}: no manifest.json in this folder; expected the folder of a cache", dir = dir.display())]
+    NoManifest {
+        /// The folder asked for.
+        dir: PathBuf,
+    },
+    /// A new cache was to be written over somebody's files.
+    #[error("{dir}: holds {found:?} but no manifest.json; a new cache needs an empty folder", dir = dir.display())]
+    ForeignFolder {
+        /// The folder asked for.
+        dir: PathBuf,
+        /// One of the files found there.
+        found: String,
+    },
+    /// Stored bytes are not what was written.
+    #[error("{file}{place}: expected {expected}, found {found}; the cache is damaged", place = place(*row_group, *row))]
+    Damaged {
+        /// The file, relative to the cache's folder.
+        file: String,
+        /// Row group of the file (0-based), where one is to blame.
+        row_group: Option<u64>,
+        /// Row of the cache (0-based), where one is to blame.
+        row: Option<u64>,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// The cache was written by a later version of this program.
+    #[error("{file}: format version {found}, but this program knows versions up to {known}; use a newer program", file = file.display())]
+    NewerFormat {
+        /// The manifest.
+        file: PathBuf,
+        /// The version it names.
+        found: u64,
+        /// The newest version known here.
+        known: u32,
+    },
+    /// The folder holds a cache made from something else.
+    #[error("{dir}: holds a cache made from something else ({differences}); give it another folder, or use what it was made from",
+            dir = dir.display(), differences = join(differences))]
+    Mismatch {
+        /// The cache's folder.
+        dir: PathBuf,
+        /// Every field that differs.
+        differences: Vec<Difference>,
+    },
+    /// Another process writes this cache.
+    #[error("{dir}: another process is writing this cache; wait for it or stop it", dir = dir.display())]
+    Locked {
+        /// The cache's folder.
+        dir: PathBuf,
+    },
+    /// A setting out of its range.
+    #[error("{name} = {found}: expected {expected}")]
+    Setting {
+        /// The setting's name.
+        name: &'static str,
+        /// What was given.
+        found: String,
+        /// What is allowed.
+        expected: String,
+    },
+    /// A record that no cache may hold.
+    #[error("row {row} (seq_id {seq_id}): expected {expected}, found {found}")]
+    BadRecord {
+        /// The row it would have become (0-based).
+        row: u64,
+        /// The record's own number.
+        seq_id: u64,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// The rows appended are not as many as were announced.
+    #[error("{dir}: expected {expected} rows in the finished cache, found {found}", dir = dir.display())]
+    RowCount {
+        /// The cache's folder.
+        dir: PathBuf,
+        /// Rows announced by the description.
+        expected: u64,
+        /// Rows appended.
+        found: u64,
+    },
+    /// An earlier append failed; the open shard is lost and the writer must be opened again.
+    #[error("{dir}: writing failed before; open the cache again to continue after its last whole shard", dir = dir.display())]
+    WriterFailed {
+        /// The cache's folder.
+        dir: PathBuf,
+    },
+    /// A row number beyond the end.
+    #[error("row {row}: the cache has {rows} rows, numbered from 0")]
+    NoRow {
+        /// The row asked for.
+        row: u64,
+        /// Rows there are.
+        rows: u64,
+    },
+    /// Text that is no row key.
+    #[error("{text:?} is not a row key: expected 32 hexadecimal digits")]
+    BadKey {
+        /// The text.
+        text: String,
+    },
+    /// A companion file that the cache does not list.
+    #[error("{dir}: this cache has no companion file {path:?}", dir = dir.display())]
+    NoCompanion {
+        /// The cache's folder.
+        dir: PathBuf,
+        /// The path asked for.
+        path: String,
+    },
 }
 
 impl Error {
     /// The class that decides the exit code.
     pub fn class(&self) -> ErrorClass {
         match self {
-            Error::Io { .. } => ErrorClass::Runtime,
+            Error::Io { .. } | Error::Parquet { .. } | Error::NoFolder { .. } | Error::NoManifest { .. } => ErrorClass::Runtime,
+            Error::BadRecord { .. } | Error::RowCount { .. } | Error::WriterFailed { .. } => ErrorClass::Runtime,
+            Error::NoCompanion { .. } => ErrorClass::Runtime,
+            Error::ForeignFolder { .. } | Error::Setting { .. } | Error::NoRow { .. } | Error::BadKey { .. } => ErrorClass::Usage,
+            Error::Damaged { .. } => ErrorClass::Integrity,
+            Error::Locked { .. } => ErrorClass::Locked,
+            Error::Mismatch { .. } | Error::NewerFormat { .. } => ErrorClass::Mismatch,
         }
     }
+
+    /// Wraps a system error with the path it is about.
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.to_path_buf();
+        move |source| Error::Io { path, source }
+    }
+}
+
+/// One field in which two descriptions differ.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Difference {
+    /// Dotted path of the field, e.g. `teacher.weights_blake3`.
+    pub field: String,
+    /// The cache's value.
+    pub cache: String,
+    /// The value at hand.
+    pub here: String,
+}
+
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: the cache has {}, here it is {}", self.field, self.cache, self.here)
+    }
+}
+
+/// A rule broken by a record or a row, before it is known whose row it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Flaw {
+    pub(crate) expected: String,
+    pub(crate) found: String,
+}
+
+impl Flaw {
+    pub(crate) fn new(expected: impl Into<String>, found: impl ToString) -> Self {
+        Self { expected: expected.into(), found: found.to_string() }
+    }
+
+    /// This flaw as damage at a place of a file.
+    pub(crate) fn damage(self, file: &str, row_group: Option<u64>, row: Option<u64>) -> Error {
+        Error::Damaged { file: file.to_string(), row_group, row, expected: self.expected, found: self.found }
+    }
+}
+
+fn place(row_group: Option<u64>, row: Option<u64>) -> String {
+    let group = row_group.map(|g| format!(", row group {g}")).unwrap_or_default();
+    let row = row.map(|r| format!(", row {r}")).unwrap_or_default();
+    group + &row
+}
+
+fn join(differences: &[Difference]) -> String {
+    differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }

@@ -1,14 +1,14 @@
-//! A record is one conversation with the teacher's distributions.
+//! A record is one conversation with the teacher's distributions. This file owns the alignment and the key of a row.
 //!
 //! **The alignment sentence**: entry *i* of a record's targets is the teacher's distribution *after* tokens 0..=i, so it
 //! predicts token *i + 1*. A position without an entry is not trained on; the last position never has one.
 
-use crate::SoftTargets;
+use crate::{Error, Result, SoftTargets};
 
 /// One row of a cache.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
-    /// Number of the conversation in the data it came from (0-based, skipped rows counted).
+    /// Number of the conversation in the data it came from (0-based, skipped rows counted). Rises from row to row.
     pub seq_id: u64,
     /// The conversation's tokens.
     pub input_ids: Vec<u32>,
@@ -36,6 +36,37 @@ impl RowKey {
         let mut key = [0; 16];
         key.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
         Self(key)
+    }
+}
+
+impl Record {
+    /// The row's key.
+    pub fn key(&self) -> RowKey {
+        RowKey::of(&self.input_ids, &self.positions)
+    }
+}
+
+impl std::str::FromStr for RowKey {
+    type Err = Error;
+
+    /// Reads 32 hexadecimal digits, of either case.
+    fn from_str(text: &str) -> Result<Self> {
+        Self::from_hex(text.as_bytes()).ok_or_else(|| Error::BadKey { text: text.chars().take(80).collect() })
+    }
+}
+
+impl RowKey {
+    pub(crate) fn from_hex(digits: &[u8]) -> Option<Self> {
+        let mut key = [0; 16];
+        if digits.len() != 32 {
+            return None;
+        }
+        for (byte, pair) in key.iter_mut().zip(digits.chunks_exact(2)) {
+            for &digit in pair {
+                *byte = *byte << 4 | char::from(digit).to_digit(16)? as u8;
+            }
+        }
+        Some(Self(key))
     }
 }
 

@@ -26,6 +26,9 @@ pub enum Error {
     /// Training settings, checkpoints or a failed step.
     #[error(transparent)]
     Train(#[from] crate::train::TrainError),
+    /// The miniature models that are made on the spot.
+    #[error(transparent)]
+    Miniature(#[from] crate::miniature::MiniatureError),
     /// The cache.
     #[error(transparent)]
     Cache(#[from] potstill_cache::Error),
@@ -68,6 +71,7 @@ impl Error {
             Error::Loss(e) => e.class(),
             Error::Optimizer(e) => e.class(),
             Error::Train(e) => e.class(),
+            Error::Miniature(e) => e.class(),
             Error::Cache(e) => e.class(),
             Error::Tensor(_) => ErrorClass::Runtime,
             Error::Device { .. } | Error::Setting { .. } => ErrorClass::Usage,

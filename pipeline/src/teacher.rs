@@ -1,1 +1,77 @@
 //! The teacher: packs in, soft targets out.
+//!
+//! Owns the model that scores and the width of its distribution: the tokenizer's ids. Head rows beyond them are padding that no
+//! text can contain; they are left out before the softmax. Knows nothing of students, chats or files.
+
+use crate::data::pack::Pack;
+use crate::model::ModelError;
+use crate::model::decoder::{Decoder, Holding};
+use crate::ops::top_k;
+use crate::run::RunContext;
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use potstill_cache::SoftTargets;
+use std::path::Path;
+
+/// A model that scores given text.
+#[derive(Debug, Clone)]
+pub struct Teacher {
+    decoder: Decoder,
+    /// f32 [width, H], the head's rows of the tokenizer's ids.
+    head: Tensor,
+}
+
+/// A pack's hidden states at its scored places, after the final norm: f32 [N, H].
+#[derive(Debug, Clone)]
+pub struct ScoredHidden(Tensor);
+
+impl Teacher {
+    /// Reads the model folder; `width` is the number of the tokenizer's ids. Errors: as [`Decoder::from_folder`], or a head with fewer
+    /// rows than the tokenizer has ids.
+    pub fn from_folder(folder: &Path, width: u32, device: &Device, context: &RunContext) -> Result<Self> {
+        let decoder = Decoder::from_folder(folder, Holding::AsStored, device, context)?;
+        if decoder.config.vocab_size < width as usize {
+            return Err(Error::Model(ModelError::Config {
+                path: folder.join("config.json"),
+                key: "vocab_size".into(),
+                expected: format!("at least the tokenizer's {width} ids"),
+                found: decoder.config.vocab_size.to_string(),
+            }));
+        }
+        let head = decoder.head().narrow(0, 0, width as usize)?;
+        Ok(Self { decoder, head })
+    }
+
+    /// The model.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// Hidden states at the pack's scored places.
+    pub fn hidden(&self, pack: &Pack) -> Result<ScoredHidden> {
+        let hidden = self.decoder.hidden(pack)?;
+        let rows = Tensor::new(pack.scored(), self.decoder.device())?;
+        Ok(ScoredHidden(self.decoder.final_norm(&hidden.index_select(&rows, 0)?)?))
+    }
+
+    /// Logits f32 [n, width] of scored places `start..start + n`.
+    pub fn logits(&self, hidden: &ScoredHidden, start: usize, n: usize) -> Result<Tensor> {
+        Ok(hidden.0.narrow(0, start, n)?.matmul(&self.head.t()?)?.to_dtype(DType::F32)?)
+    }
+
+    /// Soft targets of all scored places of the pack: the k most likely ids, and the tail. Logits of at most `chunk` places exist at
+    /// once. Errors: k wider than the distribution; a logit that is not finite.
+    pub fn score(&self, pack: &Pack, k: usize, chunk: usize) -> Result<SoftTargets> {
+        let n = pack.scored().len();
+        let mut targets = SoftTargets::with_capacity(n, k);
+        if n == 0 {
+            return Ok(targets);
+        }
+        let hidden = self.hidden(pack)?;
+        for start in (0..n).step_by(chunk.max(1)) {
+            let logits = self.logits(&hidden, start, chunk.max(1).min(n - start))?;
+            targets.extend(&top_k::soft_targets(&logits, k)?);
+        }
+        Ok(targets)
+    }
+}

@@ -1,5 +1,8 @@
 //! A decoder of the Qwen2 / Llama family, read from a Hugging Face folder.
 
+pub mod config;
+pub mod decoder;
+pub mod layer;
 pub mod weights;
 
 use potstill_cache::ErrorClass;
@@ -14,6 +17,36 @@ pub enum ModelError {
         path: std::path::PathBuf,
         /// What the system said.
         source: std::io::Error,
+    },
+
+    // Config.
+    /// A JSON file that is none.
+    #[error("{path}: not valid JSON: {source}", path = path.display())]
+    Json {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the parser said.
+        source: serde_json::Error,
+    },
+    /// A setting of the model that cannot be used.
+    #[error("{path}: {key}: expected {expected}, found {found}", path = path.display())]
+    Config {
+        /// The file.
+        path: std::path::PathBuf,
+        /// The setting.
+        key: String,
+        /// What can be used.
+        expected: String,
+        /// What the file says.
+        found: String,
+    },
+    /// The tensor library refused.
+    #[error("{folder}: {source}", folder = folder.display())]
+    Tensor {
+        /// The model folder.
+        folder: std::path::PathBuf,
+        /// What it said.
+        source: candle_core::Error,
     },
 
     // Weights.

@@ -1,0 +1,132 @@
+//! Opening a cache and reading any row of it. Reading needs no lock: shards never change, and a manifest names only whole ones.
+
+use crate::error::Flaw;
+use crate::manifest::Manifest;
+use crate::rules::Rules;
+use crate::shard::footer;
+use crate::shard::read::{Expected, Shard};
+use crate::{Error, Record, Result, RowKey};
+use std::path::{Path, PathBuf};
+
+/// An open cache, finished or partial. Cheap to share: every method takes `&self`, and rows may be read from many threads.
+pub struct Cache {
+    dir: PathBuf,
+    manifest: Manifest,
+    shards: Vec<Shard>,
+}
+
+impl Cache {
+    /// Reads the manifest, maps every shard and checks its size, columns and footer. Rows are checked when they are read.
+    ///
+    /// Errors: no such folder, no manifest, a damaged manifest or shard, a newer format version.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let manifest = Manifest::load(dir)?;
+        let shards = (0..manifest.shards.len()).map(|i| open_shard(dir, &manifest, i)).collect::<Result<Vec<_>>>()?;
+        Ok(Self { dir: dir.to_path_buf(), manifest, shards })
+    }
+
+    /// Rows in the cache.
+    pub fn len(&self) -> u64 {
+        self.manifest.rows()
+    }
+
+    /// Whether there is no row.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether all expected rows are there.
+    pub fn is_complete(&self) -> bool {
+        self.manifest.complete
+    }
+
+    /// What the cache is.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The cache's folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Row `row` (0-based). Checksum, key, alignment and all rules of the format are checked on every read.
+    pub fn row(&self, row: u64) -> Result<Record> {
+        let (shard, within) = self.locate(row)?;
+        shard.row(within)
+    }
+
+    /// Key of row `row`, checked like the row itself.
+    pub fn key(&self, row: u64) -> Result<RowKey> {
+        self.row(row).map(|record| record.key())
+    }
+
+    /// The first row with this key. Reads the key column of each shard, and the row found.
+    pub fn find(&self, key: &RowKey) -> Result<Option<u64>> {
+        let mut first = 0;
+        for shard in &self.shards {
+            if let Some(within) = shard.keys()?.iter().position(|k| k == key) {
+                shard.row(within as u64)?;
+                return Ok(Some(first + within as u64));
+            }
+            first += shard.rows();
+        }
+        Ok(None)
+    }
+
+    /// A companion file's bytes, checked against the manifest.
+    pub fn companion(&self, path: &str) -> Result<Vec<u8>> {
+        read_companion(&self.dir, &self.manifest, path)
+    }
+
+    pub(crate) fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    fn locate(&self, row: u64) -> Result<(&Shard, u64)> {
+        let entries = &self.manifest.shards;
+        let index = entries.partition_point(|entry| entry.first_row <= row).checked_sub(1);
+        let found = index.and_then(|i| Some((entries.get(i)?, self.shards.get(i)?)));
+        match found {
+            Some((entry, shard)) if row - entry.first_row < entry.rows => Ok((shard, row - entry.first_row)),
+            _ => Err(Error::NoRow { row, rows: self.len() }),
+        }
+    }
+}
+
+impl std::fmt::Debug for Cache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cache").field("dir", &self.dir).field("rows", &self.len()).finish_non_exhaustive()
+    }
+}
+
+/// Opens shard `index` of the cache in `dir`.
+pub(crate) fn open_shard(dir: &Path, manifest: &Manifest, index: usize) -> Result<Shard> {
+    let Some(entry) = manifest.shards.get(index) else {
+        return Err(Error::NoRow { row: manifest.rows(), rows: manifest.rows() });
+    };
+    let footer = footer::entries(&manifest.description, entry.first_row);
+    let (file, bytes) = (entry.file.as_str(), Some(entry.bytes));
+    let expected = Expected { file, first_row: entry.first_row, rows: entry.rows, bytes, footer };
+    Shard::open(&dir.join(file), expected, Rules::of(&manifest.description))
+}
+
+/// Reads and checks the companion `path`.
+pub(crate) fn read_companion(dir: &Path, manifest: &Manifest, path: &str) -> Result<Vec<u8>> {
+    let listed = manifest.companions.iter().find(|c| c.path == path);
+    let entry = listed.ok_or_else(|| Error::NoCompanion { dir: dir.to_path_buf(), path: path.to_string() })?;
+    let damage = |expected: String, found: String| Flaw::new(expected, found).damage(path, None, None);
+    let file = dir.join(path);
+    let info = match std::fs::metadata(&file) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(damage("this file".into(), "no such file".into())),
+        info => info.map_err(Error::io(&file))?,
+    };
+    if !info.is_file() || info.len() != entry.bytes {
+        return Err(damage(format!("a plain file of {} bytes", entry.bytes), format!("{} bytes", info.len())));
+    }
+    let bytes = std::fs::read(&file).map_err(Error::io(&file))?;
+    match blake3::hash(&bytes).to_hex().to_string() {
+        found if found != entry.blake3 => Err(damage(format!("contents with BLAKE3 {}", entry.blake3), format!("contents with {found}"))),
+        _ => Ok(bytes),
+    }
+}

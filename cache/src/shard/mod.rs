@@ -1,0 +1,13 @@
+//! One shard: a Parquet file that is written once and never changes. Nothing here knows of folders or manifests.
+
+pub(crate) mod footer;
+pub(crate) mod read;
+pub(crate) mod write;
+
+/// Rows in a row group: few, because a random read handles its row group's whole list of pages.
+pub(crate) const ROWS_PER_GROUP: usize = 64;
+
+/// File name of shard `index`.
+pub(crate) fn file_name(index: usize) -> String {
+    format!("shard-{index:05}.parquet")
+}

@@ -1,0 +1,230 @@
+//! What `inspect` says of a whole cache: sizes by column and figures of its distributions. One streaming pass over all rows;
+//! sums are taken in row order, so the figures do not depend on the number of threads.
+
+use crate::progress::ScanProgress;
+use crate::{Cache, Record, Result, Target};
+use rayon::prelude::*;
+use serde::Serialize;
+
+/// Bytes an entry takes uncompressed in the plainest layout: a 4-byte id and a 2-byte log-probability.
+pub const RAW_ENTRY_BYTES: u64 = 6;
+/// Bins of the top-1 histogram; the median is exact to half a bin.
+const BINS: usize = 4096;
+/// Rows read at once before their sums are added up.
+const BLOCK_ROWS: u64 = 256;
+
+/// Figures of a cache.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Summary {
+    /// Whether all expected rows are there.
+    pub complete: bool,
+    /// Shards.
+    pub shards: u64,
+    /// Rows.
+    pub rows: u64,
+    /// Tokens.
+    pub tokens: u64,
+    /// Scored positions.
+    pub scored: u64,
+    /// Kept entries over all scored positions.
+    pub entries: u64,
+    /// Bytes of all shards.
+    pub bytes: u64,
+    /// `bytes / scored`; absent where nothing is scored, as are the next two.
+    pub bytes_per_scored: Option<f64>,
+    /// k × 6 bytes for each scored position (4-byte ids, 2-byte log-probabilities).
+    pub raw_bytes: u64,
+    /// `raw_bytes / bytes`: how many times smaller the cache is.
+    pub raw_ratio: Option<f64>,
+    /// Bytes by column.
+    pub columns: Vec<ColumnBytes>,
+    /// Bytes of footers and page indexes: everything that is no column's page.
+    pub other_bytes: u64,
+    /// Figures of the distributions; absent where nothing is scored.
+    pub distributions: Option<Distributions>,
+}
+
+/// Size of one column.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ColumnBytes {
+    /// The column's name.
+    pub name: String,
+    /// Bytes in the files.
+    pub compressed: u64,
+    /// Bytes of the encoded pages before zstd.
+    pub uncompressed: u64,
+}
+
+/// Figures over all scored positions, from the stored (rounded) values.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Distributions {
+    /// Mean probability of the most likely token.
+    pub mean_top1: f64,
+    /// Median of the same, to within 1/8192.
+    pub median_top1: f64,
+    /// Mean entropy in nats of the kept tokens and the tail as one outcome: a lower bound of the teacher's entropy.
+    pub mean_entropy: f64,
+    /// Mean sum of the kept probabilities.
+    pub mean_kept_mass: f64,
+    /// Mean stored probability of the tail.
+    pub mean_tail_mass: f64,
+    /// Share of positions where the teacher's most likely token is the data's next token.
+    pub top1_is_next: f64,
+    /// Share of positions where the data's next token is among the kept.
+    pub next_is_kept: f64,
+    /// exp(-mean log-probability of the data's next token) over the positions where that token is kept. Positions where it is
+    /// not are left out, so this is below the teacher's perplexity on the data. Absent where no next token is kept.
+    pub perplexity_where_kept: Option<f64>,
+}
+
+impl Summary {
+    /// Reads all rows of `cache`. Stops at the first damaged one.
+    pub fn of(cache: &Cache, progress: &ScanProgress) -> Result<Self> {
+        let manifest = cache.manifest();
+        progress.begin(cache.len(), 0);
+        let mut sums = Sums::default();
+        let mut first = 0;
+        while first < cache.len() {
+            let end = first.saturating_add(BLOCK_ROWS).min(cache.len());
+            let look = |row| {
+                let record = cache.row(row)?;
+                progress.add_rows(1);
+                Ok(Sums::of(&record))
+            };
+            let block: Vec<Sums> = (first..end).into_par_iter().map(look).collect::<Result<_>>()?;
+            block.iter().for_each(|row| sums.add(row));
+            first = end;
+        }
+        let columns = columns(cache);
+        let (bytes, scored) = (manifest.bytes(), manifest.scored());
+        let k = u64::from(manifest.description.selection.max_entries());
+        let raw_bytes = scored.saturating_mul(k).saturating_mul(RAW_ENTRY_BYTES);
+        let ratio = |a: u64, b: u64| (b > 0 && scored > 0).then(|| a as f64 / b as f64);
+        Ok(Self {
+            complete: manifest.complete,
+            shards: manifest.shards.len() as u64,
+            rows: cache.len(),
+            tokens: manifest.tokens(),
+            scored,
+            entries: sums.entries,
+            bytes,
+            bytes_per_scored: ratio(bytes, scored),
+            raw_bytes,
+            raw_ratio: ratio(raw_bytes, bytes),
+            other_bytes: bytes.saturating_sub(columns.iter().map(|c| c.compressed).sum()),
+            columns,
+            distributions: sums.figures(),
+        })
+    }
+}
+
+fn columns(cache: &Cache) -> Vec<ColumnBytes> {
+    let mut columns: Vec<ColumnBytes> = Vec::new();
+    for size in cache.shards().iter().flat_map(|shard| shard.column_sizes()) {
+        match columns.iter_mut().find(|c| c.name == size.name) {
+            Some(c) => {
+                c.compressed = c.compressed.saturating_add(size.compressed);
+                c.uncompressed = c.uncompressed.saturating_add(size.uncompressed);
+            }
+            None => columns.push(ColumnBytes { name: size.name, compressed: size.compressed, uncompressed: size.uncompressed }),
+        }
+    }
+    columns
+}
+
+/// Sums over scored positions.
+#[derive(Debug, Clone, Default)]
+struct Sums {
+    positions: u64,
+    entries: u64,
+    top1: f64,
+    entropy: f64,
+    kept: f64,
+    tail: f64,
+    top1_is_next: u64,
+    next_kept: u64,
+    next_logprob: f64,
+    /// Top-1 probabilities: of one row as bin numbers, of many as a histogram.
+    bins: Vec<u16>,
+    histogram: Vec<u64>,
+}
+
+impl Sums {
+    fn of(record: &Record) -> Self {
+        let mut sums = Sums::default();
+        for (i, &position) in record.positions.iter().enumerate() {
+            let next = record.input_ids.get(position as usize + 1).copied();
+            sums.position(&record.targets.position(i), next);
+        }
+        sums
+    }
+
+    fn position(&mut self, target: &Target<'_>, next: Option<u32>) {
+        let top1 = target.logprobs.first().map_or(0.0, |&l| f64::from(l).exp());
+        let tail = f64::from(target.tail_logprob);
+        self.positions += 1;
+        self.entries += target.ids.len() as u64;
+        self.top1 += top1;
+        self.tail += tail.exp();
+        self.entropy -= tail.exp() * tail;
+        for &l in target.logprobs {
+            let (l, p) = (f64::from(l), f64::from(l).exp());
+            self.kept += p;
+            self.entropy -= p * l;
+        }
+        self.bins.push(((top1 * BINS as f64) as usize).min(BINS - 1) as u16);
+        self.top1_is_next += u64::from(next.is_some() && target.ids.first().copied() == next);
+        if let Some((_, &l)) = target.ids.iter().zip(target.logprobs).find(|(id, _)| Some(**id) == next) {
+            self.next_kept += 1;
+            self.next_logprob += f64::from(l);
+        }
+    }
+
+    fn add(&mut self, row: &Sums) {
+        self.positions += row.positions;
+        self.entries += row.entries;
+        self.top1 += row.top1;
+        self.entropy += row.entropy;
+        self.kept += row.kept;
+        self.tail += row.tail;
+        self.top1_is_next += row.top1_is_next;
+        self.next_kept += row.next_kept;
+        self.next_logprob += row.next_logprob;
+        self.histogram.resize(BINS, 0);
+        for &bin in &row.bins {
+            if let Some(count) = self.histogram.get_mut(usize::from(bin)) {
+                *count += 1;
+            }
+        }
+    }
+
+    fn figures(&self) -> Option<Distributions> {
+        if self.positions == 0 {
+            return None;
+        }
+        let n = self.positions as f64;
+        let perplexity = (self.next_kept > 0).then(|| (-self.next_logprob / self.next_kept as f64).exp());
+        Some(Distributions {
+            mean_top1: self.top1 / n,
+            median_top1: self.median(),
+            mean_entropy: self.entropy / n,
+            mean_kept_mass: self.kept / n,
+            mean_tail_mass: self.tail / n,
+            top1_is_next: self.top1_is_next as f64 / n,
+            next_is_kept: self.next_kept as f64 / n,
+            perplexity_where_kept: perplexity,
+        })
+    }
+
+    /// Middle of the bin that holds the lower median.
+    fn median(&self) -> f64 {
+        let mut left = self.positions.div_ceil(2);
+        for (bin, &count) in self.histogram.iter().enumerate() {
+            if count >= left {
+                return (bin as f64 + 0.5) / BINS as f64;
+            }
+            left -= count;
+        }
+        1.0
+    }
+}

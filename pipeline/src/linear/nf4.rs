@@ -1,0 +1,200 @@
+//! NF4 with double quantisation, in bitsandbytes' layout.
+//!
+//! Owns quantising, dequantising and the two code tables; knows nothing of products or devices. Blocks run over the flat
+//! row-major tensor: element *i* belongs to block *i / 64* whatever its row, so a row length that is no multiple of 64 is fine.
+//!
+//! ```text
+//! codes     u8 [ceil(n/2)]       two 4-bit codes a byte, the first in the high nibble
+//! absmax    u8 [ceil(n/64)]      index into the 256-entry dynamic map, one a block
+//! nested    f32 [blocks/256]     scale of 256 absmax values;   offset f32: mean of all absmax values
+//! value(i) = NF4[code(i)] * (MAP[absmax[i/64]] * nested[i/64/256] + offset)
+//! ```
+//! Source of the formulas: QLoRA (arXiv 2305.14314) and the stored format of bitsandbytes; compared with its files in the tests.
+
+use rayon::prelude::*;
+use std::sync::OnceLock;
+
+/// Elements that share one absolute maximum.
+pub const BLOCK: usize = 64;
+/// Absolute maxima that share one nested scale.
+pub const NESTED_BLOCK: usize = 256;
+
+/// The sixteen NF4 levels: quantiles of a normal distribution, with an exact zero, scaled to [-1, 1].
+pub const LEVELS: [f32; 16] = [
+    -1.0,
+    -0.696_192_800_998_687_7,
+    -0.525_073_051_452_636_7,
+    -0.394_917_488_098_144_53,
+    -0.284_441_381_692_886_35,
+    -0.184_773_430_228_233_34,
+    -0.091_050_036_251_544_95,
+    0.0,
+    0.079_580_299_556_255_34,
+    0.160_930_201_411_247_25,
+    0.246_112_301_945_686_34,
+    0.337_915_241_718_292_24,
+    0.440_709_829_330_444_34,
+    0.562_617_003_917_694_1,
+    0.722_956_836_223_602_3,
+    1.0,
+];
+
+/// Code of zero, also written for an all-zero block (as bitsandbytes does on a CPU) and as padding of an odd length.
+const ZERO_CODE: u8 = 7;
+
+/// A weight of `rows * columns` elements in NF4 with double quantisation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Nf4Weight {
+    rows: usize,
+    columns: usize,
+    codes: Vec<u8>,
+    absmax: Vec<u8>,
+    nested_absmax: Vec<f32>,
+    nested_offset: f32,
+}
+
+impl Nf4Weight {
+    /// Quantises `values`, row-major [rows, columns] (a linear layer's [out, in]). Missing values count as 0; extra ones are ignored.
+    pub fn quantize(values: &[f32], rows: usize, columns: usize) -> Self {
+        let n = rows * columns;
+        let values = &values[..values.len().min(n)];
+        let blocks = n.div_ceil(BLOCK);
+        let mut codes = vec![(ZERO_CODE << 4) | ZERO_CODE; n.div_ceil(2)];
+        let mut maxima = vec![0f32; blocks];
+        values.par_chunks(BLOCK).zip(codes.par_chunks_mut(BLOCK / 2)).zip(maxima.par_iter_mut()).for_each(
+            |((block, codes), maximum)| {
+                *maximum = block.iter().fold(0f32, |m, v| m.max(v.abs()));
+                quantize_block(block, *maximum, codes);
+            },
+        );
+        let (absmax, nested_absmax, nested_offset) = quantize_maxima(&maxima);
+        Self { rows, columns, codes, absmax, nested_absmax, nested_offset }
+    }
+
+    /// The weight, row-major [rows, columns], in f32 (one f32 product an element, not rounded further).
+    pub fn dequantize(&self) -> Vec<f32> {
+        let mut out = vec![0f32; self.rows * self.columns];
+        out.par_chunks_mut(BLOCK).enumerate().for_each(|(block, out)| {
+            let scale = self.block_scale(block);
+            for (i, value) in out.iter_mut().enumerate() {
+                let byte = self.codes[(block * BLOCK + i) / 2];
+                let code = if i % 2 == 0 { byte >> 4 } else { byte & 15 };
+                *value = LEVELS[code as usize] * scale;
+            }
+        });
+        out
+    }
+
+    /// Output features of a linear layer.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features of a linear layer.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Packed codes, two a byte, the first in the high nibble: u8 [ceil(n/2)].
+    pub fn codes(&self) -> &[u8] {
+        &self.codes
+    }
+
+    /// Quantised absolute maxima: u8 [ceil(n/64)].
+    pub fn absmax(&self) -> &[u8] {
+        &self.absmax
+    }
+
+    /// Scales of the absolute maxima: f32 [ceil(blocks/256)].
+    pub fn nested_absmax(&self) -> &[f32] {
+        &self.nested_absmax
+    }
+
+    /// Mean of the absolute maxima.
+    pub fn nested_offset(&self) -> f32 {
+        self.nested_offset
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.codes.len() + self.absmax.len() + 4 * self.nested_absmax.len() + 4
+    }
+
+    fn block_scale(&self, block: usize) -> f32 {
+        dynamic_map()[self.absmax[block] as usize] * self.nested_absmax[block / NESTED_BLOCK] + self.nested_offset
+    }
+}
+
+/// Codes of one block: the number of midpoints between neighbouring levels that lie below x / maximum.
+fn quantize_block(block: &[f32], maximum: f32, codes: &mut [u8]) {
+    if maximum == 0.0 {
+        return;
+    }
+    let inverse = 1.0 / maximum;
+    for (pair, byte) in block.chunks(2).zip(codes.iter_mut()) {
+        let code = |v: Option<&f32>| v.map_or(ZERO_CODE, |v| nearest_below(level_midpoints(), v * inverse));
+        *byte = (code(pair.first()) << 4) | code(pair.get(1));
+    }
+}
+
+/// Second level: (codes, scales of 256 codes, offset).
+fn quantize_maxima(maxima: &[f32]) -> (Vec<u8>, Vec<f32>, f32) {
+    let offset = (maxima.iter().map(|v| f64::from(*v)).sum::<f64>() / maxima.len().max(1) as f64) as f32;
+    let mut codes = vec![0u8; maxima.len()];
+    let mut scales = Vec::with_capacity(maxima.len().div_ceil(NESTED_BLOCK));
+    let thresholds = dynamic_midpoints();
+    for (block, codes) in maxima.chunks(NESTED_BLOCK).zip(codes.chunks_mut(NESTED_BLOCK)) {
+        let scale = block.iter().fold(0f32, |m, v| m.max((v - offset).abs()));
+        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+        for (value, code) in block.iter().zip(codes) {
+            *code = nearest_below(thresholds, (value - offset) * inverse);
+        }
+        scales.push(scale);
+    }
+    (codes, scales, offset)
+}
+
+/// How many thresholds lie strictly below `v`: an exact midpoint goes to the lower code.
+fn nearest_below(thresholds: &[f32], v: f32) -> u8 {
+    thresholds.partition_point(|t| *t < v) as u8
+}
+
+fn level_midpoints() -> &'static [f32] {
+    static MIDPOINTS: OnceLock<Vec<f32>> = OnceLock::new();
+    MIDPOINTS.get_or_init(|| midpoints(&LEVELS))
+}
+
+fn dynamic_midpoints() -> &'static [f32] {
+    static MIDPOINTS: OnceLock<Vec<f32>> = OnceLock::new();
+    MIDPOINTS.get_or_init(|| midpoints(dynamic_map()))
+}
+
+fn midpoints(levels: &[f32]) -> Vec<f32> {
+    levels.windows(2).map(|w| (w[0] + w[1]) / 2.0).collect()
+}
+
+/// bitsandbytes' signed dynamic map: for i = 0..=6, the 2^i means of neighbours of linspace(0.1, 1, 2^i + 1), times 10^(i-6), of
+/// both signs; and 0 and 1. 256 rising values.
+pub fn dynamic_map() -> &'static [f32] {
+    static MAP: OnceLock<Vec<f32>> = OnceLock::new();
+    MAP.get_or_init(|| {
+        let mut map = vec![0f32, 1f32];
+        for i in 0..7 {
+            let steps = 1usize << i;
+            // torch's f32 linspace: from the start in the first half, from the end in the second, one rounding each.
+            let (start, end) = (0.1f32, 1f32);
+            let step = (end - start) / steps as f32;
+            let edge = |j: usize| match j < steps.div_ceil(2) {
+                true => step.mul_add(j as f32, start),
+                false => (-step).mul_add((steps - j) as f32, end),
+            };
+            let power = 10f64.powi(i - 6) as f32;
+            for j in 0..steps {
+                let value = power * ((edge(j) + edge(j + 1)) / 2.0);
+                map.extend([value, -value]);
+            }
+        }
+        map.sort_by(f32::total_cmp);
+        map
+    })
+}

@@ -1,0 +1,51 @@
+//! Root-mean-square norm: y = w ∘ x · r with r = 1 / sqrt(mean(x²) + eps), row by row.
+
+use super::with_f32;
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+/// y [T, H] of x [T, H] and w [H], f32.
+pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
+    let (_, h) = x.dims2()?;
+    let y = with_f32(x, |x| {
+        with_f32(w, |w| {
+            let mut y = vec![0f32; x.len()];
+            y.par_chunks_mut(h).zip(x.par_chunks(h)).for_each(|(y, x)| {
+                let r = inverse_rms(x, eps);
+                for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+                    *y = x * r * w;
+                }
+            });
+            Ok(y)
+        })
+    })?;
+    Tensor::from_vec(y, x.dims(), x.device())
+}
+
+/// dL/dx [T, H] from x, w and dL/dy: r (w ∘ dy − x · r² · mean(x ∘ w ∘ dy)).
+pub fn backward(x: &Tensor, w: &Tensor, eps: f64, dy: &Tensor) -> Result<Tensor> {
+    let (_, h) = x.dims2()?;
+    let dx = with_f32(x, |x| {
+        with_f32(w, |w| {
+            with_f32(dy, |dy| {
+                let mut dx = vec![0f32; x.len()];
+                dx.par_chunks_mut(h).zip(x.par_chunks(h)).zip(dy.par_chunks(h)).for_each(|((dx, x), dy)| {
+                    let r = inverse_rms(x, eps);
+                    let sum: f64 = x.iter().zip(w).zip(dy).map(|((x, w), dy)| f64::from(x * w * dy)).sum();
+                    let shared = (f64::from(r) * f64::from(r) * sum / h as f64) as f32;
+                    for (((dx, x), w), dy) in dx.iter_mut().zip(x).zip(w).zip(dy) {
+                        *dx = r * (w * dy - x * shared);
+                    }
+                });
+                Ok(dx)
+            })
+        })
+    })?;
+    Tensor::from_vec(dx, x.dims(), x.device())
+}
+
+/// 1 / sqrt(mean(x²) + eps); the sum in f64, so that a row's width does not cost digits.
+fn inverse_rms(x: &[f32], eps: f64) -> f32 {
+    let squares: f64 = x.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
+    (1.0 / (squares / x.len() as f64 + eps).sqrt()) as f32
+}

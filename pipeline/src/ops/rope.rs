@@ -1,0 +1,62 @@
+//! Rotary position embedding, half-split layout: dimension i pairs with i + d/2 and turns by position · theta^(−2i/d).
+//!
+//! ```text
+//! y[i]       = x[i] · cos − x[i + d/2] · sin          angle(p, i) = p · theta^(−2i/d),   i < d/2
+//! y[i + d/2] = x[i + d/2] · cos + x[i] · sin
+//! ```
+//! Angles are f32, as the models' own code has them; the turn's backward is the turn the other way.
+
+use super::with_f32;
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+/// Cosines and sines of a pack's positions.
+#[derive(Debug, Clone)]
+pub struct Table {
+    half: usize,
+    /// [T, d/2], row-major.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+/// Which way to turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// The forward pass.
+    Forward,
+    /// Its backward.
+    Backward,
+}
+
+impl Table {
+    /// The table of `positions` for heads of `head_dim` dimensions.
+    pub fn new(positions: &[u32], head_dim: usize, theta: f64) -> Self {
+        let half = head_dim / 2;
+        let inverse: Vec<f32> = (0..half).map(|i| (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32).collect();
+        let angles = positions.iter().flat_map(|p| inverse.iter().map(move |f| *p as f32 * f));
+        let (cos, sin) = angles.map(|a| (a.cos(), a.sin())).unzip();
+        Self { half, cos, sin }
+    }
+
+    /// Turns x [T, heads, d] (f32).
+    pub fn apply(&self, x: &Tensor, turn: Turn) -> Result<Tensor> {
+        let (_, heads, d) = x.dims3()?;
+        let half = self.half;
+        let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
+        let y = with_f32(x, |x| {
+            let mut y = vec![0f32; x.len()];
+            y.par_chunks_mut(heads * d).zip(x.par_chunks(heads * d)).enumerate().for_each(|(t, (y, x))| {
+                let (cos, sin) = (&self.cos[t * half..(t + 1) * half], &self.sin[t * half..(t + 1) * half]);
+                for (y, x) in y.chunks_mut(d).zip(x.chunks(d)) {
+                    for i in 0..half {
+                        let s = sin[i] * sign;
+                        y[i] = x[i] * cos[i] - x[i + half] * s;
+                        y[i + half] = x[i + half] * cos[i] + x[i] * s;
+                    }
+                }
+            });
+            Ok(y)
+        })?;
+        Tensor::from_vec(y, x.dims(), x.device())
+    }
+}

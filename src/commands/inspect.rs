@@ -1,0 +1,166 @@
+//! `potstill inspect`: what a cache is and how it looks on one screen, or one conversation token by token.
+//!
+//! The tokenizer needed to show tokens lies in the cache itself, so a cache can be read without any model.
+
+use super::conversation::Conversation;
+use super::scanned;
+use crate::cli::{self, Manner};
+use crate::exit::{Outcome, UsageError};
+use crate::print::{self, Side, Table};
+use anyhow::Context;
+use potstill_cache::{Cache, Description, Distributions, RowKey, Selection, Summary};
+use potstill_pipeline::data::ChatTokenizer;
+use serde::Serialize;
+use std::io::Write;
+
+/// Where a cache keeps the tokenizer that made its ids.
+const TOKENIZER: &str = "tokenizer/tokenizer.json";
+/// Hexadecimal digits of a digest that people are shown.
+const DIGEST_SHOWN: usize = 12;
+
+/// What a cache is and how it looks, for machines.
+#[derive(Serialize)]
+struct Whole<'a> {
+    format_version: u32,
+    description: &'a Description,
+    summary: &'a Summary,
+}
+
+/// Shows a cache, or one of its rows.
+pub fn run(flags: &cli::Inspect, manner: Manner) -> anyhow::Result<Outcome> {
+    let cache = Cache::open(&flags.cache)?;
+    match wanted_row(&cache, flags)? {
+        Some(row) => {
+            let conversation = Conversation::of(row, &cache.row(row)?, vocabulary(&cache)?);
+            if manner.json {
+                print::json(&conversation)?;
+            } else {
+                let mut out = print::out();
+                conversation.write(flags.top, &mut out)?;
+                out.flush()?;
+            }
+        }
+        None => {
+            let summary = scanned("reading", manner, |scan| Summary::of(&cache, scan))?;
+            if manner.json {
+                let manifest = cache.manifest();
+                let whole =
+                    Whole { format_version: manifest.format_version, description: &manifest.description, summary: &summary };
+                print::json(&whole)?;
+            } else {
+                let mut out = print::out();
+                write_summary(&cache, &summary, &mut out)?;
+                out.flush()?;
+            }
+        }
+    }
+    Ok(Outcome::Done)
+}
+
+fn wanted_row(cache: &Cache, flags: &cli::Inspect) -> anyhow::Result<Option<u64>> {
+    let Some(key) = &flags.key else { return Ok(flags.row) };
+    let key: RowKey = key.parse()?;
+    match cache.find(&key)? {
+        Some(row) => Ok(Some(row)),
+        None => Err(UsageError(format!("{}: no row has the key {key}", flags.cache.display())).into()),
+    }
+}
+
+/// What turns an id into its token's text, read from the cache.
+pub fn vocabulary(cache: &Cache) -> anyhow::Result<impl Fn(u32) -> String> {
+    // The tokenizer is read from a copy: its bytes were checked against the manifest, and the file may not be touched.
+    let folder = tempfile::tempdir().context("making a temporary folder for the tokenizer")?;
+    let copy = folder.path().join("tokenizer.json");
+    std::fs::write(&copy, cache.companion(TOKENIZER)?).with_context(|| format!("{}: cannot write", copy.display()))?;
+    let tokenizer = ChatTokenizer::tokenizer_only(folder.path()).map_err(potstill_pipeline::Error::from)?;
+    Ok(move |id| tokenizer.token_text(id))
+}
+
+/// The one screen.
+pub fn write_summary(cache: &Cache, summary: &Summary, out: &mut impl Write) -> std::io::Result<()> {
+    let mut table = identity(cache);
+    size(&mut table, summary);
+    if let Some(distributions) = &summary.distributions {
+        figures(&mut table, distributions);
+    }
+    table.write(out)?;
+    writeln!(out)?;
+    columns(summary).write(out)
+}
+
+fn identity(cache: &Cache) -> Table {
+    let what = &cache.manifest().description;
+    let short = |digest: &str| digest.chars().take(DIGEST_SHOWN).collect::<String>();
+    let files = what.data.files.len();
+    let first = what.data.files.first().map_or("no file", |file| file.name.as_str());
+    let skipped: u64 = what.data.skipped.values().sum();
+    let kept = match what.selection {
+        Selection::TopK { k } => format!("the {k} most likely tokens and the rest as one (the tail)"),
+    };
+    let mut table = Table::of_facts();
+    table
+        .fact("cache", cache.dir().display())
+        .fact(
+            "teacher",
+            format!(
+                "{}, {} in {}, {}",
+                what.teacher.name,
+                what.teacher.weights,
+                what.teacher.compute,
+                short(&what.teacher.weights_blake3)
+            ),
+        )
+        .fact("tokenizer", format!("{} ids, {}", print::count(what.tokenizer.size.into()), short(&what.tokenizer.blake3)))
+        .fact("template", format!("{}, {}", what.template.source, short(&what.template.blake3)))
+        .fact("data", if files > 1 { format!("{first} and {} more files", files - 1) } else { first.to_string() })
+        .fact("conversations", format!("{} read, {} skipped", print::count(what.data.rows), print::count(skipped)))
+        .fact(
+            "longest",
+            format!("{} tokens; longer ones cut by {}", print::count(what.encoding.max_length.into()), what.encoding.truncation),
+        )
+        .fact("kept", kept)
+        .fact("stored as", format!("{} mantissa bits, zstd level {}", what.mantissa_bits, what.zstd_level));
+    table
+}
+
+fn size(table: &mut Table, summary: &Summary) {
+    let state = if summary.complete { "complete" } else { "not complete: run the same precompute again" };
+    let each = summary.bytes_per_scored.map_or_else(|| "-".into(), |bytes| format!("{bytes:.1} B"));
+    let ratio = summary.raw_ratio.map_or_else(String::new, |ratio| format!(", {ratio:.1} times smaller than plain arrays"));
+    table
+        .fact("rows", format!("{} in {} shards; {state}", print::count(summary.rows), print::count(summary.shards)))
+        .fact("tokens", format!("{}, {} scored", print::count(summary.tokens), print::count(summary.scored)))
+        .fact("size", format!("{}, {each} a scored position{ratio}", print::bytes(summary.bytes)));
+}
+
+fn figures(table: &mut Table, d: &Distributions) {
+    let perplexity = d.perplexity_where_kept.map_or_else(|| "-".into(), |p| format!("{p:.3}"));
+    table
+        .fact(
+            "most likely token",
+            format!("{} on average, median {}", print::percent(d.mean_top1), print::percent(d.median_top1)),
+        )
+        .fact("kept mass", format!("{} on average, tail {}", print::percent(d.mean_kept_mass), print::percent(d.mean_tail_mass)))
+        .fact("entropy", format!("{:.3} nats on average, at least", d.mean_entropy))
+        .fact(
+            "the data's token",
+            format!("most likely at {}, kept at {}", print::percent(d.top1_is_next), print::percent(d.next_is_kept)),
+        )
+        .fact("perplexity", format!("{perplexity} where the data's token was kept"));
+}
+
+fn columns(summary: &Summary) -> Table {
+    let heads = [("column", Side::Left), ("in the files", Side::Right), ("before zstd", Side::Right), ("ratio", Side::Right)];
+    let mut table = Table::with_heads(&heads);
+    let ratio = |before: u64, after: u64| if after == 0 { "-".into() } else { format!("{:.2}", before as f64 / after as f64) };
+    for c in &summary.columns {
+        table.row([
+            c.name.clone(),
+            print::bytes(c.compressed),
+            print::bytes(c.uncompressed),
+            ratio(c.uncompressed, c.compressed),
+        ]);
+    }
+    table.row(["(footers)".into(), print::bytes(summary.other_bytes), String::new(), String::new()]);
+    table
+}

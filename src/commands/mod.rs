@@ -1,0 +1,64 @@
+//! One linear function a verb, and what all long jobs share: counters, signals, drawing.
+
+mod conversation;
+mod demo;
+mod inspect;
+mod merge;
+mod precompute;
+mod train;
+mod verify;
+
+use crate::cli::{Invocation, Manner, Verb};
+use crate::exit::{self, Outcome};
+use crate::progress::{Drawing, Glance, Show};
+use potstill_cache::ScanProgress;
+use potstill_pipeline::run::RunContext;
+use std::sync::Arc;
+
+/// Carries out what was typed.
+pub fn run(invocation: Invocation) -> anyhow::Result<Outcome> {
+    let manner = invocation.manner;
+    match invocation.verb {
+        Verb::Precompute(flags) => precompute::run(*flags, manner),
+        Verb::Inspect(flags) => inspect::run(&flags, manner),
+        Verb::Verify(flags) => verify::run(&flags, manner),
+        Verb::Train(flags) => train::run(*flags, manner),
+        Verb::Merge(flags) => merge::run(flags, manner),
+        Verb::Demo(flags) => demo::run(&flags, manner),
+    }
+}
+
+/// Counters and a stop flag that signals set, for a job that can end early with everything done so far on disk.
+fn interruptible() -> anyhow::Result<RunContext> {
+    let context = RunContext::default();
+    exit::stop_on_signals(&context.stop)?;
+    Ok(context)
+}
+
+/// Does a stage's `work` while a thread draws its counters; nothing is drawn any more when it returns.
+fn drawn<T>(context: &RunContext, manner: Manner, work: impl FnOnce() -> T) -> T {
+    let context = context.clone();
+    let _drawing = Drawing::start(move || Glance::at_stage(&context), manner.show());
+    work()
+}
+
+/// Does a scan's `work` while a thread draws how far it is.
+fn scanned<T>(name: &'static str, manner: Manner, work: impl FnOnce(&ScanProgress) -> T) -> T {
+    let scan = Arc::new(ScanProgress::default());
+    let looked_at = Arc::clone(&scan);
+    let _drawing = Drawing::start(move || Glance::at_scan(&looked_at, name), manner.show());
+    work(&scan)
+}
+
+impl Manner {
+    fn show(self) -> Show {
+        if self.quiet { Show::No } else { Show::Yes }
+    }
+
+    /// Says something on stderr, unless asked to be quiet.
+    fn remark(self, text: &str) {
+        if !self.quiet {
+            eprintln!("{}", text.trim_end());
+        }
+    }
+}

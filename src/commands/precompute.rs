@@ -1,0 +1,58 @@
+//! `potstill precompute`: resolve settings, run stage one, say what the cache holds now.
+
+use super::{drawn, interruptible};
+use crate::cli::{Manner, Precompute};
+use crate::config::{self, Sources};
+use crate::exit::Outcome;
+use crate::print::{self, Side, Table};
+use crate::settings;
+use potstill_pipeline::precompute::{self, PrecomputeConfig, PrecomputeReport};
+use std::io::Write;
+
+/// Runs stage one. Skipped conversations are counted and end in [`Outcome::Skipped`].
+pub fn run(flags: Precompute, manner: Manner) -> anyhow::Result<Outcome> {
+    let sources = Sources::of_process(flags.config.clone(), &flags)?;
+    let config: PrecomputeConfig = config::resolve(&settings::PRECOMPUTE, &sources)?;
+    // The echo goes to stderr: the folder of a cache holds only what decides its bytes, which its manifest names.
+    manner.remark(&config::to_toml(&settings::PRECOMPUTE, &config)?);
+
+    let context = interruptible()?;
+    let report = drawn(&context, manner, || precompute::run(&config, &context))?;
+
+    if manner.json {
+        print::json(&report)?;
+    } else {
+        let mut out = print::out();
+        facts(&report).fact("cache", config.cache.display()).write(&mut out)?;
+        if !report.skipped.is_empty() {
+            writeln!(out)?;
+            skipped(&report).write(&mut out)?;
+        }
+        out.flush()?;
+    }
+    Ok(if report.skipped.is_empty() { Outcome::Done } else { Outcome::Skipped })
+}
+
+/// What a cache holds after a run.
+pub fn facts(report: &PrecomputeReport) -> Table {
+    let per_position =
+        if report.scored == 0 { "-".into() } else { format!("{:.1} B", report.bytes as f64 / report.scored as f64) };
+    let mut table = Table::of_facts();
+    table
+        .fact("conversations", format!("{} ({} were there before)", print::count(report.rows), print::count(report.resumed_rows)))
+        .fact("tokens", print::count(report.tokens))
+        .fact("scored positions", print::count(report.scored))
+        .fact("size", format!("{}, {per_position} a scored position", print::bytes(report.bytes)))
+        .fact("truncated tokens", print::count(report.truncated_tokens))
+        .fact("time", print::duration(report.seconds))
+        .fact("teacher's speed", print::rate(report.scored_tokens, report.seconds, "tokens"));
+    table
+}
+
+fn skipped(report: &PrecomputeReport) -> Table {
+    let mut table = Table::with_heads(&[("skipped", Side::Right), ("reason", Side::Left), ("first", Side::Left)]);
+    for (reason, n) in &report.skipped {
+        table.row([print::count(*n), reason.clone(), report.first_skipped.get(reason).cloned().unwrap_or_default()]);
+    }
+    table
+}

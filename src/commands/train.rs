@@ -1,0 +1,48 @@
+//! `potstill train`: resolve settings, run stage two, say what came out.
+
+use super::{drawn, interruptible};
+use crate::cli::{Manner, Train};
+use crate::config::{self, Sources};
+use crate::exit::Outcome;
+use crate::print::{self, Table};
+use crate::settings;
+use potstill_pipeline::train::{self, TrainConfig, TrainReport};
+use std::io::Write;
+
+/// Runs stage two.
+pub fn run(flags: Train, manner: Manner) -> anyhow::Result<Outcome> {
+    let sources = Sources::of_process(flags.config.clone(), &flags)?;
+    let config: TrainConfig = config::resolve(&settings::TRAIN, &sources)?;
+    manner.remark(&config::to_toml(&settings::TRAIN, &config)?);
+
+    let context = interruptible()?;
+    let report = drawn(&context, manner, || train::run(&config, &context))?;
+
+    if manner.json {
+        print::json(&report)?;
+    } else {
+        let mut out = print::out();
+        facts(&report).write(&mut out)?;
+        out.flush()?;
+    }
+    Ok(Outcome::Done)
+}
+
+/// What a run did.
+pub fn facts(report: &TrainReport) -> Table {
+    let from = if report.resumed_from == 0 {
+        String::new()
+    } else {
+        format!(", resumed from step {}", print::count(report.resumed_from))
+    };
+    let mut table = Table::of_facts();
+    table
+        .fact("steps", format!("{}{from}", print::count(report.steps)))
+        .fact("loss", format!("{:.4} at first, {:.4} at last (nats a scored position)", report.first_loss, report.last_loss))
+        .fact("trainable numbers", print::count(report.parameters))
+        .fact("tokens", print::count(report.tokens))
+        .fact("time", print::duration(report.seconds))
+        .fact("speed", print::rate(report.tokens, report.seconds, "tokens"))
+        .fact("adapter", report.adapter.display());
+    table
+}

@@ -1,0 +1,206 @@
+//! Progress on stderr: a thread that looks at a job's counters and draws them.
+//!
+//! The job only counts; nothing here can slow it down or stop it. On a terminal a bar with rate and time left; elsewhere (a
+//! cluster's log file) a plain line at most every ten seconds; with `--quiet` nothing.
+
+use crate::{print, text};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use potstill_cache::ScanProgress;
+use potstill_pipeline::run::{Phase, RunContext};
+use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Time between two looks at the counters.
+const POLL: Duration = Duration::from_millis(100);
+/// Time between two plain lines.
+const PLAIN: Duration = Duration::from_secs(10);
+
+/// Whether progress is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Show {
+    /// As a bar or as lines, whichever stderr takes.
+    Yes,
+    /// Not at all.
+    No,
+}
+
+/// What one look at a job shows.
+pub struct Glance {
+    phase: Phase,
+    done: u64,
+    stopping: bool,
+}
+
+impl Glance {
+    /// A look at a stage.
+    pub fn at_stage(context: &RunContext) -> Self {
+        let (phase, done) = context.progress.snapshot();
+        Self { phase, done, stopping: context.stopping() }
+    }
+
+    /// A look at a scan over a cache, which has one phase and ends at once on a signal.
+    pub fn at_scan(scan: &ScanProgress, name: &str) -> Self {
+        let (done, total) = scan.rows();
+        let phase = Phase { name: name.into(), unit: "rows", total, serial: 1, ..Phase::default() };
+        Self { phase, done, stopping: false }
+    }
+}
+
+/// A drawing thread; dropping it takes the bar away and waits for the thread.
+pub struct Drawing {
+    ended: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drawing {
+    /// Starts drawing what `look` sees.
+    pub fn start(look: impl Fn() -> Glance + Send + 'static, show: Show) -> Self {
+        let ended = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&ended);
+        let draw = move || if std::io::stderr().is_terminal() { bars(&look, &flag) } else { lines(&look, &flag) };
+        let thread = (show == Show::Yes).then(|| std::thread::spawn(draw));
+        Self { ended, thread }
+    }
+}
+
+impl Drop for Drawing {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            // A drawing that failed is no reason to fail the job.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// How fast a phase goes: from the first look at it on, so that work found done already does not count.
+struct Pace {
+    serial: u64,
+    began: Instant,
+    done_then: u64,
+}
+
+impl Pace {
+    fn new(serial: u64, done: u64) -> Self {
+        Self { serial, began: Instant::now(), done_then: done }
+    }
+
+    fn per_second(&self, done: u64) -> f64 {
+        done.saturating_sub(self.done_then) as f64 / self.began.elapsed().as_secs_f64().max(1e-3)
+    }
+}
+
+/// One bar a phase.
+fn bars(look: &impl Fn() -> Glance, ended: &AtomicBool) {
+    let mut shown: Option<(Pace, ProgressBar)> = None;
+    let mut warned = false;
+    while !ended.load(Ordering::Relaxed) {
+        let Glance { phase, done, stopping } = look();
+        if shown.as_ref().is_some_and(|(pace, _)| pace.serial != phase.serial)
+            && let Some((_, bar)) = shown.take()
+        {
+            bar.finish_and_clear();
+        }
+        if !phase.name.is_empty() {
+            let (pace, bar) = shown.get_or_insert_with(|| (Pace::new(phase.serial, done), new_bar(&phase)));
+            bar.set_position(done);
+            bar.set_message(describe(&phase, done, pace.per_second(done)));
+        }
+        if stopping && !warned {
+            warned = true;
+            let notice = STOPPING;
+            shown.as_ref().map_or_else(|| eprintln!("{notice}"), |(_, bar)| bar.suspend(|| eprintln!("{notice}")));
+        }
+        std::thread::park_timeout(POLL);
+    }
+    if let Some((_, bar)) = shown {
+        bar.finish_and_clear();
+    }
+}
+
+/// What is said when the first signal arrives.
+const STOPPING: &str = "stopping as soon as everything done is on disk; once more to stop at once";
+
+fn new_bar(phase: &Phase) -> ProgressBar {
+    let length = (phase.total > 0).then_some(phase.total);
+    let bar = ProgressBar::with_draw_target(length, ProgressDrawTarget::stderr());
+    let template = if length.is_some() { "{prefix:<12} [{bar:24}] {percent:>3}% {msg}" } else { "{prefix:<12} {spinner} {msg}" };
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar.set_prefix(text::fit(&text::visible(&phase.name), 24));
+    bar
+}
+
+/// A line now and then.
+fn lines(look: &impl Fn() -> Glance, ended: &AtomicBool) {
+    let mut pace = Pace::new(0, 0);
+    let mut last: Option<Instant> = None;
+    let mut warned = false;
+    while !ended.load(Ordering::Relaxed) {
+        let Glance { phase, done, stopping } = look();
+        if phase.serial != pace.serial {
+            pace = Pace::new(phase.serial, done);
+        }
+        if !phase.name.is_empty() && last.is_none_or(|at| at.elapsed() >= PLAIN) {
+            eprintln!("{}: {}", text::visible(&phase.name), describe(&phase, done, pace.per_second(done)));
+            last = Some(Instant::now());
+        }
+        if stopping && !warned {
+            warned = true;
+            eprintln!("{STOPPING}");
+        }
+        std::thread::park_timeout(POLL);
+    }
+}
+
+/// `1,234/5,678 tokens, 321/s, 1 min 05 s left, loss 1.234`.
+fn describe(phase: &Phase, done: u64, per_second: f64) -> String {
+    let mut parts = vec![if phase.total > 0 {
+        format!("{}/{} {}", print::count(done), print::count(phase.total), phase.unit)
+    } else {
+        format!("{} {}", print::count(done), phase.unit)
+    }];
+    if per_second > 0.0 {
+        parts.push(if per_second >= 10.0 {
+            format!("{}/s", print::count(per_second as u64))
+        } else {
+            format!("{per_second:.2}/s")
+        });
+        if phase.total > done {
+            parts.push(format!("{} left", print::duration((phase.total - done) as f64 / per_second)));
+        }
+    }
+    if !phase.note.is_empty() {
+        parts.push(text::visible(&phase.note));
+    }
+    parts.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn a_line_says_how_far_how_fast_and_how_long() {
+        let phase = Phase { name: "scoring".into(), unit: "tokens", total: 10_000, note: "loss\u{1b}".into(), serial: 1 };
+        assert_eq!(describe(&phase, 4_000, 100.0), "4,000/10,000 tokens, 100/s, 1 min 00 s left, loss\\u{1b}");
+        assert_eq!(describe(&phase, 0, 0.0), "0/10,000 tokens, loss\\u{1b}");
+        let unknown = Phase { total: 0, note: String::new(), ..phase };
+        assert_eq!(describe(&unknown, 3, 0.5), "3 tokens, 0.50/s");
+    }
+
+    #[test]
+    fn drawing_ends_when_it_is_dropped() {
+        let context = RunContext::default();
+        context.progress.begin("testing", "things", 3);
+        let started = Instant::now();
+        drop(Drawing::start(move || Glance::at_stage(&context), Show::Yes));
+        assert!(started.elapsed() < Duration::from_secs(5));
+    }
+}

@@ -1,0 +1,238 @@
+//! Every setting of every verb with the values it may have: one table a verb.
+//!
+//! The one idea: a value is checked against its rule where it comes from (file, environment, flag), so that a sentence can
+//! name the place, the key, what was found and what is allowed.
+
+use toml::Value;
+
+/// The settings of one verb; in a config file, the table of this name.
+#[derive(Debug, Clone, Copy)]
+pub struct Section {
+    /// The verb.
+    pub name: &'static str,
+    /// Its settings.
+    pub settings: &'static [Setting],
+}
+
+/// One setting.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting {
+    /// Its name in a config file; the flag has hyphens instead of underscores.
+    pub key: &'static str,
+    /// The values it may have.
+    pub rule: Rule,
+}
+
+/// The values a setting may have.
+#[derive(Debug, Clone, Copy)]
+pub enum Rule {
+    /// A path.
+    Path,
+    /// Paths or globs, at least one.
+    Paths,
+    /// A whole number between both ends, ends included.
+    Whole(i64, i64),
+    /// A finite number ≥ 0.
+    NotNegative,
+    /// A finite number > 0.
+    Positive,
+    /// A number in [0, 1).
+    Decay,
+    /// One of these words.
+    OneOf(&'static [&'static str]),
+    /// true or false.
+    Switch,
+    /// `auto`, `cpu`, `cuda` or `cuda:N`.
+    Device,
+    /// `latest`, `never` or a checkpoint folder.
+    Resume,
+}
+
+/// Names of the tables a config file may hold.
+pub const SECTIONS: [&Section; 3] = [&PRECOMPUTE, &TRAIN, &MERGE];
+
+/// Most tokens of a row or a pack; far above any context window, far below what overflows.
+const MOST_TOKENS: i64 = 1 << 24;
+
+/// `potstill precompute`.
+pub const PRECOMPUTE: Section = Section {
+    name: "precompute",
+    settings: &[
+        Setting { key: "teacher", rule: Rule::Path },
+        Setting { key: "data", rule: Rule::Paths },
+        Setting { key: "cache", rule: Rule::Path },
+        Setting { key: "top_k", rule: Rule::Whole(1, u16::MAX as i64) },
+        Setting { key: "max_length", rule: Rule::Whole(2, MOST_TOKENS) },
+        Setting { key: "truncate", rule: Rule::OneOf(&["turns", "right"]) },
+        Setting { key: "on_bad_roles", rule: Rule::OneOf(&["skip", "error"]) },
+        Setting { key: "device", rule: Rule::Device },
+        Setting { key: "pack_tokens", rule: Rule::Whole(1, MOST_TOKENS) },
+        Setting { key: "head_chunk", rule: Rule::Whole(1, MOST_TOKENS) },
+        Setting { key: "rows_per_shard", rule: Rule::Whole(1, 1 << 20) },
+        Setting { key: "mantissa_bits", rule: Rule::Whole(1, 23) },
+        Setting { key: "zstd_level", rule: Rule::Whole(1, 22) },
+    ],
+};
+
+/// `potstill train`.
+pub const TRAIN: Section = Section {
+    name: "train",
+    settings: &[
+        Setting { key: "student", rule: Rule::Path },
+        Setting { key: "cache", rule: Rule::Path },
+        Setting { key: "out", rule: Rule::Path },
+        Setting { key: "objective", rule: Rule::OneOf(&["sft", "distill", "distill+sft"]) },
+        Setting { key: "kd_alpha", rule: Rule::NotNegative },
+        Setting { key: "kd_ce_alpha", rule: Rule::NotNegative },
+        Setting { key: "temperature", rule: Rule::Positive },
+        Setting { key: "steps", rule: Rule::Whole(1, 1 << 40) },
+        Setting { key: "epochs", rule: Rule::Positive },
+        Setting { key: "batch_size", rule: Rule::Whole(1, 1 << 20) },
+        Setting { key: "pack_tokens", rule: Rule::Whole(1, MOST_TOKENS) },
+        Setting { key: "head_chunk", rule: Rule::Whole(1, MOST_TOKENS) },
+        Setting { key: "lr", rule: Rule::Positive },
+        Setting { key: "schedule", rule: Rule::OneOf(&["constant", "cosine"]) },
+        Setting { key: "warmup_steps", rule: Rule::Whole(0, 1 << 40) },
+        Setting { key: "rank", rule: Rule::Whole(1, 1024) },
+        Setting { key: "alpha", rule: Rule::Positive },
+        Setting { key: "weight_decay", rule: Rule::NotNegative },
+        Setting { key: "beta1", rule: Rule::Decay },
+        Setting { key: "beta2", rule: Rule::Decay },
+        Setting { key: "eps", rule: Rule::Positive },
+        Setting { key: "max_grad_norm", rule: Rule::NotNegative },
+        Setting { key: "seed", rule: Rule::Whole(0, i64::MAX) },
+        Setting { key: "shuffle", rule: Rule::Switch },
+        Setting { key: "checkpoint_every", rule: Rule::Whole(0, 1 << 40) },
+        Setting { key: "keep_checkpoints", rule: Rule::Whole(2, 1 << 20) },
+        Setting { key: "resume", rule: Rule::Resume },
+        Setting { key: "device", rule: Rule::Device },
+    ],
+};
+
+/// `potstill merge`.
+pub const MERGE: Section = Section {
+    name: "merge",
+    settings: &[
+        Setting { key: "student", rule: Rule::Path },
+        Setting { key: "adapter", rule: Rule::Path },
+        Setting { key: "out", rule: Rule::Path },
+        Setting { key: "weights", rule: Rule::OneOf(&["original", "nf4"]) },
+        Setting { key: "dtype", rule: Rule::OneOf(&["auto", "f32", "bf16", "f16"]) },
+    ],
+};
+
+impl Section {
+    /// The setting called `key`.
+    pub fn find(&self, key: &str) -> Option<&Setting> {
+        self.settings.iter().find(|setting| setting.key == key)
+    }
+
+    /// The setting whose name is nearest to `wrong`, if any is near.
+    pub fn nearest(&self, wrong: &str) -> Option<&'static str> {
+        nearest(wrong, self.settings.iter().map(|setting| setting.key))
+    }
+}
+
+/// The name nearest to `wrong` by edit distance, if at most a third of it (and at least one letter) differs.
+pub fn nearest(wrong: &str, names: impl Iterator<Item = &'static str>) -> Option<&'static str> {
+    let wrong = wrong.to_lowercase().replace('-', "_");
+    let limit = (wrong.chars().count() / 3).max(1);
+    names.map(|name| (distance(&wrong, name), name)).filter(|&(far, _)| far <= limit).min().map(|(_, name)| name)
+}
+
+/// Levenshtein's distance in characters, row by row.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut diagonal = i;
+        let mut left = i + 1;
+        for (cell, cb) in row.iter_mut().skip(1).zip(&b) {
+            let above = *cell;
+            left = (diagonal + usize::from(ca != *cb)).min(above + 1).min(left + 1);
+            diagonal = above;
+            *cell = left;
+        }
+        if let Some(first) = row.first_mut() {
+            *first = i + 1;
+        }
+    }
+    row.last().copied().unwrap_or(0)
+}
+
+impl Rule {
+    /// What is allowed, as the end of "expected …".
+    pub fn expected(&self) -> String {
+        match self {
+            Rule::Path => "a path".into(),
+            Rule::Paths => "one path or glob, or a list of them".into(),
+            Rule::Whole(low, high) => format!("a whole number from {low} to {high}"),
+            Rule::NotNegative => "a finite number, 0 or above".into(),
+            Rule::Positive => "a finite number above 0".into(),
+            Rule::Decay => "a number from 0 to below 1".into(),
+            Rule::OneOf(words) => words.join(", ").replacen(", ", " or ", usize::from(words.len() == 2)),
+            Rule::Switch => "true or false".into(),
+            Rule::Device => "auto, cpu, cuda or cuda:N".into(),
+            Rule::Resume => "latest, never or a checkpoint folder".into(),
+        }
+    }
+
+    /// Whether `value` is allowed.
+    pub fn holds(&self, value: &Value) -> bool {
+        let text = |allowed: &dyn Fn(&str) -> bool| value.as_str().is_some_and(|s| !s.is_empty() && allowed(s));
+        let real = |allowed: &dyn Fn(f64) -> bool| number(value).is_some_and(|x| x.is_finite() && allowed(x));
+        match self {
+            Rule::Path => text(&|_| true),
+            Rule::Resume => match value {
+                Value::Table(table) => table.len() == 1 && table.get("path").is_some_and(|path| Rule::Path.holds(path)),
+                word => matches!(word.as_str(), Some("latest" | "never")),
+            },
+            Rule::Paths => value.as_array().is_some_and(|list| !list.is_empty() && list.iter().all(|v| Rule::Path.holds(v))),
+            Rule::Whole(low, high) => value.as_integer().is_some_and(|n| (*low..=*high).contains(&n)),
+            Rule::NotNegative => real(&|x| x >= 0.0),
+            Rule::Positive => real(&|x| x > 0.0),
+            Rule::Decay => real(&|x| (0.0..1.0).contains(&x)),
+            Rule::OneOf(words) => text(&|s| words.contains(&s)),
+            Rule::Switch => value.is_bool(),
+            Rule::Device => text(&|s| {
+                matches!(s, "auto" | "cpu" | "cuda") || s.strip_prefix("cuda:").is_some_and(|n| n.parse::<u16>().is_ok())
+            }),
+        }
+    }
+
+    /// Reads the text of an environment variable. What cannot be read stays text, which [`holds`](Self::holds) then refuses.
+    pub fn read(&self, text: &str) -> Value {
+        let trimmed = text.trim();
+        let parsed = match self {
+            Rule::Whole(..) => trimmed.parse().ok().map(Value::Integer),
+            Rule::NotNegative | Rule::Positive | Rule::Decay => trimmed.parse().ok().map(Value::Float),
+            Rule::Switch => trimmed.parse().ok().map(Value::Boolean),
+            Rule::Paths if trimmed.starts_with('[') => {
+                format!("list = {trimmed}").parse::<toml::Table>().ok().and_then(|mut table| table.remove("list"))
+            }
+            _ => None,
+        };
+        self.shape(parsed.unwrap_or_else(|| Value::String(text.to_string())))
+    }
+
+    /// A value in the shape the settings are kept in: one path becomes a list of one, a whole
+    /// number where a real one is wanted a real one, a checkpoint folder `{ path = … }`.
+    pub fn shape(&self, value: Value) -> Value {
+        match (self, value) {
+            (Rule::Paths, Value::String(one)) => Value::Array(vec![Value::String(one)]),
+            (Rule::NotNegative | Rule::Positive | Rule::Decay, Value::Integer(n)) => Value::Float(n as f64),
+            (Rule::Resume, Value::String(path)) if !matches!(path.as_str(), "latest" | "never") => {
+                Value::Table(toml::Table::from_iter([("path".to_string(), Value::String(path))]))
+            }
+            (_, value) => value,
+        }
+    }
+}
+
+fn number(value: &Value) -> Option<f64> {
+    value.as_float().or_else(|| value.as_integer().map(|n| n as f64))
+}
+
+#[cfg(test)]
+#[path = "settings_tests.rs"]
+mod tests;
