@@ -20,6 +20,9 @@ pub enum Error {
     /// Inputs of a loss.
     #[error(transparent)]
     Loss(#[from] crate::loss::LossError),
+    /// An optimizer's update or state.
+    #[error(transparent)]
+    Optimizer(#[from] crate::train::optimizer::OptimizerError),
     /// Training settings, checkpoints or a failed step.
     #[error(transparent)]
     Train(#[from] crate::train::TrainError),
@@ -66,6 +69,7 @@ impl Error {
             Error::Model(e) => e.class(),
             Error::Adapter(e) => e.class(),
             Error::Loss(e) => e.class(),
+            Error::Optimizer(e) => e.class(),
             Error::Train(e) => e.class(),
             Error::Miniature(e) => e.class(),
             Error::Cache(e) => e.class(),
