@@ -18,7 +18,8 @@ pub(super) fn prepare(dir: &Path, companions: &[Companion]) -> Result<()> {
     }
     let manifest_tmp = format!("{MANIFEST_FILE}{}", durable::TMP_SUFFIX);
     let ours = |name: &str| {
-        let companion = |c: &Companion| c.path.split('/').next() == Some(name) || format!("{}{}", c.path, durable::TMP_SUFFIX) == name;
+        let companion =
+            |c: &Companion| c.path.split('/').next() == Some(name) || format!("{}{}", c.path, durable::TMP_SUFFIX) == name;
         name == LOCK_FILE || name == manifest_tmp || companions.iter().any(companion)
     };
     let foreign = names(dir)?.into_iter().find(|name| !ours(name));
