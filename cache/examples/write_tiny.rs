@@ -13,8 +13,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     for seq_id in writer.committed_rows()..2 {
         let mut targets = SoftTargets::default();
         // After token 0 the teacher thinks of 7 and 3; after token 1 of 2 alone.
-        targets.push(&[7, 3], &[-0.2231, -2.3026], -2.3026);
-        targets.push(&[2], &[-0.1054], -2.3026);
+        targets.push(&[7, 3], &[0.8f32.ln(), 0.15f32.ln()], 0.05f32.ln());
+        targets.push(&[2], &[0.9f32.ln()], 0.1f32.ln());
         writer.append(&Record { seq_id, input_ids: vec![5, 7, 2, seq_id as u32], positions: vec![0, 1], targets })?;
     }
     let manifest = writer.finish()?;

@@ -4,6 +4,8 @@ use crate::made::{self, forge};
 use potstill_cache::{Cache, ErrorClass, ScanProgress, verify};
 use serde_json::{Value, json};
 
+type Change = Box<dyn FnOnce(&mut Value)>;
+
 fn forged(change: impl FnOnce(&mut Value)) -> (ErrorClass, String) {
     let (dir, _) = made::cache(6, 3, 4);
     forge(dir.path(), change);
@@ -38,7 +40,7 @@ fn paths_stay_inside_the_folder() {
 #[test]
 fn counts_and_settings_are_not_believed() {
     let (max, i64_max) = (json!(u64::MAX), json!(i64::MAX));
-    let cases: Vec<(Box<dyn FnOnce(&mut Value)>, &str)> = vec![
+    let cases: Vec<(Change, &str)> = vec![
         (Box::new(|m| m["shards"][1]["first_row"] = json!(2)), "shards[1].first_row 3 and a row or more"),
         (Box::new(|m| m["shards"][0]["rows"] = json!(0)), "shards[0].first_row 0 and a row or more"),
         (Box::new(move |m| m["shards"][0]["rows"] = max), "small enough to add up"),

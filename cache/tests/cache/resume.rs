@@ -90,3 +90,17 @@ fn a_damaged_committed_shard_is_not_continued() {
     assert_eq!(error.class(), ErrorClass::Integrity);
     assert!(error.to_string().starts_with("shard-00000.parquet: expected contents with BLAKE3 "), "{error}");
 }
+
+#[test]
+fn a_folder_may_be_named_relative_to_the_current_one() {
+    // A bare name has the empty path for its parent. The companion lies beside the shards.
+    let dir = tempfile::Builder::new().prefix("relative-").tempdir_in(".").unwrap();
+    let relative = Path::new(dir.path().file_name().unwrap());
+    let options = potstill_cache::WriterOptions {
+        companions: vec![potstill_cache::Companion { path: "note.txt".into(), bytes: b"x".to_vec() }],
+    };
+    let mut writer = CacheWriter::open(relative, &description(2, 1, K), options).unwrap();
+    records(2, K).iter().for_each(|record| writer.append(record).unwrap());
+    writer.finish().unwrap();
+    assert_eq!(Cache::open(relative).unwrap().companion("note.txt").unwrap(), b"x");
+}
