@@ -13,6 +13,7 @@ pub(crate) const LOCK_FILE: &str = "cache.lock";
 /// Makes the folder. Without a manifest it may hold only what a run killed at its very start leaves: nobody's files are touched.
 pub(super) fn prepare(dir: &Path, companions: &[Companion]) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    durable::sync_parent(dir)?;
     if dir.join(MANIFEST_FILE).exists() {
         return Ok(());
     }
