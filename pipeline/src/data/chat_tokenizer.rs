@@ -80,6 +80,13 @@ impl ChatTokenizer {
         Ok(Example { seq_id, input_ids: encoded.ids, scored: encoded.scored })
     }
 
+    /// The tokens of `messages` followed by the header after which the assistant is to speak ([`Prompt::Generation`]).
+    ///
+    /// Errors: those of [`render`](Self::render), a text that cannot be encoded.
+    pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>, DataError> {
+        Ok(self.encode_text(&self.render(messages, Prompt::Generation)?)?.0)
+    }
+
     /// One token as readable text: bytes as text, those of a partial character as `<0xE4>`, special tokens as they are, an id
     /// that no token has as `<id 123>`.
     pub fn token_text(&self, id: u32) -> String {
