@@ -185,7 +185,7 @@ fn hostile_templates_are_stopped() {
         "{{ '%999999999999d' | format(1) }}".to_string(),
         "{{ 'x' | indent(99999999999) }}".to_string(),
         "{{ 2 ** 99999999 ** 99999999 }}".to_string(),
-        format!("{}1{}", "{{ (".repeat(1) + &"(".repeat(100_000), ")".repeat(100_001) + " }}"),
+        format!("{}1{}", "{{ (".to_string() + &"(".repeat(100_000), ")".repeat(100_001) + " }}"),
         "{% for a in messages recursive %}{{ loop(messages) }}{% endfor %}".to_string(),
         "{% include 'chat_template.jinja' %}".to_string(),
         "{% extends 'chat_template.jinja' %}".to_string(),

@@ -13,6 +13,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
 
+/// Ids of a text, and each token's byte offsets in it.
+type EncodedText = (Vec<u32>, Vec<(usize, usize)>);
+
 /// Tokenizer and chat template of one model folder. Shared freely between threads.
 pub struct ChatTokenizer {
     folder: PathBuf,
@@ -109,7 +112,7 @@ impl ChatTokenizer {
     }
 
     /// Ids of `text` and each token's byte offsets in it; nothing is added.
-    pub(super) fn encode_text(&self, text: &str) -> Result<(Vec<u32>, Vec<(usize, usize)>), DataError> {
+    pub(super) fn encode_text(&self, text: &str) -> Result<EncodedText, DataError> {
         match guard(|| self.tokenizer.encode(text, false)) {
             Ok(Ok(encoding)) => Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec())),
             Ok(Err(e)) => Err(DataError::Encode { found: e.to_string() }),
