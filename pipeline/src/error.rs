@@ -20,6 +20,9 @@ pub enum Error {
     /// Inputs of a loss.
     #[error(transparent)]
     Loss(#[from] crate::loss::LossError),
+    /// An optimizer's update or state.
+    #[error(transparent)]
+    Optimizer(#[from] crate::train::optimizer::OptimizerError),
     /// Training settings, checkpoints or a failed step.
     #[error(transparent)]
     Train(#[from] crate::train::TrainError),
@@ -50,6 +53,18 @@ pub enum Error {
         /// What is allowed.
         expected: String,
     },
+    /// A cache whose rows are not this run's first rows, although its description is.
+    #[error("{cache}: row {row} has key {found}, expected {expected}: it was written from other conversations; use another --cache folder", cache = cache.display())]
+    OtherRow {
+        /// The cache.
+        cache: std::path::PathBuf,
+        /// The row.
+        row: usize,
+        /// This run's key.
+        expected: String,
+        /// The stored key.
+        found: String,
+    },
     /// A signal asked for a stop; everything done so far is on disk.
     #[error("stopped by a signal; {kept}; run the same command again to continue")]
     Interrupted {
@@ -66,11 +81,13 @@ impl Error {
             Error::Model(e) => e.class(),
             Error::Adapter(e) => e.class(),
             Error::Loss(e) => e.class(),
+            Error::Optimizer(e) => e.class(),
             Error::Train(e) => e.class(),
             Error::Miniature(e) => e.class(),
             Error::Cache(e) => e.class(),
             Error::Tensor(_) => ErrorClass::Runtime,
             Error::Device { .. } | Error::Setting { .. } => ErrorClass::Usage,
+            Error::OtherRow { .. } => ErrorClass::Mismatch,
             Error::Interrupted { .. } => ErrorClass::Interrupted,
         }
     }
