@@ -140,10 +140,11 @@ fn flags_win_over_variables_and_variables_over_the_file() {
 #[test]
 fn values_out_of_range_name_the_range() {
     let here = tempfile::tempdir().unwrap();
-    let cases: [(&[&str], &str); 9] = [
+    let cases: [(&[&str], &str); 10] = [
         (&["train", "--lr", "0"], "--lr = 0.0: expected a finite number above 0"),
         (&["train", "--lr", "nan"], "--lr = nan: expected a finite number above 0"),
-        (&["train", "--lr", "-1e-4"], "--lr = -0.0001: expected a finite number above 0"),
+        (&["train", "--lr=-1e-4"], "--lr = -0.0001: expected a finite number above 0"),
+        (&["train", "--alpha", "-1"], "--alpha = -1.0: expected a finite number above 0"),
         (&["train", "--temperature", "inf"], "--temperature = inf: expected a finite number above 0"),
         (&["train", "--rank", "1025"], "--rank = 1025: expected a whole number from 1 to 1024"),
         (&["train", "--objective", "kl"], "--objective = \"kl\": expected sft, distill, distill+sft"),
