@@ -243,4 +243,3 @@ pub struct TrainReport {
     /// The adapter folder.
     pub adapter: PathBuf,
 }
-

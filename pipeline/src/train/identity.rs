@@ -3,8 +3,8 @@
 //! Where a checkpoint's identity differs, continuing from it would give an adapter that no single command describes. Settings
 //! that change nothing (device, folders, how often a checkpoint is written, how rows fall into packs) are left out.
 
-use super::{TrainConfig, TrainError};
 use super::schedule::Schedule;
+use super::{TrainConfig, TrainError};
 use crate::Result;
 use crate::loss::LossSettings;
 use crate::model::weights::Weights;
@@ -16,13 +16,7 @@ use std::collections::BTreeMap;
 pub(super) type Identity = BTreeMap<String, String>;
 
 /// The identity of a run of `total` steps.
-pub(super) fn of(
-    config: &TrainConfig,
-    loss: &LossSettings,
-    cache: &Cache,
-    total: u64,
-    context: &RunContext,
-) -> Result<Identity> {
+pub(super) fn of(config: &TrainConfig, loss: &LossSettings, cache: &Cache, total: u64, context: &RunContext) -> Result<Identity> {
     let student = Weights::open(&config.student)?.fingerprint(context)?;
     let manifest = cache.dir().join(MANIFEST_FILE);
     let manifest = std::fs::read(&manifest).map_err(|source| TrainError::Io { path: manifest, source })?;

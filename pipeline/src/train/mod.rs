@@ -163,8 +163,7 @@ fn accumulate(
         let targets = (settings.kd_alpha > 0.0).then_some(&targets);
         let (hidden, tape) = student.forward(&pack)?;
         let head = student.decoder().head();
-        let (sums, d_hidden) =
-            loss::fused(&hidden, head, pack.labels(), targets, settings, scale, config.head_chunk as usize)?;
+        let (sums, d_hidden) = loss::fused(&hidden, head, pack.labels(), targets, settings, scale, config.head_chunk as usize)?;
         let gradients = student.backward(tape, &d_hidden)?;
         total = Some(match total {
             None => gradients,
