@@ -14,7 +14,8 @@ use crate::run::RunContext;
 use crate::teacher::Teacher;
 use crate::{Error, Result, device};
 use potstill_cache::{
-    CacheWriter, Companion, Description, EncodingFingerprint, Manifest, Record, RowKey, Selection, TeacherFingerprint, WriterOptions,
+    CacheWriter, Companion, Description, EncodingFingerprint, Manifest, Record, RowKey, Selection, TeacherFingerprint,
+    WriterOptions,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -126,8 +127,7 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
         let expected = format!("at most the tokenizer's {width} ids");
         return Err(Error::Setting { name: "top_k", found: config.top_k.to_string(), expected });
     }
-    let options =
-        DataOptions { max_length: config.max_length, truncation: config.truncate, on_bad_roles: config.on_bad_roles };
+    let options = DataOptions { max_length: config.max_length, truncation: config.truncate, on_bad_roles: config.on_bad_roles };
     let dataset = data::load(&config.data, &tokenizer, &options, context)?;
     let description = describe(config, &tokenizer, &dataset, context)?;
     let mut writer = CacheWriter::open(&config.cache, &description, WriterOptions { companions: companions(&config.teacher)? })?;
@@ -166,9 +166,7 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
 /// One pack's records.
 fn score(teacher: &Teacher, examples: &[Example], config: &PrecomputeConfig) -> Result<Vec<Record>> {
     let positions: Vec<Vec<u32>> = examples.iter().map(Example::positions).collect();
-    let pack = Pack::new(
-        examples.iter().zip(&positions).map(|(e, positions)| Sequence { input_ids: &e.input_ids, positions }),
-    );
+    let pack = Pack::new(examples.iter().zip(&positions).map(|(e, positions)| Sequence { input_ids: &e.input_ids, positions }));
     let targets = teacher.score(&pack, usize::from(config.top_k), config.head_chunk as usize)?;
     let records = examples.iter().zip(positions).enumerate().map(|(i, (example, positions))| Record {
         seq_id: example.seq_id,
@@ -227,7 +225,8 @@ fn teacher_fingerprint(folder: &Path, context: &RunContext) -> Result<TeacherFin
     let config = ModelConfig::from_folder(folder)?;
     let weights = Weights::open(folder)?;
     let name = folder.canonicalize().ok().and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
-    let dense = weights.info("model.embed_tokens.weight").map_or("unknown".into(), |info| format!("{:?}", info.dtype).to_lowercase());
+    let dense =
+        weights.info("model.embed_tokens.weight").map_or("unknown".into(), |info| format!("{:?}", info.dtype).to_lowercase());
     Ok(TeacherFingerprint {
         name: name.unwrap_or_else(|| folder.display().to_string()),
         config_blake3: blake3::hash(&text).to_hex().to_string(),

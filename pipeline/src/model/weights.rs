@@ -6,6 +6,8 @@
 
 mod files;
 
+pub(crate) use files::contained;
+
 use super::ModelError;
 use crate::run::RunContext;
 use candle_core::{DType, Device, Tensor};

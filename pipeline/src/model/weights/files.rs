@@ -116,7 +116,7 @@ pub(super) fn find(folder: &Path) -> Result<Found, ModelError> {
 
 /// The canonical path of `root/name`, which must lie in `root` or, for a snapshot of a Hugging Face cache
 /// (`models--a--b/snapshots/revision`), in the `blobs` folder that its links lead to.
-fn contained(root: &Path, name: &str) -> Result<PathBuf, ModelError> {
+pub(crate) fn contained(root: &Path, name: &str) -> Result<PathBuf, ModelError> {
     let asked = root.join(name);
     let path = asked.canonicalize().map_err(|source| ModelError::Io { path: asked.clone(), source })?;
     let snapshots = root.parent().filter(|parent| parent.file_name().is_some_and(|n| n == "snapshots"));
