@@ -51,12 +51,13 @@ pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
     let say = |step: &str| manner.remark(&format!("\n── {step}"));
 
     say("1/5  making a tokenizer, a teacher and a student, and training both for a moment");
-    let tiny = drawn(&context, manner, || miniature::build(&folder.join("miniature"), &MiniatureConfig::default(), &context))?;
+    let tiny =
+        drawn(&context, manner, || Ok(miniature::build(&folder.join("miniature"), &MiniatureConfig::default(), &context)?))?;
     show(manner, |out| models(&tiny).write(out))?;
 
     say("2/5  stage one: the teacher scores the chats, its distributions go to disk");
     let cache = folder.join("cache");
-    let filled = drawn(&context, manner, || potstill_pipeline::precompute::run(&stage_one(&tiny, &cache), &context))?;
+    let filled = drawn(&context, manner, || Ok(potstill_pipeline::precompute::run(&stage_one(&tiny, &cache), &context)?))?;
     show(manner, |out| precompute::facts(&filled).write(out))?;
 
     say("3/5  checking every byte of the cache, then looking into it");
@@ -66,7 +67,7 @@ pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
 
     say("4/5  stage two: the student learns the teacher's distributions through LoRA");
     let config = stage_two(&tiny, &cache, &folder.join("run"));
-    let trained = drawn(&context, manner, || train::train_and_record(&config, &context))?;
+    let trained = drawn(&context, manner, || Ok(potstill_pipeline::train::run(&config, &context)?))?;
     show(manner, |out| train::facts(&trained).write(out))?;
 
     say("5/5  merging the adapter into the student");
@@ -201,7 +202,7 @@ fn conclude(made: &Made) -> anyhow::Result<()> {
         .fact("adapter (PEFT)", made.train.adapter.display())
         .fact("merged model", made.merged.display());
     let (cache, student) = (made.cache.display(), made.student.display());
-    let again = made.run.with_file_name("run-sft");
+    let again = made.run.with_file_name("run-both");
     let mut out = print::out();
     writeln!(out, "\nMade:\n")?;
     table.write(&mut out)?;

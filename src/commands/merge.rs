@@ -15,7 +15,7 @@ pub fn run(flags: Merge, manner: Manner) -> anyhow::Result<Outcome> {
     let config: MergeConfig = config::resolve(&settings::MERGE, &sources)?;
 
     let context = interruptible()?;
-    let report = drawn(&context, manner, || adapter::merge(&config, &context))?;
+    let report = drawn(&context, manner, || Ok(adapter::merge(&config, &context)?))?;
 
     if manner.json {
         print::json(&report)?;
@@ -30,6 +30,17 @@ pub fn run(flags: Merge, manner: Manner) -> anyhow::Result<Outcome> {
 /// What was written.
 pub fn facts(report: &MergeReport) -> Table {
     let mut table = Table::of_facts();
-    table.fact("model", report.out.display());
+    table
+        .fact("adapted layers", print::count(report.adapted))
+        .fact(
+            "written",
+            format!(
+                "{}, {} in {}",
+                print::plural(report.tensors, "tensor"),
+                print::bytes(report.bytes),
+                print::plural(report.files, "file")
+            ),
+        )
+        .fact("model", report.out.display());
     table
 }

@@ -36,7 +36,7 @@ fn interruptible() -> anyhow::Result<RunContext> {
 }
 
 /// Does a stage's `work` while a thread draws its counters; nothing is drawn any more when it returns.
-fn drawn<T>(context: &RunContext, manner: Manner, work: impl FnOnce() -> T) -> T {
+fn drawn<T>(context: &RunContext, manner: Manner, work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     let context = context.clone();
     let _drawing = Drawing::start(move || Glance::at_stage(&context), manner.show());
     work()

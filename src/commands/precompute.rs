@@ -17,7 +17,7 @@ pub fn run(flags: Precompute, manner: Manner) -> anyhow::Result<Outcome> {
     manner.remark(&config::to_toml(&settings::PRECOMPUTE, &config)?);
 
     let context = interruptible()?;
-    let report = drawn(&context, manner, || precompute::run(&config, &context))?;
+    let report = drawn(&context, manner, || Ok(precompute::run(&config, &context)?))?;
 
     if manner.json {
         print::json(&report)?;
