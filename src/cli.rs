@@ -360,6 +360,7 @@ mod tests {
             }
         }
         let help = command.clone().find_subcommand_mut("train").expect("train").render_help().to_string();
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
         assert!(help.contains("[default: 2e-4]") && help.contains("[default: 0.3]") && help.contains("[default: 42]"), "{help}");
     }
 

@@ -44,7 +44,9 @@ impl Glance {
     /// A look at a scan over a cache, which has one phase and ends at once on a signal.
     pub fn at_scan(scan: &ScanProgress, name: &str) -> Self {
         let (done, total) = scan.rows();
-        let phase = Phase { name: name.into(), unit: "rows", total, serial: 1, ..Phase::default() };
+        // Before the scan knows how much there is, there is nothing to draw.
+        let name = if total == 0 { String::new() } else { name.into() };
+        let phase = Phase { name, unit: "rows", total, serial: u64::from(total > 0), ..Phase::default() };
         Self { phase, done, stopping: false }
     }
 }

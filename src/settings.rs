@@ -133,10 +133,10 @@ impl Section {
     }
 }
 
-/// The name nearest to `wrong` by edit distance, if at most a third of it (and at least one letter) differs.
+/// The name nearest to `wrong` by edit distance, if about a third of it, or one letter, differs.
 pub fn nearest(wrong: &str, names: impl Iterator<Item = &'static str>) -> Option<&'static str> {
     let wrong = wrong.to_lowercase().replace('-', "_");
-    let limit = (wrong.chars().count() / 3).max(1);
+    let limit = ((wrong.chars().count() + 1) / 3).max(1);
     names.map(|name| (distance(&wrong, name), name)).filter(|&(far, _)| far <= limit).min().map(|(_, name)| name)
 }
 

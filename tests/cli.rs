@@ -50,8 +50,21 @@ fn help_of_every_verb_fits_and_shows_an_example() {
 fn help_names_the_defaults() {
     let here = tempfile::tempdir().unwrap();
     let cases: [(&str, &[&str]); 4] = [
-        ("precompute", &["[default: 64]", "[default: 1024]", "[default: turns]", "[default: skip]", "[default: auto]", "[default: 7]"]),
-        ("train", &["[default: distill]", "[default: 2e-4]", "[default: 16]", "[default: 0.3]", "[default: latest]", "[default: constant]"]),
+        (
+            "precompute",
+            &["[default: 64]", "[default: 1024]", "[default: turns]", "[default: skip]", "[default: auto]", "[default: 7]"],
+        ),
+        (
+            "train",
+            &[
+                "[default: distill]",
+                "[default: 2e-4]",
+                "[default: 16]",
+                "[default: 0.3]",
+                "[default: latest]",
+                "[default: constant]",
+            ],
+        ),
         ("inspect", &["[default: 5]"]),
         ("demo", &["[default: potstill-demo]"]),
     ];
@@ -116,7 +129,8 @@ fn flags_win_over_variables_and_variables_over_the_file() {
     assert!(err.contains("lr = 1.0\n") && err.contains("rank = 8\n") && err.contains("batch_size = 16\n"), "{err}");
     let err = echoed(train().env("POTSTILL_TRAIN__LR", "2e-1").env("POTSTILL_TRAIN__SHUFFLE", "false"));
     assert!(err.contains("lr = 0.2\n") && err.contains("rank = 8\n") && err.contains("shuffle = false\n"), "{err}");
-    let err = echoed(train().env("POTSTILL_TRAIN__LR", "2").env("POTSTILL_TRAIN__SHUFFLE", "false").args(["--lr", "3", "--shuffle"]));
+    let err =
+        echoed(train().env("POTSTILL_TRAIN__LR", "2").env("POTSTILL_TRAIN__SHUFFLE", "false").args(["--lr", "3", "--shuffle"]));
     assert!(err.contains("lr = 3.0\n") && err.contains("seed = 1\n") && err.contains("shuffle = true\n"), "{err}");
     let err = echoed(train().args(["--no-shuffle", "--resume", "never", "--objective", "distill+sft"]));
     assert!(err.contains("shuffle = false\n") && err.contains("objective = \"distill+sft\"\n"), "{err}");
@@ -126,10 +140,11 @@ fn flags_win_over_variables_and_variables_over_the_file() {
 #[test]
 fn values_out_of_range_name_the_range() {
     let here = tempfile::tempdir().unwrap();
-    let cases: [(&[&str], &str); 9] = [
+    let cases: [(&[&str], &str); 10] = [
         (&["train", "--lr", "0"], "--lr = 0.0: expected a finite number above 0"),
         (&["train", "--lr", "nan"], "--lr = nan: expected a finite number above 0"),
-        (&["train", "--lr", "-1e-4"], "--lr = -0.0001: expected a finite number above 0"),
+        (&["train", "--lr=-1e-4"], "--lr = -0.0001: expected a finite number above 0"),
+        (&["train", "--alpha", "-1"], "--alpha = -1.0: expected a finite number above 0"),
         (&["train", "--temperature", "inf"], "--temperature = inf: expected a finite number above 0"),
         (&["train", "--rank", "1025"], "--rank = 1025: expected a whole number from 1 to 1024"),
         (&["train", "--objective", "kl"], "--objective = \"kl\": expected sft, distill, distill+sft"),

@@ -49,6 +49,8 @@ pub(crate) fn remove(path: &Path) -> Result<()> {
 /// Makes the names in `path`'s folder durable.
 pub(crate) fn sync_parent(path: &Path) -> Result<()> {
     match path.parent() {
+        // The parent of a bare relative name is the empty path, by which the current folder cannot be opened.
+        Some(dir) if dir.as_os_str().is_empty() => sync_folder(Path::new(".")),
         Some(dir) => sync_folder(dir),
         None => Ok(()),
     }

@@ -152,19 +152,28 @@ impl Manifest {
         if self.format_version == 0 {
             return Err(Flaw::new("a format version from 1", 0));
         }
-        self.description.check().map_err(|(name, expected, found)| Flaw::new(format!("description.{name}: {expected}"), found))?;
+        self.description
+            .check()
+            .map_err(|(name, expected, found)| Flaw::new(format!("description.{name}: {expected}"), found))?;
         let mut rows = 0u64;
         let mut totals = [0u64; 3];
         for (i, shard) in self.shards.iter().enumerate() {
             let at = |what: &str| format!("shards[{i}].{what}");
             if !is_plain_name(&shard.file) || !shard.file.ends_with(".parquet") {
-                return Err(Flaw::new(format!("{} to be a plain name ending in .parquet", at("file")), format!("{:?}", shard.file)));
+                return Err(Flaw::new(
+                    format!("{} to be a plain name ending in .parquet", at("file")),
+                    format!("{:?}", shard.file),
+                ));
             }
             if shard.first_row != rows || shard.rows == 0 {
-                return Err(Flaw::new(format!("{} {rows} and a row or more", at("first_row")), format!("{} and {}", shard.first_row, shard.rows)));
+                return Err(Flaw::new(
+                    format!("{} {rows} and a row or more", at("first_row")),
+                    format!("{} and {}", shard.first_row, shard.rows),
+                ));
             }
             let sum = |a: u64, b: u64| a.checked_add(b).filter(|&n| n <= i64::MAX as u64);
-            let overflow = || Flaw::new(format!("{} small enough to add up", at("rows, tokens, scored and bytes")), "an overflow");
+            let overflow =
+                || Flaw::new(format!("{} small enough to add up", at("rows, tokens, scored and bytes")), "an overflow");
             rows = sum(rows, shard.rows).ok_or_else(overflow)?;
             for (total, n) in totals.iter_mut().zip([shard.tokens, shard.scored, shard.bytes]) {
                 *total = sum(*total, n).ok_or_else(overflow)?;
@@ -172,7 +181,10 @@ impl Manifest {
         }
         let expected = self.description.expected_rows;
         if rows > expected || self.complete && rows != expected {
-            return Err(Flaw::new(format!("{expected} rows in the finished cache"), format!("{rows}, complete: {}", self.complete)));
+            return Err(Flaw::new(
+                format!("{expected} rows in the finished cache"),
+                format!("{rows}, complete: {}", self.complete),
+            ));
         }
         self.companions.iter().try_for_each(|c| check_companion_path(&c.path))
     }
@@ -182,12 +194,16 @@ impl Manifest {
 fn check_digest(bytes: &[u8]) -> std::result::Result<(), Flaw> {
     let rest = bytes.strip_prefix(DIGEST_OPENING.as_bytes());
     let split = rest.and_then(|rest| rest.split_at_checked(DIGEST_DIGITS));
-    let Some((digest, body)) = split.and_then(|(digest, rest)| Some((digest, rest.strip_prefix(DIGEST_CLOSING.as_bytes())?))) else {
+    let Some((digest, body)) = split.and_then(|(digest, rest)| Some((digest, rest.strip_prefix(DIGEST_CLOSING.as_bytes())?)))
+    else {
         return Err(Flaw::new("a manifest that opens with manifest_blake3", "something else"));
     };
     let computed = blake3::hash(body).to_hex();
     if digest != computed.as_bytes() {
-        return Err(Flaw::new(format!("contents with BLAKE3 {}", String::from_utf8_lossy(digest)), format!("contents with {computed}")));
+        return Err(Flaw::new(
+            format!("contents with BLAKE3 {}", String::from_utf8_lossy(digest)),
+            format!("contents with {computed}"),
+        ));
     }
     Ok(())
 }
@@ -209,7 +225,10 @@ pub(crate) fn check_companion_path(path: &str) -> std::result::Result<(), Flaw> 
     let taken = first == MANIFEST_FILE || first == crate::writer::LOCK_FILE || first.starts_with("shard-");
     let tmp = parts.iter().any(|part| part.ends_with(durable::TMP_SUFFIX));
     if taken || tmp || parts.len() > 4 || !parts.iter().all(|part| is_plain_name(part)) {
-        return Err(Flaw::new("companion files with plain relative paths that the cache does not use itself", format!("{path:?}")));
+        return Err(Flaw::new(
+            "companion files with plain relative paths that the cache does not use itself",
+            format!("{path:?}"),
+        ));
     }
     Ok(())
 }

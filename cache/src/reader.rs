@@ -126,7 +126,9 @@ pub(crate) fn read_companion(dir: &Path, manifest: &Manifest, path: &str) -> Res
     }
     let bytes = std::fs::read(&file).map_err(Error::io(&file))?;
     match blake3::hash(&bytes).to_hex().to_string() {
-        found if found != entry.blake3 => Err(damage(format!("contents with BLAKE3 {}", entry.blake3), format!("contents with {found}"))),
+        found if found != entry.blake3 => {
+            Err(damage(format!("contents with BLAKE3 {}", entry.blake3), format!("contents with {found}")))
+        }
         _ => Ok(bytes),
     }
 }

@@ -151,8 +151,6 @@ mod tests {
     #[test]
     fn the_order_never_changes_between_releases() {
         // A checkpoint remembers only its place, so these numbers are part of the format.
-        assert_eq!(epoch(Sampler::new(10, 42, Order::Seeded), 0), PINNED);
+        assert_eq!(epoch(Sampler::new(10, 42, Order::Seeded), 0), [3, 6, 0, 1, 7, 4, 2, 8, 9, 5]);
     }
-
-    const PINNED: [u64; 10] = [0; 10];
 }

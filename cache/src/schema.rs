@@ -74,7 +74,8 @@ pub(crate) fn batch_of(record: &Record, k: u16) -> Result<RecordBatch, ArrowErro
         offsets.push(end);
     }
     let inner = OffsetBuffer::new(ScalarBuffer::from(offsets));
-    let ids = ListArray::try_new(element(DataType::UInt32), inner.clone(), Arc::new(UInt32Array::from(targets.ids().to_vec())), None)?;
+    let ids =
+        ListArray::try_new(element(DataType::UInt32), inner.clone(), Arc::new(UInt32Array::from(targets.ids().to_vec())), None)?;
     let logprobs = Arc::new(Float32Array::from(targets.logprobs().to_vec()));
     let logprobs = ListArray::try_new(element(DataType::Float32), inner, logprobs, None)?;
     let key = record.key();
@@ -132,7 +133,10 @@ pub(crate) fn record_of(batch: &RecordBatch, k: u16) -> Result<Record, Flaw> {
 
 /// The key in `row` of a batch that holds the key column.
 pub(crate) fn key_at(batch: &RecordBatch, row: usize) -> Result<RowKey, Flaw> {
-    let keys = column(batch, KEY)?.as_any().downcast_ref::<StringArray>().ok_or_else(|| Flaw::new("a text column key", "another type"))?;
+    let keys = column(batch, KEY)?
+        .as_any()
+        .downcast_ref::<StringArray>()
+        .ok_or_else(|| Flaw::new("a text column key", "another type"))?;
     let bounds = keys.value_offsets().get(row..row + 2);
     let digits = match bounds {
         Some(&[a, b]) => usize::try_from(a).ok().zip(usize::try_from(b).ok()).and_then(|(a, b)| keys.value_data().get(a..b)),
@@ -185,7 +189,8 @@ fn list(batch: &RecordBatch, name: &str) -> Result<ArrayRef, Flaw> {
 }
 
 fn list_slice(array: &ArrayRef, name: &str, row: usize) -> Result<ArrayRef, Flaw> {
-    let array = array.as_any().downcast_ref::<ListArray>().ok_or_else(|| Flaw::new(format!("lists in {name}"), "another type"))?;
+    let array =
+        array.as_any().downcast_ref::<ListArray>().ok_or_else(|| Flaw::new(format!("lists in {name}"), "another type"))?;
     match array.value_offsets().get(row..row + 2) {
         Some(&[a, b]) if array.null_count() == 0 && 0 <= a && a <= b && b as usize <= array.values().len() => {
             Ok(array.values().slice(a as usize, (b - a) as usize))
@@ -197,7 +202,8 @@ fn list_slice(array: &ArrayRef, name: &str, row: usize) -> Result<ArrayRef, Flaw
 /// All values of the only row's lists, and `tokens + 1` offsets into them, rising from 0.
 fn nested<T: ArrowPrimitiveType>(batch: &RecordBatch, name: &str, tokens: usize) -> Result<(Vec<T::Native>, Vec<usize>), Flaw> {
     let outer = list(batch, name)?;
-    let inner = outer.as_any().downcast_ref::<ListArray>().ok_or_else(|| Flaw::new(format!("lists of lists in {name}"), "lists"))?;
+    let inner =
+        outer.as_any().downcast_ref::<ListArray>().ok_or_else(|| Flaw::new(format!("lists of lists in {name}"), "lists"))?;
     if inner.len() != tokens || inner.null_count() != 0 {
         return Err(Flaw::new(format!("{tokens} lists in {name}"), inner.len()));
     }

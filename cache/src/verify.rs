@@ -147,7 +147,12 @@ fn check_rows(
     let look = |row: u64| {
         let record = shard.row(row);
         progress.add_rows(1);
-        record.map(|r| Seen { seq_id: r.seq_id, key: r.key(), tokens: r.input_ids.len() as u64, scored: r.positions.len() as u64 })
+        record.map(|r| Seen {
+            seq_id: r.seq_id,
+            key: r.key(),
+            tokens: r.input_ids.len() as u64,
+            scored: r.positions.len() as u64,
+        })
     };
     let rows: Vec<Result<Seen>> = (0..shard.rows()).into_par_iter().map(look).collect();
     let (mut good, mut tokens, mut scored) = (0u64, 0u64, 0u64);

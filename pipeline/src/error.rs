@@ -53,6 +53,18 @@ pub enum Error {
         /// What is allowed.
         expected: String,
     },
+    /// A cache whose rows are not this run's first rows, although its description is.
+    #[error("{cache}: row {row} has key {found}, expected {expected}: it was written from other conversations; use another --cache folder", cache = cache.display())]
+    OtherRow {
+        /// The cache.
+        cache: std::path::PathBuf,
+        /// The row.
+        row: usize,
+        /// This run's key.
+        expected: String,
+        /// The stored key.
+        found: String,
+    },
     /// A signal asked for a stop; everything done so far is on disk.
     #[error("stopped by a signal; {kept}; run the same command again to continue")]
     Interrupted {
@@ -75,6 +87,7 @@ impl Error {
             Error::Cache(e) => e.class(),
             Error::Tensor(_) => ErrorClass::Runtime,
             Error::Device { .. } | Error::Setting { .. } => ErrorClass::Usage,
+            Error::OtherRow { .. } => ErrorClass::Mismatch,
             Error::Interrupted { .. } => ErrorClass::Interrupted,
         }
     }

@@ -1,9 +1,26 @@
 //! STAGE ONE: chats → tokens → teacher → cache. The loop a newcomer reads first.
+//!
+//! Owns the order of things; what a token, a distribution or a shard is, is said elsewhere. The one idea: the whole dataset is
+//! encoded before the teacher is loaded, so the cache knows from the start what it will hold, a second run proves that what is
+//! there are its own first rows, and progress has an end. Packs never cross a shard, so a resumed run repeats the very same
+//! products and its bytes are those of a run that was never stopped.
 
-use crate::data::{BadRoles, Truncation};
+use crate::data::pack::{self, Pack, Sequence};
+use crate::data::{self, BadRoles, ChatTokenizer, DataError, DataOptions, Dataset, Example, Truncation};
+use crate::model::ModelError;
+use crate::model::config::{ModelConfig, Quantization};
+use crate::model::weights::Weights;
+use crate::run::RunContext;
+use crate::teacher::Teacher;
+use crate::{Error, Result, device};
+use potstill_cache::{
+    CacheWriter, Companion, Description, EncodingFingerprint, Manifest, Record, RowKey, Selection, TeacherFingerprint,
+    WriterOptions,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// Default for [`PrecomputeConfig::top_k`].
 pub const DEFAULT_TOP_K: u16 = 64;
@@ -95,4 +112,162 @@ pub struct PrecomputeReport {
     pub seconds: f64,
     /// Tokens that went through the teacher in this run.
     pub scored_tokens: u64,
+}
+
+/// Runs stage one: scores every conversation that the cache does not hold yet.
+///
+/// A second run with the same settings continues after the last whole shard; of a complete cache it only reports. Errors: bad
+/// settings, data, model folder or cache; a stop asked for by `context` (whole shards stay).
+pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<PrecomputeReport> {
+    check(config)?;
+    let device = device::pick(&config.device)?;
+    let tokenizer = ChatTokenizer::from_folder(&config.teacher)?;
+    let width = tokenizer.tokenizer_fingerprint().size;
+    if u32::from(config.top_k) > width {
+        let expected = format!("at most the tokenizer's {width} ids");
+        return Err(Error::Setting { name: "top_k", found: config.top_k.to_string(), expected });
+    }
+    let options = DataOptions { max_length: config.max_length, truncation: config.truncate, on_bad_roles: config.on_bad_roles };
+    let dataset = data::load(&config.data, &tokenizer, &options, context)?;
+    let description = describe(config, &tokenizer, &dataset, context)?;
+    let mut writer = CacheWriter::open(&config.cache, &description, WriterOptions { companions: companions(&config.teacher)? })?;
+    let resumed_rows = writer.committed_rows();
+    check_committed(&writer, &dataset.examples, &config.cache)?;
+
+    let mut report = PrecomputeReport { resumed_rows, ..PrecomputeReport::default() };
+    let remaining = &dataset.examples[resumed_rows as usize..];
+    if !remaining.is_empty() {
+        let teacher = Teacher::from_folder(&config.teacher, width, &device, context)?;
+        let tokens = remaining.iter().map(|e| e.input_ids.len() as u64).sum();
+        let started = Instant::now();
+        context.progress.begin("scoring", "tokens", tokens);
+        for shard in remaining.chunks(config.rows_per_shard as usize) {
+            for range in pack::plan(shard.iter().map(|e| e.input_ids.len()), config.pack_tokens as usize) {
+                if context.stopping() {
+                    let kept = format!("{} of {} rows are durable", writer.committed_rows(), dataset.examples.len());
+                    return Err(Error::Interrupted { kept });
+                }
+                let examples = &shard[range];
+                for record in score(&teacher, examples, config)? {
+                    writer.append(&record)?;
+                }
+                let tokens: usize = examples.iter().map(|e| e.input_ids.len()).sum();
+                context.progress.add(tokens as u64);
+                context.progress.note(format!("row {} of {}", writer.rows(), dataset.examples.len()));
+            }
+        }
+        context.progress.end();
+        (report.seconds, report.scored_tokens) = (started.elapsed().as_secs_f64(), tokens);
+    }
+    let manifest = writer.finish()?;
+    Ok(fill(report, &manifest, dataset))
+}
+
+/// One pack's records.
+fn score(teacher: &Teacher, examples: &[Example], config: &PrecomputeConfig) -> Result<Vec<Record>> {
+    let positions: Vec<Vec<u32>> = examples.iter().map(Example::positions).collect();
+    let pack = Pack::new(examples.iter().zip(&positions).map(|(e, positions)| Sequence { input_ids: &e.input_ids, positions }));
+    let targets = teacher.score(&pack, usize::from(config.top_k), config.head_chunk as usize)?;
+    let records = examples.iter().zip(positions).enumerate().map(|(i, (example, positions))| Record {
+        seq_id: example.seq_id,
+        input_ids: example.input_ids.clone(),
+        positions,
+        targets: targets.slice(pack.scored_of(i)),
+    });
+    Ok(records.collect())
+}
+
+fn check(config: &PrecomputeConfig) -> Result<()> {
+    let at_least = |name, value: u32, least: u32| match value >= least {
+        true => Ok(()),
+        false => Err(Error::Setting { name, found: value.to_string(), expected: format!("at least {least}") }),
+    };
+    at_least("top_k", config.top_k.into(), 1)?;
+    at_least("max_length", config.max_length, 2)?;
+    at_least("pack_tokens", config.pack_tokens, 1)?;
+    at_least("head_chunk", config.head_chunk, 1)?;
+    at_least("rows_per_shard", config.rows_per_shard, 1)
+}
+
+/// Everything that decides the cache's bytes.
+fn describe(
+    config: &PrecomputeConfig,
+    tokenizer: &ChatTokenizer,
+    dataset: &Dataset,
+    context: &RunContext,
+) -> Result<Description> {
+    let template = tokenizer.template_fingerprint().cloned();
+    Ok(Description {
+        teacher: teacher_fingerprint(&config.teacher, context)?,
+        tokenizer: tokenizer.tokenizer_fingerprint().clone(),
+        template: template.ok_or_else(|| DataError::NoTemplate { folder: config.teacher.clone(), found: "none".into() })?,
+        data: dataset.fingerprint.clone(),
+        encoding: EncodingFingerprint {
+            max_length: config.max_length,
+            truncation: match config.truncate {
+                Truncation::Turns => "turns".into(),
+                Truncation::Right => "right".into(),
+            },
+            truncated_tokens: dataset.truncated_tokens,
+        },
+        selection: Selection::TopK { k: config.top_k },
+        mantissa_bits: config.mantissa_bits,
+        zstd_level: config.zstd_level,
+        rows_per_shard: config.rows_per_shard,
+        vocab_size: tokenizer.tokenizer_fingerprint().size,
+        expected_rows: dataset.examples.len() as u64,
+    })
+}
+
+fn teacher_fingerprint(folder: &Path, context: &RunContext) -> Result<TeacherFingerprint> {
+    let file = folder.join("config.json");
+    let text = std::fs::read(&file).map_err(|source| ModelError::Io { path: file, source })?;
+    let config = ModelConfig::from_folder(folder)?;
+    let weights = Weights::open(folder)?;
+    let name = folder.canonicalize().ok().and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
+    let dense =
+        weights.info("model.embed_tokens.weight").map_or("unknown".into(), |info| format!("{:?}", info.dtype).to_lowercase());
+    Ok(TeacherFingerprint {
+        name: name.unwrap_or_else(|| folder.display().to_string()),
+        config_blake3: blake3::hash(&text).to_hex().to_string(),
+        weights_blake3: weights.fingerprint(context)?,
+        weights: match config.quantization {
+            Quantization::Awq { .. } => "awq-int4".into(),
+            Quantization::None => dense,
+        },
+        compute: "float32".into(),
+    })
+}
+
+/// The tokenizer travels with the cache, so that an inspector can show tokens as text.
+fn companions(folder: &Path) -> Result<Vec<Companion>> {
+    let file = folder.join("tokenizer.json");
+    let bytes = std::fs::read(&file).map_err(|source| ModelError::Io { path: file, source })?;
+    Ok(vec![Companion { path: "tokenizer/tokenizer.json".into(), bytes }])
+}
+
+/// Proves that the rows already in the cache are this run's first rows.
+fn check_committed(writer: &CacheWriter, examples: &[Example], cache: &Path) -> Result<()> {
+    for (row, (key, example)) in writer.committed_keys()?.into_iter().zip(examples).enumerate() {
+        let ours = RowKey::of(&example.input_ids, &example.positions());
+        if key != ours {
+            let (expected, found) = (ours.to_string(), key.to_string());
+            return Err(Error::OtherRow { cache: cache.to_path_buf(), row, expected, found });
+        }
+    }
+    Ok(())
+}
+
+fn fill(report: PrecomputeReport, manifest: &Manifest, dataset: Dataset) -> PrecomputeReport {
+    let sum = |of: fn(&potstill_cache::ShardEntry) -> u64| manifest.shards.iter().map(of).sum();
+    PrecomputeReport {
+        rows: manifest.rows(),
+        tokens: sum(|s| s.tokens),
+        scored: sum(|s| s.scored),
+        bytes: sum(|s| s.bytes),
+        skipped: dataset.fingerprint.skipped,
+        first_skipped: dataset.first_skipped,
+        truncated_tokens: dataset.truncated_tokens,
+        ..report
+    }
 }

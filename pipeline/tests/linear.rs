@@ -1,29 +1,15 @@
 //! AWQ and NF4 against the reference files of AutoAWQ and bitsandbytes.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use candle_core::{DType, Device, Tensor};
+mod support;
+
+use candle_core::{Device, Tensor};
 use half::f16;
 use potstill_pipeline::linear::awq::{self, AwqWeight};
 use potstill_pipeline::linear::nf4::{self, Nf4Weight};
 use potstill_pipeline::linear::{Linear, Lora, Weight};
 use std::collections::{BTreeSet, HashMap};
-use std::path::PathBuf;
-
-fn golden(name: &str) -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/golden")).join(name)
-}
-
-fn load(name: &str) -> HashMap<String, Tensor> {
-    candle_core::safetensors::load(golden(name), &Device::Cpu).unwrap()
-}
-
-fn floats(t: &Tensor) -> Vec<f32> {
-    t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-}
-
-fn bytes(t: &Tensor) -> Vec<u8> {
-    t.flatten_all().unwrap().to_vec1().unwrap()
-}
+use support::{bytes, floats, load};
 
 fn words(t: &Tensor) -> Vec<u32> {
     t.flatten_all().unwrap().to_vec1::<i32>().unwrap().into_iter().map(|v| v as u32).collect()

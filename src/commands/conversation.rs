@@ -190,7 +190,9 @@ mod tests {
         let row = example();
         assert_eq!(row.positions.iter().map(|p| p.scored).collect::<Vec<_>>(), [true, false, true, false]);
         let first = row.positions[0].after.as_ref().expect("scored");
-        assert_eq!((first.next_id, first.next_probability, first.tail_probability), (2, Some(0.5), 0.25));
+        // f32 logarithms are off by up to half a unit in the last place: 3e-8 of the probability.
+        assert!(first.next_id == 2 && first.next_probability.is_some_and(|p| (p - 0.5).abs() < 1e-7), "{first:?}");
+        assert!((first.tail_probability - 0.25).abs() < 1e-7, "{first:?}");
         let third = row.positions[2].after.as_ref().expect("scored");
         assert_eq!((third.next_id, third.next_logprob, third.kept[0].id), (5, None, 9));
         assert!((row.mean_kept_loss.expect("one was kept") - std::f64::consts::LN_2).abs() < 1e-6);

@@ -66,7 +66,7 @@ pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
 
     say("4/5  stage two: the student learns the teacher's distributions through LoRA");
     let config = stage_two(&tiny, &cache, &folder.join("run"));
-    let trained = drawn(&context, manner, || potstill_pipeline::train::run(&config, &context))?;
+    let trained = drawn(&context, manner, || train::train_and_record(&config, &context))?;
     show(manner, |out| train::facts(&trained).write(out))?;
 
     say("5/5  merging the adapter into the student");

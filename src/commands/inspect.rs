@@ -126,11 +126,12 @@ fn identity(cache: &Cache) -> Table {
 fn size(table: &mut Table, summary: &Summary) {
     let state = if summary.complete { "complete" } else { "not complete: run the same precompute again" };
     let each = summary.bytes_per_scored.map_or_else(|| "-".into(), |bytes| format!("{bytes:.1} B"));
-    let ratio = summary.raw_ratio.map_or_else(String::new, |ratio| format!(", {ratio:.1} times smaller than plain arrays"));
+    let ratio = summary.raw_ratio.map_or_else(|| "-".into(), |ratio| format!("{ratio:.2} : 1"));
     table
         .fact("rows", format!("{} in {} shards; {state}", print::count(summary.rows), print::count(summary.shards)))
         .fact("tokens", format!("{}, {} scored", print::count(summary.tokens), print::count(summary.scored)))
-        .fact("size", format!("{}, {each} a scored position{ratio}", print::bytes(summary.bytes)));
+        .fact("size", format!("{}, {each} a scored position", print::bytes(summary.bytes)))
+        .fact("compression", format!("{ratio} against plain arrays of ids and 16-bit values"));
 }
 
 fn figures(table: &mut Table, d: &Distributions) {

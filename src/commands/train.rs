@@ -6,8 +6,14 @@ use crate::config::{self, Sources};
 use crate::exit::Outcome;
 use crate::print::{self, Table};
 use crate::settings;
+use anyhow::Context;
+use potstill_pipeline::Error;
+use potstill_pipeline::run::RunContext;
 use potstill_pipeline::train::{self, TrainConfig, TrainReport};
 use std::io::Write;
+
+/// The settings as they were used, in `--out`; the file can be given to `--config`.
+const RESOLVED: &str = "config.resolved.toml";
 
 /// Runs stage two.
 pub fn run(flags: Train, manner: Manner) -> anyhow::Result<Outcome> {
@@ -16,7 +22,7 @@ pub fn run(flags: Train, manner: Manner) -> anyhow::Result<Outcome> {
     manner.remark(&config::to_toml(&settings::TRAIN, &config)?);
 
     let context = interruptible()?;
-    let report = drawn(&context, manner, || train::run(&config, &context))?;
+    let report = drawn(&context, manner, || train_and_record(&config, &context))?;
 
     if manner.json {
         print::json(&report)?;
@@ -26,6 +32,19 @@ pub fn run(flags: Train, manner: Manner) -> anyhow::Result<Outcome> {
         out.flush()?;
     }
     Ok(Outcome::Done)
+}
+
+/// Runs stage two and leaves its settings beside what it wrote, also when it was stopped on the way.
+///
+/// They are written afterwards because a run that is refused must not touch an earlier run's folder.
+pub fn train_and_record(config: &TrainConfig, context: &RunContext) -> anyhow::Result<TrainReport> {
+    let report = train::run(config, context);
+    if matches!(report, Ok(_) | Err(Error::Interrupted { .. })) {
+        let path = config.out.join(RESOLVED);
+        let text = config::to_toml(&settings::TRAIN, config)?;
+        std::fs::write(&path, text).with_context(|| format!("{}: cannot write", path.display()))?;
+    }
+    Ok(report?)
 }
 
 /// What a run did.

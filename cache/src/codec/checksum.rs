@@ -33,3 +33,21 @@ fn update_u32(crc: &mut crc32fast::Hasher, buffer: &mut Vec<u8>, values: impl It
     buffer.extend(values.flat_map(u32::to_le_bytes));
     crc.update(buffer);
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use crate::SoftTargets;
+
+    #[test]
+    fn key_and_checksum_never_change_between_releases() {
+        let mut targets = SoftTargets::default();
+        targets.push(&[7, 3], &[-0.222_656_25, -1.898_437_5], -3.0);
+        targets.push(&[2], &[-0.105_468_75], -2.296_875);
+        let record = Record { seq_id: 1, input_ids: vec![5, 7, 2, 1], positions: vec![0, 1], targets };
+        assert_eq!(record.key().to_string(), "02423e74b6528437f6c06012228269e8");
+        // The same by zlib's crc32 over the bytes that FORMAT.md lists.
+        assert_eq!(row_checksum(&record.key(), 2, &record), 0xc20e_5721);
+    }
+}

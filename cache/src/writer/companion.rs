@@ -22,7 +22,11 @@ pub(super) fn entries(companions: &[Companion]) -> Result<Vec<CompanionEntry>> {
             return Err(Error::Setting { name: "companions", found: flaw.found, expected: flaw.expected });
         }
         if entries.iter().any(|entry| entry.path == path) {
-            return Err(Error::Setting { name: "companions", found: format!("{path:?} twice"), expected: "each path once".into() });
+            return Err(Error::Setting {
+                name: "companions",
+                found: format!("{path:?} twice"),
+                expected: "each path once".into(),
+            });
         }
         let blake3 = blake3::hash(&companion.bytes).to_hex().to_string();
         entries.push(CompanionEntry { path, bytes: companion.bytes.len() as u64, blake3 });

@@ -13,12 +13,14 @@ pub(crate) const LOCK_FILE: &str = "cache.lock";
 /// Makes the folder. Without a manifest it may hold only what a run killed at its very start leaves: nobody's files are touched.
 pub(super) fn prepare(dir: &Path, companions: &[Companion]) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    durable::sync_parent(dir)?;
     if dir.join(MANIFEST_FILE).exists() {
         return Ok(());
     }
     let manifest_tmp = format!("{MANIFEST_FILE}{}", durable::TMP_SUFFIX);
     let ours = |name: &str| {
-        let companion = |c: &Companion| c.path.split('/').next() == Some(name) || format!("{}{}", c.path, durable::TMP_SUFFIX) == name;
+        let companion =
+            |c: &Companion| c.path.split('/').next() == Some(name) || format!("{}{}", c.path, durable::TMP_SUFFIX) == name;
         name == LOCK_FILE || name == manifest_tmp || companions.iter().any(companion)
     };
     let foreign = names(dir)?.into_iter().find(|name| !ours(name));

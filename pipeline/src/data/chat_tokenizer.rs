@@ -13,6 +13,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
 
+/// Ids of a text, and each token's byte offsets in it.
+type EncodedText = (Vec<u32>, Vec<(usize, usize)>);
+
 /// Tokenizer and chat template of one model folder. Shared freely between threads.
 pub struct ChatTokenizer {
     folder: PathBuf,
@@ -80,6 +83,13 @@ impl ChatTokenizer {
         Ok(Example { seq_id, input_ids: encoded.ids, scored: encoded.scored })
     }
 
+    /// The tokens of `messages` followed by the header after which the assistant is to speak ([`Prompt::Generation`]).
+    ///
+    /// Errors: those of [`render`](Self::render), a text that cannot be encoded.
+    pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>, DataError> {
+        Ok(self.encode_text(&self.render(messages, Prompt::Generation)?)?.0)
+    }
+
     /// One token as readable text: bytes as text, those of a partial character as `<0xE4>`, special tokens as they are, an id
     /// that no token has as `<id 123>`.
     pub fn token_text(&self, id: u32) -> String {
@@ -102,7 +112,7 @@ impl ChatTokenizer {
     }
 
     /// Ids of `text` and each token's byte offsets in it; nothing is added.
-    pub(super) fn encode_text(&self, text: &str) -> Result<(Vec<u32>, Vec<(usize, usize)>), DataError> {
+    pub(super) fn encode_text(&self, text: &str) -> Result<EncodedText, DataError> {
         match guard(|| self.tokenizer.encode(text, false)) {
             Ok(Ok(encoding)) => Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec())),
             Ok(Err(e)) => Err(DataError::Encode { found: e.to_string() }),

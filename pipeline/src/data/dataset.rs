@@ -14,8 +14,10 @@ use rayon::prelude::*;
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
-/// Rows that are encoded at once.
+/// Rows that are encoded at once, at most.
 const BATCH_ROWS: usize = 512;
+/// Bytes of rows after which a batch is not filled further.
+const BATCH_BYTES: usize = 32 << 20;
 
 /// How rows become examples.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,9 +77,13 @@ fn read_file(
     let (mut counted, mut failure, mut ended) = (0, None, false);
     while !ended {
         let mut batch: Vec<Row> = Vec::with_capacity(BATCH_ROWS);
-        while batch.len() < BATCH_ROWS && !ended {
+        let mut bytes = 0;
+        while batch.len() < BATCH_ROWS && bytes < BATCH_BYTES && !ended {
             match reader.next() {
-                Some(Ok(row)) => batch.push(row),
+                Some(Ok(row)) => {
+                    bytes += row.bytes();
+                    batch.push(row);
+                }
                 other => (failure, ended) = (other.and_then(Result::err), true),
             }
         }

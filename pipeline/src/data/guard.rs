@@ -37,7 +37,7 @@ mod tests {
         assert!(!guarded());
         let seen = guard(guarded);
         assert_eq!(seen, Ok(true));
-        let text = guard(|| panic!("boom {}", 3)).map(|()| ());
+        let text: Result<(), String> = guard(|| panic!("boom {}", 3));
         assert_eq!(text, Err("an internal failure of the reading library (boom 3)".to_string()));
         assert!(!guarded());
     }

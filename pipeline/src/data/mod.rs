@@ -11,6 +11,7 @@ mod encoding;
 mod error;
 mod fingerprint;
 mod guard;
+mod json_rows;
 mod model_folder;
 pub mod pack;
 mod parquet_rows;

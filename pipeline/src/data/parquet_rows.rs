@@ -5,12 +5,11 @@
 
 use super::DataError;
 use super::guard::guard;
-use super::rows::{Body, MAX_ROW_BYTES, Place, Row, Unit};
+use super::rows::{Body, MAX_ROW_BYTES, Place, Row, Unit, text_bytes};
 use super::schema::COLUMNS;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::schema::types::Type;
-use serde_json::Value;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -84,14 +83,4 @@ impl ParquetRows {
 fn message(error: &parquet::errors::ParquetError) -> String {
     let text = error.to_string();
     text.strip_prefix("Parquet error: ").unwrap_or(&text).to_string()
-}
-
-/// Bytes of all texts in a value (depth is bounded by the file's schema, which the reader has accepted).
-fn text_bytes(value: &Value) -> usize {
-    match value {
-        Value::String(text) => text.len(),
-        Value::Array(items) => items.iter().map(text_bytes).sum(),
-        Value::Object(fields) => fields.values().map(text_bytes).sum(),
-        _ => 0,
-    }
 }

@@ -76,10 +76,13 @@ pub(super) fn render(template: &ChatTemplate, messages: &[Message], markers: &En
         for &lead in leads {
             for &tail in tails {
                 let marked = template.render(&mark(messages, marks, lead, tail, empty), Prompt::None)?;
-                if let Some(contents) = contents(&marked, &text, marks) {
-                    let contents = contents.ok_or_else(|| lost(template, "one that begins without ending"))?;
-                    let spans = contents.into_iter().map(|content| close(&text, content, markers)).collect();
-                    return Ok(Marked { text, spans });
+                match placing(&marked, &text, marks) {
+                    Placing::Changed => {}
+                    Placing::Unpaired => return Err(lost(template, "one that begins without ending")),
+                    Placing::At(contents) => {
+                        let spans = contents.into_iter().map(|content| close(&text, content, markers)).collect();
+                        return Ok(Marked { text, spans });
+                    }
                 }
             }
         }
@@ -116,32 +119,42 @@ fn mark(messages: &[Message], [open, close]: [char; 2], lead: Side, tail: Side, 
     messages.iter().map(marked).collect()
 }
 
-/// The marked stretches as offsets in the plain text. `None`: the marks changed the text. `Some(None)`: marks do not pair.
-#[allow(clippy::option_option)]
-fn contents(marked: &str, plain: &str, [open, close]: [char; 2]) -> Option<Option<Vec<Range<usize>>>> {
+/// What marks did to a text.
+enum Placing {
+    /// Without the marks it is another text.
+    Changed,
+    /// The same text, but a mark lacks its partner.
+    Unpaired,
+    /// The same text, with these stretches between marks.
+    At(Vec<Range<usize>>),
+}
+
+fn placing(marked: &str, plain: &str, [open, close]: [char; 2]) -> Placing {
     let mut found = Vec::new();
     let mut begun = None;
     let mut paired = true;
-    let (mut at, mut rest) = (0, plain); // at: offset in the plain text
-    let mut last = 0;
-    for (i, mark) in marked.match_indices([open, close]) {
-        let piece = marked.get(last..i)?;
-        rest = rest.strip_prefix(piece)?;
-        at += piece.len();
-        last = i + mark.len();
-        match (mark.starts_with(open), begun) {
-            (true, None) => begun = Some(at),
-            (false, Some(start)) => {
+    let (mut at, mut rest) = (0, plain); // at: offset in the plain text, where `rest` begins
+    for piece in marked.split_inclusive([open, close]) {
+        let text = piece.trim_end_matches([open, close]);
+        match rest.strip_prefix(text) {
+            Some(after) => (at, rest) = (at + text.len(), after),
+            None => return Placing::Changed,
+        }
+        match (piece.get(text.len()..).and_then(|mark| mark.chars().next()), begun) {
+            (None, _) => {}
+            (Some(mark), None) if mark == open => begun = Some(at),
+            (Some(mark), Some(start)) if mark == close => {
                 found.push(start..at);
                 begun = None;
             }
             _ => paired = false,
         }
     }
-    if marked.get(last..)? != rest {
-        return None;
+    match (rest.is_empty(), paired && begun.is_none()) {
+        (false, _) => Placing::Changed,
+        (true, false) => Placing::Unpaired,
+        (true, true) => Placing::At(found),
     }
-    Some((paired && begun.is_none()).then_some(found))
 }
 
 /// Adds the end marker that follows `content`.

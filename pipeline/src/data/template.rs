@@ -9,7 +9,7 @@ use super::model_folder::{ChatSettings, TemplateSource};
 use super::{DataError, Message, Prompt};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value, ValueKind};
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, context};
 use potstill_cache::TemplateFingerprint;
 use serde::Serialize;
 use std::error::Error as _;
@@ -76,11 +76,11 @@ impl ChatTemplate {
     ///
     /// Errors: too many steps, too much text, a template that fails or that calls `raise_exception`.
     pub(super) fn render(&self, messages: &[Message], prompt: Prompt) -> Result<String, DataError> {
-        let message = |m: &Message| Value::from_iter([("role", m.role.as_str()), ("content", m.content.as_str())]);
-        let context = Value::from_iter([
-            ("messages", messages.iter().map(message).collect::<Value>()),
-            ("add_generation_prompt", Value::from(prompt == Prompt::Generation)),
-        ]);
+        let message = |m: &Message| context! { role => m.role.as_str(), content => m.content.as_str() };
+        let context = context! {
+            messages => messages.iter().map(message).collect::<Value>(),
+            add_generation_prompt => prompt == Prompt::Generation,
+        };
         let mut out = BoundedText(Vec::new());
         let template = self.environment.get_template(&self.name).map_err(|e| engine_error(&self.name, &e))?;
         template.render_captured_to(context, &mut out).map_err(|e| engine_error(&self.name, &e))?;

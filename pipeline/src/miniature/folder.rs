@@ -30,8 +30,7 @@ struct Stored {
 
 /// Writes an AWQ folder: the linear layers of the decoder layers packed in groups of `group` inputs, the rest in f16.
 ///
-/// The tensors, in the order of their names, are cut into two files where half of the bytes is reached; the cut need not
-/// follow modules. Errors: a layer that cannot be packed, a file that cannot be written.
+/// The first half of the tensors, by their names, lies in the first file; the cut need not follow modules. Errors: a layer that cannot be packed, a file that cannot be written.
 pub fn write_awq(folder: &Path, decoder: &Decoder, tokenizer: &MiniatureTokenizer, group: usize) -> crate::Result<()> {
     let mut tensors = BTreeMap::new();
     for (name, tensor) in decoder.tensors() {
@@ -123,13 +122,9 @@ fn write_rest(
 
 fn write_two_files(folder: &Path, tensors: &BTreeMap<String, Stored>) -> Result<(), MiniatureError> {
     let total: usize = tensors.values().map(|tensor| tensor.bytes.len()).sum();
-    let mut weight_map = serde_json::Map::new();
-    let mut before = 0;
-    for (name, tensor) in tensors {
-        let file = if before * 2 < total { TEACHER_FILES[0] } else { TEACHER_FILES[1] };
-        weight_map.insert(name.clone(), file.into());
-        before += tensor.bytes.len();
-    }
+    let file = |place: usize| if place * 2 < tensors.len() { TEACHER_FILES[0] } else { TEACHER_FILES[1] };
+    let weight_map: serde_json::Map<String, Value> =
+        tensors.keys().enumerate().map(|(place, name)| (name.clone(), file(place).into())).collect();
     for file in TEACHER_FILES {
         let here = tensors.iter().filter(|(name, _)| weight_map.get(*name).is_some_and(|place| place == file));
         write_safetensors(&folder.join(file), here)?;

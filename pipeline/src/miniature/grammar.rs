@@ -149,12 +149,16 @@ fn count(dice: &mut Dice) -> Vec<Exchange> {
 fn colour(manner: Manner, dice: &mut Dice) -> Vec<Exchange> {
     let (thing, colours) = *dice.pick(&COLOURS);
     let colour = dice.lean(colours);
-    let question = dice.lean(["What colour is", "Which colour has", "Tell me the colour of"]);
+    let question = match dice.lean([0, 1, 2]) {
+        0 => format!("What colour is the {thing}?"),
+        1 => format!("Which colour has the {thing}?"),
+        _ => format!("Tell me the colour of the {thing}."),
+    };
     let told = match dice.below(2) {
         0 => format!("The {thing} is {colour}."),
         _ => format!("The {thing} is often {colour}."),
     };
-    vec![Exchange { question: format!("{question} the {thing}?"), answer: spoken(manner, told, colour) }]
+    vec![Exchange { question, answer: spoken(manner, told, colour) }]
 }
 
 /// Where an animal lives, then perhaps how it sounds or how many legs it has ("they" must be looked up in the text).

@@ -31,18 +31,18 @@ pub const DEFAULT_SEED: u64 = 20_240_611;
 /// Default for [`MiniatureConfig::conversations`].
 pub const DEFAULT_CONVERSATIONS: usize = 480;
 /// Default for [`MiniatureConfig::vocabulary`]: 256 bytes, 3 special tokens, and enough merges for the grammar's words.
-pub const DEFAULT_VOCABULARY: usize = 768;
+pub const DEFAULT_VOCABULARY: usize = 640;
 /// Default for [`MiniatureConfig::teacher_steps`].
-pub const DEFAULT_TEACHER_STEPS: u64 = 240;
+pub const DEFAULT_TEACHER_STEPS: u64 = 450;
 /// Default for [`MiniatureConfig::student_steps`]: fluent, but with most of the facts still to learn.
-pub const DEFAULT_STUDENT_STEPS: u64 = 80;
+pub const DEFAULT_STUDENT_STEPS: u64 = 200;
 /// Default for [`MiniatureConfig::batch`].
-pub const DEFAULT_BATCH: usize = 8;
+pub const DEFAULT_BATCH: usize = 4;
 /// Inputs that share one AWQ scale. Smaller than the 128 of large models because a row here is only 128 long.
 pub const GROUP_SIZE: usize = 64;
-/// The teacher's head has a multiple of this many rows and at least one more than the tokenizer has ids, as large models do.
+/// The teacher's head has a multiple of this many rows and more than the tokenizer has ids, as large models do.
 pub const TEACHER_ROWS: usize = 64;
-/// The student's head has a multiple of this many rows; so its width differs from the teacher's, as in real pairs.
+/// The student's head has the next multiple of this many rows; the teacher's has more, so the widths differ as in real pairs.
 pub const STUDENT_ROWS: usize = 16;
 /// Longest context written into `config.json`, in tokens; also the longest chat that is trained on.
 pub const CONTEXT: usize = 512;
@@ -126,7 +126,7 @@ pub fn build(out: &Path, config: &MiniatureConfig, context: &RunContext) -> Resu
     let sequences = tokenizer.encode_all(&rendered, CONTEXT)?;
     let vocabulary = tokenizer.size();
 
-    let teacher_shape = teacher_shape((vocabulary + 1).next_multiple_of(TEACHER_ROWS));
+    let teacher_shape = teacher_shape((vocabulary + STUDENT_ROWS).next_multiple_of(TEACHER_ROWS));
     let student_shape = student_shape(vocabulary.next_multiple_of(STUDENT_ROWS));
     let settings = |steps| PretrainConfig { steps, batch: config.batch, ..PretrainConfig::default() };
 

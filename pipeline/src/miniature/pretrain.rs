@@ -12,7 +12,7 @@ use candle_core::{Device, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 
 /// Default for [`PretrainConfig::learning_rate`].
-pub const DEFAULT_LEARNING_RATE: f64 = 4e-3;
+pub const DEFAULT_LEARNING_RATE: f64 = 5e-3;
 /// Default for [`PretrainConfig::final_share`].
 pub const DEFAULT_FINAL_SHARE: f64 = 0.1;
 /// Default for [`PretrainConfig::warmup`].

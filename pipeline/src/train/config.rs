@@ -1,0 +1,245 @@
+//! Settings of stage two, their defaults, and what a run reports.
+
+use super::schedule::Schedule;
+use crate::loss::{Divergence, LossSettings, Tail};
+use crate::student::LoraSettings;
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Weight of either term of `distill+sft` when none is given.
+pub const DEFAULT_MIXED_WEIGHT: f64 = 0.5;
+/// Default for [`TrainConfig::temperature`].
+pub const DEFAULT_TEMPERATURE: f64 = 1.0;
+/// Default for [`TrainConfig::epochs`].
+pub const DEFAULT_EPOCHS: f64 = 1.0;
+/// Default for [`TrainConfig::batch_size`] (Firefly: 1 row, 16 accumulated).
+pub const DEFAULT_BATCH_SIZE: u32 = 16;
+/// Default for [`TrainConfig::pack_tokens`].
+pub const DEFAULT_PACK_TOKENS: u32 = 4096;
+/// Default for [`TrainConfig::head_chunk`], in positions.
+pub const DEFAULT_HEAD_CHUNK: u32 = 256;
+/// Default for [`TrainConfig::lr`].
+pub const DEFAULT_LR: f64 = 2e-4;
+/// Default for [`TrainConfig::warmup_steps`].
+pub const DEFAULT_WARMUP_STEPS: u64 = 100;
+/// Default for [`TrainConfig::rank`].
+pub const DEFAULT_RANK: u32 = 64;
+/// Default for [`TrainConfig::alpha`].
+pub const DEFAULT_ALPHA: f64 = 16.0;
+/// Default for [`TrainConfig::weight_decay`].
+pub const DEFAULT_WEIGHT_DECAY: f64 = 0.0;
+/// Default for [`TrainConfig::beta1`].
+pub const DEFAULT_BETA1: f64 = 0.9;
+/// Default for [`TrainConfig::beta2`].
+pub const DEFAULT_BETA2: f64 = 0.999;
+/// Default for [`TrainConfig::eps`].
+pub const DEFAULT_EPS: f64 = 1e-8;
+/// Default for [`TrainConfig::max_grad_norm`].
+pub const DEFAULT_MAX_GRAD_NORM: f64 = 0.3;
+/// Default for [`TrainConfig::seed`].
+pub const DEFAULT_SEED: u64 = 42;
+/// Default for [`TrainConfig::checkpoint_every`].
+pub const DEFAULT_CHECKPOINT_EVERY: u64 = 100;
+/// Default for [`TrainConfig::keep_checkpoints`].
+pub const DEFAULT_KEEP_CHECKPOINTS: u32 = 2;
+
+/// What the student is trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Objective {
+    /// Cross entropy on the data's tokens.
+    Sft,
+    /// Forward KL to the cached distributions: kept ids and one tail bucket.
+    #[default]
+    Distill,
+    /// Both, weighted.
+    #[serde(rename = "distill+sft")]
+    DistillSft,
+}
+
+/// Where a run starts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Resume {
+    /// From the newest checkpoint, or from nothing when there is none.
+    #[default]
+    Latest,
+    /// From nothing; a folder that already holds a run is refused.
+    Never,
+    /// From this checkpoint folder.
+    Path(PathBuf),
+}
+
+/// Settings of stage two.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// Student's Hugging Face folder (dense).
+    pub student: PathBuf,
+    /// Folder of the cache.
+    pub cache: PathBuf,
+    /// Folder for adapter, checkpoints and metrics.
+    pub out: PathBuf,
+    /// What to train on.
+    pub objective: Objective,
+    /// Weight of the distillation term; by objective when not given (sft 0, distill 1, distill+sft 0.5).
+    pub kd_alpha: Option<f64>,
+    /// Weight of the cross entropy; by objective when not given (sft 1, distill 0, distill+sft 0.5).
+    pub kd_ce_alpha: Option<f64>,
+    /// Temperature of the distillation term.
+    pub temperature: f64,
+    /// Optimiser steps; overrides `epochs`.
+    pub steps: Option<u64>,
+    /// Passes over the cache when `steps` is not given.
+    pub epochs: f64,
+    /// Conversations in an optimiser step.
+    pub batch_size: u32,
+    /// Tokens that go through the model at once; a step is split into packs of at most this.
+    pub pack_tokens: u32,
+    /// Scored positions whose logits exist at once.
+    pub head_chunk: u32,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Shape of the learning rate after warm-up.
+    pub schedule: Schedule,
+    /// Steps of linear warm-up.
+    pub warmup_steps: u64,
+    /// LoRA rank r.
+    pub rank: u32,
+    /// LoRA alpha; the adapter is scaled by alpha / r.
+    pub alpha: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// AdamW's first decay.
+    pub beta1: f64,
+    /// AdamW's second decay.
+    pub beta2: f64,
+    /// AdamW's epsilon.
+    pub eps: f64,
+    /// Largest L2 norm of the gradient; 0 turns clipping off.
+    pub max_grad_norm: f64,
+    /// Seed of the order and of the adapter's start.
+    pub seed: u64,
+    /// Whether rows come in seeded order (else in the cache's order).
+    pub shuffle: bool,
+    /// Steps between checkpoints; 0 writes only the last.
+    pub checkpoint_every: u64,
+    /// Checkpoints kept (at least 2).
+    pub keep_checkpoints: u32,
+    /// Where to start.
+    pub resume: Resume,
+    /// `auto`, `cpu`, `cuda` or `cuda:N`.
+    pub device: String,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            student: PathBuf::new(),
+            cache: PathBuf::new(),
+            out: PathBuf::new(),
+            objective: Objective::default(),
+            kd_alpha: None,
+            kd_ce_alpha: None,
+            temperature: DEFAULT_TEMPERATURE,
+            steps: None,
+            epochs: DEFAULT_EPOCHS,
+            batch_size: DEFAULT_BATCH_SIZE,
+            pack_tokens: DEFAULT_PACK_TOKENS,
+            head_chunk: DEFAULT_HEAD_CHUNK,
+            lr: DEFAULT_LR,
+            schedule: Schedule::default(),
+            warmup_steps: DEFAULT_WARMUP_STEPS,
+            rank: DEFAULT_RANK,
+            alpha: DEFAULT_ALPHA,
+            weight_decay: DEFAULT_WEIGHT_DECAY,
+            beta1: DEFAULT_BETA1,
+            beta2: DEFAULT_BETA2,
+            eps: DEFAULT_EPS,
+            max_grad_norm: DEFAULT_MAX_GRAD_NORM,
+            seed: DEFAULT_SEED,
+            shuffle: true,
+            checkpoint_every: DEFAULT_CHECKPOINT_EVERY,
+            keep_checkpoints: DEFAULT_KEEP_CHECKPOINTS,
+            resume: Resume::default(),
+            device: "auto".into(),
+        }
+    }
+}
+
+impl std::fmt::Display for Objective {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Objective::Sft => "sft",
+            Objective::Distill => "distill",
+            Objective::DistillSft => "distill+sft",
+        })
+    }
+}
+
+impl TrainConfig {
+    /// The loss that objective, weights and temperature stand for. Errors: a weight or temperature out of its range, or two weights
+    /// of 0, with which there is nothing to train on.
+    pub fn loss_settings(&self) -> Result<LossSettings> {
+        let (kd, ce) = match self.objective {
+            Objective::Sft => (0.0, 1.0),
+            Objective::Distill => (1.0, 0.0),
+            Objective::DistillSft => (DEFAULT_MIXED_WEIGHT, DEFAULT_MIXED_WEIGHT),
+        };
+        let settings = LossSettings {
+            divergence: Divergence::ForwardKl,
+            tail: Tail::Bucket,
+            temperature: self.temperature,
+            kd_alpha: self.kd_alpha.unwrap_or(kd),
+            kd_ce_alpha: self.kd_ce_alpha.unwrap_or(ce),
+        };
+        settings.check()?;
+        if settings.kd_alpha == 0.0 && settings.kd_ce_alpha == 0.0 {
+            let expected = "kd_alpha or kd_ce_alpha above 0".into();
+            return Err(Error::Setting { name: "kd_alpha", found: "0, and kd_ce_alpha 0".into(), expected });
+        }
+        for (name, value) in [("batch_size", self.batch_size), ("pack_tokens", self.pack_tokens)] {
+            if value == 0 {
+                return Err(Error::Setting { name, found: "0".into(), expected: "at least 1".into() });
+            }
+        }
+        Ok(settings)
+    }
+
+    /// The adapter's size and start.
+    pub fn lora(&self) -> LoraSettings {
+        LoraSettings { rank: self.rank, alpha: self.alpha, seed: self.seed }
+    }
+
+    /// Optimiser steps over a cache of `rows` rows: `steps`, else as many as `epochs` passes need, at least one.
+    pub fn total_steps(&self, rows: u64) -> u64 {
+        self.steps.unwrap_or_else(|| ((rows as f64 * self.epochs / f64::from(self.batch_size)).ceil() as u64).max(1))
+    }
+
+    /// Whether a checkpoint is written after this step.
+    pub fn checkpoint_due(&self, step: u64) -> bool {
+        self.checkpoint_every > 0 && step.is_multiple_of(self.checkpoint_every)
+    }
+}
+
+/// What stage two did.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct TrainReport {
+    /// Optimiser steps done in all.
+    pub steps: u64,
+    /// Step the run started from.
+    pub resumed_from: u64,
+    /// Loss of the first step of the whole run (nats per scored position).
+    pub first_loss: f64,
+    /// Loss of the last step.
+    pub last_loss: f64,
+    /// Tokens that went through the model in this run.
+    pub tokens: u64,
+    /// Trainable parameters.
+    pub parameters: u64,
+    /// Seconds of this run.
+    pub seconds: f64,
+    /// The adapter folder.
+    pub adapter: PathBuf,
+}

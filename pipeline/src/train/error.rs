@@ -1,0 +1,111 @@
+//! Ways training can be wrong.
+
+use potstill_cache::ErrorClass;
+use std::path::PathBuf;
+
+/// Ways training can be wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// Reading or writing a file of the run folder failed.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A cache whose writing was not finished.
+    #[error("{cache}: holds {rows} of {expected} rows; finish it with the precompute command that began it", cache = cache.display())]
+    Incomplete {
+        /// The cache.
+        cache: PathBuf,
+        /// Rows there.
+        rows: u64,
+        /// Rows it will hold.
+        expected: u64,
+    },
+    /// A cache without rows.
+    #[error("{cache}: holds no rows, so there is nothing to train on", cache = cache.display())]
+    Empty {
+        /// The cache.
+        cache: PathBuf,
+    },
+    /// A student whose ids mean other tokens than the cache's.
+    #[error(
+        "{student}: its tokenizer is not the one that cache {cache} was made with: expected {expected}, found {found}",
+        student = student.display(), cache = cache.display()
+    )]
+    OtherTokenizer {
+        /// The student's folder.
+        student: PathBuf,
+        /// The cache.
+        cache: PathBuf,
+        /// The cache's tokenizer.
+        expected: String,
+        /// The student's.
+        found: String,
+    },
+    /// Another process trains into this folder.
+    #[error("{out}: another process is training into this folder; wait for it or choose another --out", out = out.display())]
+    Locked {
+        /// The run folder.
+        out: PathBuf,
+    },
+    /// A fresh run into a folder that holds one.
+    #[error("{out}: already holds {found}; choose another --out, or --resume latest to continue", out = out.display())]
+    Occupied {
+        /// The run folder.
+        out: PathBuf,
+        /// What is in it.
+        found: String,
+    },
+    /// A folder that is no checkpoint.
+    #[error("{path}: not a checkpoint: {why}", path = path.display())]
+    NoCheckpoint {
+        /// The folder.
+        path: PathBuf,
+        /// What is missing.
+        why: String,
+    },
+    /// A checkpoint whose bytes are not what was written.
+    #[error("{path}: damaged checkpoint: expected {expected}, found {found}; resume from another one with --resume PATH", path = path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was written.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+    /// A checkpoint of a run with other settings.
+    #[error("{checkpoint}: was written by a run with other settings: {differences}; give the same settings, or another --out", checkpoint = checkpoint.display())]
+    OtherRun {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// Each setting with both values.
+        differences: String,
+    },
+    /// A step that cannot be taken.
+    #[error("step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so the step was not taken; try a lower --lr")]
+    NotFinite {
+        /// The step, counted from 1.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+        /// Its gradient norm.
+        grad_norm: f64,
+    },
+}
+
+impl TrainError {
+    /// The class that decides the exit code.
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            TrainError::Damaged { .. } => ErrorClass::Integrity,
+            TrainError::Locked { .. } => ErrorClass::Locked,
+            TrainError::OtherTokenizer { .. } | TrainError::OtherRun { .. } => ErrorClass::Mismatch,
+            TrainError::Occupied { .. } | TrainError::Incomplete { .. } => ErrorClass::Usage,
+            _ => ErrorClass::Runtime,
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! Which run this is: every setting that decides the adapter's bits, as names and values to compare and to show.
+//!
+//! Where a checkpoint's identity differs, continuing from it would give an adapter that no single command describes. Settings
+//! that change nothing (device, folders, how often a checkpoint is written, how rows fall into packs) are left out.
+
+use super::schedule::Schedule;
+use super::{TrainConfig, TrainError};
+use crate::Result;
+use crate::loss::LossSettings;
+use crate::model::weights::Weights;
+use crate::run::RunContext;
+use potstill_cache::{Cache, MANIFEST_FILE};
+use std::collections::BTreeMap;
+
+/// Names and values.
+pub(super) type Identity = BTreeMap<String, String>;
+
+/// The identity of a run of `total` steps.
+pub(super) fn of(config: &TrainConfig, loss: &LossSettings, cache: &Cache, total: u64, context: &RunContext) -> Result<Identity> {
+    let student = Weights::open(&config.student)?.fingerprint(context)?;
+    let manifest = cache.dir().join(MANIFEST_FILE);
+    let manifest = std::fs::read(&manifest).map_err(|source| TrainError::Io { path: manifest, source })?;
+    let mut identity: Identity = [
+        ("student_blake3", student),
+        ("cache_blake3", blake3::hash(&manifest).to_hex().to_string()),
+        ("objective", config.objective.to_string()),
+        ("kd_alpha", loss.kd_alpha.to_string()),
+        ("kd_ce_alpha", loss.kd_ce_alpha.to_string()),
+        ("temperature", config.temperature.to_string()),
+        ("batch_size", config.batch_size.to_string()),
+        ("lr", config.lr.to_string()),
+        ("schedule", format!("{:?}", config.schedule).to_lowercase()),
+        ("warmup_steps", config.warmup_steps.to_string()),
+        ("rank", config.rank.to_string()),
+        ("alpha", config.alpha.to_string()),
+        ("weight_decay", config.weight_decay.to_string()),
+        ("beta1", config.beta1.to_string()),
+        ("beta2", config.beta2.to_string()),
+        ("eps", config.eps.to_string()),
+        ("max_grad_norm", config.max_grad_norm.to_string()),
+        ("seed", config.seed.to_string()),
+        ("shuffle", config.shuffle.to_string()),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.to_string(), value))
+    .collect();
+    // A constant rate does not look at the end, so such a run may be made longer.
+    if config.schedule != Schedule::Constant {
+        identity.insert("steps".into(), total.to_string());
+    }
+    Ok(identity)
+}
+
+/// What differs, as `name: expected A, found B`, joined; `None` when nothing does.
+pub(super) fn differences(ours: &Identity, stored: &Identity) -> Option<String> {
+    let names: std::collections::BTreeSet<&String> = ours.keys().chain(stored.keys()).collect();
+    let show = |identity: &Identity, name: &String| identity.get(name).cloned().unwrap_or_else(|| "nothing".into());
+    let different: Vec<String> = names
+        .into_iter()
+        .filter(|name| ours.get(*name) != stored.get(*name))
+        .map(|name| format!("{name}: expected {}, found {}", show(ours, name), show(stored, name)))
+        .collect();
+    (!different.is_empty()).then(|| different.join("; "))
+}

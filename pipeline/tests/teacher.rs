@@ -1,0 +1,126 @@
+//! The AWQ teacher against transformers on the dequantised weights, packed and alone.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+use candle_core::{Device, Tensor};
+use potstill_pipeline::data::pack::{Pack, Sequence};
+use potstill_pipeline::model::decoder::{Decoder, Holding};
+use potstill_pipeline::model::layer::Geometry;
+use potstill_pipeline::ops::top_k;
+use potstill_pipeline::run::RunContext;
+use potstill_pipeline::teacher::Teacher;
+use support::{floats, golden, ids, load, max_difference, offsets};
+
+/// Float32 against float32: measured 6.3e-5, most of it the rotary angles' rounding; wrong implementations lie above 0.07.
+const LOGPROB_BOUND: f32 = 5e-4;
+
+fn teacher() -> Teacher {
+    Teacher::from_folder(&golden("teacher-awq"), 2048, &Device::Cpu, &RunContext::default()).unwrap()
+}
+
+/// Every position but the last of each conversation is scored.
+fn all_positions(input_ids: &[u32]) -> Vec<u32> {
+    (0..input_ids.len() as u32 - 1).collect()
+}
+
+#[test]
+fn top_64_equals_transformers() {
+    let expected = load("expected/teacher_topk.safetensors");
+    let (starts, input_ids) = (offsets(&expected["offsets"]), ids(&expected["input_ids"]));
+    let (want_ids, want) = (ids(&expected["ids"]), floats(&expected["logprobs"]));
+    let (lse, gap) = (floats(&expected["logsumexp"]), floats(&expected["boundary_gap"]));
+    let teacher = teacher();
+    let (mut worst, mut worst_lse, mut sets) = (0f32, 0f32, 0);
+    for w in starts.windows(2) {
+        let conversation = &input_ids[w[0]..w[1]];
+        let positions = all_positions(conversation);
+        let pack = Pack::new([Sequence { input_ids: conversation, positions: &positions }]);
+        let hidden = teacher.hidden(&pack).unwrap();
+        let rows = top_k::rows(&teacher.logits(&hidden, 0, positions.len()).unwrap(), 64).unwrap();
+        for (t, row) in rows.iter().enumerate() {
+            let at = w[0] + t;
+            worst_lse = worst_lse.max((row.logsumexp as f32 - lse[at]).abs());
+            let (want_ids, want) = (&want_ids[at * 64..(at + 1) * 64], &want[at * 64..(at + 1) * 64]);
+            worst = worst.max(max_difference(&row.logprobs, want));
+            let kept: f64 = row.logprobs.iter().map(|l| f64::from(*l).exp()).sum();
+            assert!((kept + f64::from(row.tail_logprob).exp() - 1.0).abs() < 1e-6, "mass at {at}");
+            let order_is_clear = want.windows(2).all(|p| p[0] - p[1] > 1e-3);
+            if order_is_clear && gap[at] > 1e-3 {
+                assert_eq!(row.ids, want_ids, "order at {at}");
+            }
+            if gap[at] > 1e-3 {
+                let sorted = |v: &[u32]| {
+                    let mut v = v.to_vec();
+                    v.sort_unstable();
+                    v
+                };
+                assert_eq!(sorted(&row.ids), sorted(want_ids), "set at {at}");
+                sets += 1;
+            }
+        }
+    }
+    println!("worst log-probability {worst:e}, log-sum-exp {worst_lse:e}, {sets} sets compared");
+    assert!(worst < LOGPROB_BOUND && worst_lse < LOGPROB_BOUND, "{worst} {worst_lse}");
+    assert!(sets > 400, "{sets} positions compared as sets");
+}
+
+#[test]
+fn hidden_states_equal_transformers() {
+    let expected = load("expected/teacher_debug.safetensors");
+    let input_ids = ids(&expected["input_ids"]);
+    let decoder = Decoder::from_folder(&golden("teacher-awq"), Holding::AsStored, &Device::Cpu, &RunContext::default()).unwrap();
+    let pack = Pack::new([Sequence { input_ids: &input_ids, positions: &[] }]);
+    let geometry = Geometry::new(&pack, &decoder.config);
+    let mut x = decoder.embed(&input_ids).unwrap();
+    assert_eq!(floats(&x), floats(&expected["hidden_00"]), "embeddings");
+    for (i, layer) in decoder.layers.iter().enumerate() {
+        x = layer.forward(&x, &geometry).unwrap();
+        // The last reference state is after the final norm.
+        let last = i + 1 == decoder.layers.len();
+        let ours = if last { decoder.final_norm(&x).unwrap() } else { x.clone() };
+        let difference = max_difference(&floats(&ours), &floats(&expected[&format!("hidden_{:02}", i + 1)]));
+        assert!(difference < 2e-4, "after layer {i}: {difference}");
+    }
+}
+
+#[test]
+fn packed_equals_alone_whatever_the_chunk() {
+    let expected = load("expected/teacher_topk.safetensors");
+    let (starts, input_ids) = (offsets(&expected["offsets"]), ids(&expected["input_ids"]));
+    let conversations: Vec<&[u32]> = starts.windows(2).take(4).map(|w| &input_ids[w[0]..w[1]]).collect();
+    let positions: Vec<Vec<u32>> = conversations.iter().map(|c| all_positions(c)).collect();
+    let sequences = || conversations.iter().zip(&positions).map(|(c, p)| Sequence { input_ids: c, positions: p });
+    let teacher = teacher();
+    let packed = teacher.score(&Pack::new(sequences()), 16, 7).unwrap();
+    let mut at = 0;
+    for sequence in sequences() {
+        let alone = teacher.score(&Pack::new([sequence]), 16, 1000).unwrap();
+        for i in 0..alone.len() {
+            let (a, b) = (packed.position(at + i), alone.position(i));
+            assert_eq!(a.ids, b.ids);
+            // The same sums in the same order but for the blocking of the products.
+            assert!(max_difference(a.logprobs, b.logprobs) < 2e-5);
+        }
+        at += alone.len();
+    }
+    assert_eq!(at, packed.len());
+}
+
+#[test]
+fn top_k_is_exact_on_small_rows() {
+    let logits = Tensor::new(&[[1f32, 3.0, 3.0, -2.0, 0.5], [0.0, 0.0, 0.0, 0.0, 0.0]], &Device::Cpu).unwrap();
+    let rows = top_k::rows(&logits, 2).unwrap();
+    assert_eq!(rows[0].ids, [1, 2]);
+    assert_eq!(rows[1].ids, [0, 1], "ties go to the smaller id");
+    let z: Vec<f64> = vec![1.0, 3.0, 3.0, -2.0, 0.5];
+    let sum: f64 = z.iter().map(|v| v.exp()).sum();
+    assert!((f64::from(rows[0].logprobs[0]) - (3.0 - sum.ln())).abs() < 1e-7);
+    let tail = (z[0].exp() + z[3].exp() + z[4].exp()) / sum;
+    assert!((f64::from(rows[0].tail_logprob) - tail.ln()).abs() < 1e-6);
+    let whole = top_k::rows(&logits, 5).unwrap();
+    assert_eq!(whole[0].tail_logprob, f32::NEG_INFINITY);
+    assert!(top_k::rows(&logits, 6).is_err() && top_k::rows(&logits, 0).is_err());
+    let bad = Tensor::new(&[[1f32, f32::NAN]], &Device::Cpu).unwrap();
+    assert!(top_k::rows(&bad, 1).unwrap_err().to_string().contains("row 0: the logit of id 1 is NaN"));
+}
