@@ -135,6 +135,11 @@ pub fn count(n: u64) -> String {
     out
 }
 
+/// A number of things: `1 shard`, `2 shards`.
+pub fn plural(n: u64, thing: &str) -> String {
+    format!("{} {thing}{}", count(n), if n == 1 { "" } else { "s" })
+}
+
 /// Bytes in the largest binary unit below them.
 pub fn bytes(n: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];

@@ -159,7 +159,8 @@ impl Position {
         for (i, kept) in after.kept.iter().take(top).enumerate() {
             let mark = if kept.id == after.next_id { "▸" } else { "" };
             let name = text::fit(&text::token(&kept.token), ALTERNATIVE_COLUMNS);
-            let shown = format!("{mark}{name} {:.1}%", kept.probability * 100.0);
+            let chance = if kept.probability < 0.0005 { "<0.1%".into() } else { format!("{:.1}%", kept.probability * 100.0) };
+            let shown = format!("{mark}{name} {chance}");
             if i > 0 && text::width(&line) + 2 + text::width(&shown) > COLUMNS {
                 writeln!(out, "{}", line.trim_end())?;
                 line = " ".repeat(indent) + &shown;

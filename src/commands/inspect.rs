@@ -112,7 +112,10 @@ fn identity(cache: &Cache) -> Table {
         )
         .fact("tokenizer", format!("{} ids, {}", print::count(what.tokenizer.size.into()), short(&what.tokenizer.blake3)))
         .fact("template", format!("{}, {}", what.template.source, short(&what.template.blake3)))
-        .fact("data", if files > 1 { format!("{first} and {} more files", files - 1) } else { first.to_string() })
+        .fact(
+            "data",
+            if files > 1 { format!("{first} and {} more", print::plural(files as u64 - 1, "file")) } else { first.to_string() },
+        )
         .fact("conversations", format!("{} read, {} skipped", print::count(what.data.rows), print::count(skipped)))
         .fact(
             "longest",
@@ -128,7 +131,7 @@ fn size(table: &mut Table, summary: &Summary) {
     let each = summary.bytes_per_scored.map_or_else(|| "-".into(), |bytes| format!("{bytes:.1} B"));
     let ratio = summary.raw_ratio.map_or_else(|| "-".into(), |ratio| format!("{ratio:.2} : 1"));
     table
-        .fact("rows", format!("{} in {} shards; {state}", print::count(summary.rows), print::count(summary.shards)))
+        .fact("rows", format!("{} in {}; {state}", print::count(summary.rows), print::plural(summary.shards, "shard")))
         .fact("tokens", format!("{}, {} scored", print::count(summary.tokens), print::count(summary.scored)))
         .fact("size", format!("{}, {each} a scored position", print::bytes(summary.bytes)))
         .fact("compression", format!("{ratio} against plain arrays of ids and 16-bit values"));

@@ -70,12 +70,12 @@ fn write_verdict(report: &VerifyReport, out: &mut Out) -> std::io::Result<()> {
         writeln!(out, "{} rows repeat an earlier conversation of the data", print::count(report.repeated_rows))?;
     }
     let whole = if report.complete { "complete" } else { "not complete yet: run the same precompute again" };
-    let verdict = if report.is_good() { "all good".into() } else { format!("{} problems", print::count(report.problem_count)) };
+    let verdict = if report.is_good() { "all good".into() } else { print::plural(report.problem_count, "problem") };
     let (good, rows) = (print::count(report.good_rows), print::count(report.rows));
     writeln!(
         out,
-        "{verdict}: {good} of {rows} rows, {} shards, {}; {whole}",
-        print::count(report.shards),
+        "{verdict}: {good} of {rows} rows, {}, {}; {whole}",
+        print::plural(report.shards, "shard"),
         print::bytes(report.bytes)
     )
 }

@@ -12,7 +12,7 @@ use std::cmp::Ordering;
 /// One row's result.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TopK {
-    /// The k ids, largest logit first.
+    /// The k ids, largest log-probability first, ties by rising id.
     pub ids: Vec<u32>,
     /// Their log-probabilities over the whole row, in nats.
     pub logprobs: Vec<f32>,
@@ -62,10 +62,26 @@ fn one_row(number: usize, row: &[f32], k: usize) -> Result<TopK> {
     let head: f64 = kept.iter().map(weight).sum();
     let tail: f64 = (0..row.len() as u32).filter(|id| larger(id, &last) == Ordering::Greater).map(|id| weight(&id)).sum();
     let log_sum = (head + tail).ln();
-    Ok(TopK {
-        logprobs: kept.iter().map(|id| (f64::from(row[*id as usize]) - max - log_sum) as f32).collect(),
-        tail_logprob: (tail.ln() - log_sum) as f32,
-        logsumexp: max + log_sum,
-        ids: kept.to_vec(),
-    })
+    let logprob = |id: &u32| (f64::from(row[*id as usize]) - max - log_sum) as f32;
+    // Different logits may meet in one f32 log-probability, which is coarser where it is larger; such ids are ties again.
+    let mut entries: Vec<(u32, f32)> = kept.iter().map(|id| (*id, logprob(id))).collect();
+    entries.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let (ids, logprobs) = entries.into_iter().unzip();
+    Ok(TopK { ids, logprobs, tail_logprob: (tail.ln() - log_sum) as f32, logsumexp: max + log_sum })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    /// 0.001 and the next f32 above it differ, but not once about 20 is taken away: f32 steps there are 2e-6.
+    #[test]
+    fn logits_that_meet_in_one_logprob_are_ties_by_rising_id() {
+        let row = [1.0e-3, 1.0e-3f32.next_up(), 20.0];
+        assert!(row[1] > row[0]);
+        let top = one_row(0, &row, 3).unwrap();
+        assert_eq!(top.ids, [2, 0, 1]);
+        assert_eq!(top.logprobs[1], top.logprobs[2]);
+    }
 }
