@@ -92,9 +92,9 @@ pub enum AdapterError {
         /// The file.
         path: PathBuf,
     },
-    /// The adapter's or the model's weights.
+    /// The adapter's or the model's weights (boxed: it is the largest).
     #[error(transparent)]
-    Weights(#[from] ModelError),
+    Weights(Box<ModelError>),
     /// An output folder that is in use.
     #[error("{path}: expected no such folder or an empty one, found {found}", path = path.display())]
     Occupied {
@@ -127,7 +127,7 @@ pub enum AdapterError {
         /// The tensor.
         name: String,
         /// What it said.
-        source: candle_core::Error,
+        source: Box<candle_core::Error>,
     },
 }
 
@@ -139,6 +139,12 @@ impl AdapterError {
             AdapterError::Weights(e) => e.class(),
             _ => ErrorClass::Runtime,
         }
+    }
+}
+
+impl From<ModelError> for AdapterError {
+    fn from(error: ModelError) -> Self {
+        AdapterError::Weights(Box::new(error))
     }
 }
 

@@ -223,8 +223,8 @@ fn tensors_that_lie_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (a, b) = ((A, tensor(&[2, 4])), (B, tensor(&[3, 2])));
     let with = |tensors: &[(&str, Tensor)]| load(&folder(dir.path(), json!({}), tensors));
-    refused(with(&[a.clone()]), &["model.layers.0.self_attn.q_proj has lora_A but no lora_B"]);
-    refused(with(&[b.clone()]), &["has lora_B but no lora_A"]);
+    refused(with(std::slice::from_ref(&a)), &["model.layers.0.self_attn.q_proj has lora_A but no lora_B"]);
+    refused(with(std::slice::from_ref(&b)), &["has lora_B but no lora_A"]);
     refused(with(&[]), &["adapter_model.safetensors", "holds no tensor"]);
     refused(with(&[(A, tensor(&[3, 4])), b.clone()]), &[A, "expected [2, in]", "F32 [3, 4]"]);
     refused(with(&[a.clone(), (B, tensor(&[2, 3]))]), &[B, "expected [out, 2]", "F32 [2, 3]"]);

@@ -87,8 +87,8 @@ fn every_layer_is_merged_once_and_all_else_is_untouched() {
         let delta: Vec<f64> = delta.flatten_all().unwrap().to_vec1().unwrap();
         for ((old, new), delta) in old.iter().zip(&new).zip(&delta) {
             let exact = f64::from(*old) + delta;
-            // Rounded once: half a bf16 step (2^-9 relative) and f32's error before it.
-            assert!((f64::from(*new) - exact).abs() <= exact.abs() * 0.00196 + 1e-7, "{name}: {exact} {new}");
+            // Rounded once: half a bf16 step (at most 2^-8 of the value) and f32's error before it.
+            assert!((f64::from(*new) - exact).abs() <= exact.abs() * f64::powi(2.0, -8) + 1e-7, "{name}: {exact} {new}");
         }
         assert_ne!(old, new, "{name}");
         adapted += 1;
@@ -199,30 +199,12 @@ fn what_does_not_fit_is_refused_and_leaves_nothing() {
     context.stop.store(true, Ordering::Relaxed);
     let stopped = merge(&settings(&dir.path().join("other")), &context).unwrap_err();
     assert_eq!(stopped.class(), ErrorClass::Interrupted);
+    let (phase, done) = context.progress.snapshot();
+    assert_eq!((phase.name.as_str(), phase.unit, phase.total), ("merging", "bytes", done));
+    let base = Weights::open(&golden("student")).unwrap();
+    let bytes = base.names().map(|n| 2 * base.info(n).unwrap().shape.iter().product::<usize>()).sum::<usize>();
+    assert_eq!(done, bytes as u64);
     let mut left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     left.sort();
     assert_eq!(left, ["adapter", "merged"]);
-}
-
-#[test]
-fn progress_counts_every_byte() {
-    let dir = tempfile::tempdir().unwrap();
-    let context = RunContext::default();
-    let (sum, out) = (std::sync::Arc::clone(&context.progress), dir.path().join("merged"));
-    let watch = std::thread::spawn(move || {
-        let mut most = (0, 0);
-        for _ in 0..100_000 {
-            let (phase, done) = sum.snapshot();
-            if phase.name == "merging" {
-                most = (most.0.max(phase.total), most.1.max(done));
-            } else if phase.serial >= 2 {
-                break;
-            }
-            std::thread::yield_now();
-        }
-        most
-    });
-    merge(&settings(&out), &context).unwrap();
-    let (total, done) = watch.join().unwrap();
-    assert!(done <= total, "{done} of {total}");
 }

@@ -70,7 +70,7 @@ pub fn load(folder: &Path) -> Checked<(AdapterConfig, BTreeMap<String, Tensor>)>
     for (name, info) in &infos {
         let stored = weights.tensor(&format!("{FILE_PREFIX}{name}"), &info.shape, &Device::Cpu)?;
         let tensor = stored.to_dtype(DType::F32);
-        let tensor = tensor.map_err(|source| AdapterError::Tensor { name: name.to_string(), source })?;
+        let tensor = tensor.map_err(|source| AdapterError::Tensor { name: name.to_string(), source: source.into() })?;
         tensors.insert(name.to_string(), tensor);
     }
     Ok((config, tensors))

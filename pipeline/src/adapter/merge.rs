@@ -179,7 +179,8 @@ fn plan<'a>(
             Some(None) => Linear::Plain,
             Some(Some(delta)) => Linear::Adapted(delta),
         };
-        if !matches!(linear, Linear::No) && !(is_float(stored.dtype) && stored.shape.len() == 2) {
+        let fits = matches!(linear, Linear::No) || (is_float(stored.dtype) && stored.shape.len() == 2);
+        if !fits {
             return Err(ModelError::TensorMismatch {
                 path: config.student.clone(),
                 name: name.to_string(),

@@ -73,7 +73,8 @@ impl Merged<'_> {
             values = Nf4Weight::quantize(&values, out, inputs).dequantize();
         }
         if let Linear::Adapted(delta) = &self.linear {
-            let added = delta.values().map_err(|source| AdapterError::Tensor { name: self.name.into(), source })?;
+            let added =
+                delta.values().map_err(|source| AdapterError::Tensor { name: self.name.into(), source: source.into() })?;
             values.iter_mut().zip(added).for_each(|(w, d)| *w += d);
         }
         Ok(Cow::Owned(encode(self.name, &values, self.dtype)?))

@@ -130,7 +130,7 @@ pub enum ModelError {
         /// The tensor.
         name: String,
         /// What the tensor library said.
-        source: candle_core::Error,
+        source: Box<candle_core::Error>,
     },
     /// A signal asked for a stop while weights were read.
     #[error("{place}: stopped by a signal while hashing the weights; nothing was written", place = place.display())]

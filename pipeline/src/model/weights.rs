@@ -118,7 +118,7 @@ impl Weights {
         };
         match dtype {
             Some(dtype) if entry.info.shape == shape => Tensor::from_raw_buffer(bytes, dtype, shape, device)
-                .map_err(|source| ModelError::TensorCopy { name: name.to_string(), source }),
+                .map_err(|source| ModelError::TensorCopy { name: name.to_string(), source: source.into() }),
             _ => Err(self.mismatch(name, entry, format!("F32, F16 or BF16 {shape:?}"))),
         }
     }
