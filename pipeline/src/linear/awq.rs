@@ -41,8 +41,8 @@ impl AwqWeight {
     ) -> Option<Self> {
         let words = outputs / PER_WORD;
         let fits = group > 0
-            && outputs % PER_WORD == 0
-            && inputs % group == 0
+            && outputs.is_multiple_of(PER_WORD)
+            && inputs.is_multiple_of(group)
             && qweight.len() == inputs * words
             && qzeros.len() == inputs / group * words
             && scales.len() == inputs / group * outputs;

@@ -95,11 +95,11 @@ impl ModelConfig {
     }
 
     fn check(&self, object: &Object) -> Result<(), ModelError> {
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             let expected = format!("a divisor of num_attention_heads = {}", self.heads);
             return Err(object.wrong("num_key_value_heads", &expected, &self.kv_heads.to_string()));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return Err(object.wrong("head_dim", "an even number", &self.head_dim.to_string()));
         }
         let act = object.value.get("hidden_act").and_then(Value::as_str).unwrap_or("silu");
