@@ -1,0 +1,122 @@
+//! One real run from end to end through the binary: chats → teacher → cache → student → adapter → merged model.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+use serde_json::Value;
+use support::{Bench, STUDENT, TEACHER, files, golden, precompute};
+
+/// One metrics.jsonl as values.
+fn metrics(bench: &Bench, out: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(bench.path(out).join("metrics.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn train<'a>(out: &'a str, objective: &'a str, steps: &'a str) -> Vec<&'a str> {
+    let mut arguments = vec!["train", "--student", STUDENT.as_str(), "--cache", "cache", "--out", out];
+    arguments.extend(["--objective", objective, "--steps", steps, "--lr", "5e-3", "--rank", "8", "--warmup-steps", "2"]);
+    arguments.extend(["--batch-size", "8", "--pack-tokens", "512", "--quiet"]);
+    arguments
+}
+
+#[test]
+fn every_stage_of_a_run() {
+    let bench = Bench::new();
+    bench.cache("cache");
+
+    // The cache: all rows but the one that truncation leaves nothing of; every byte checks.
+    let verified = bench.expect(0, &["verify", "cache", "--json"]).json();
+    assert_eq!((&verified["rows"], &verified["problem_count"]), (&39.into(), &0.into()), "{verified}");
+    let summary = bench.expect(0, &["inspect", "cache", "--json"]).json();
+    let text = summary.to_string();
+    assert!(text.contains("\"rows\":39"), "{text}");
+    let row = bench.expect(0, &["inspect", "cache", "--row", "0"]).stdout;
+    assert!(row.contains("<|im_start|>") && row.contains("most likely next"), "{row}");
+
+    for objective in ["sft", "distill", "distill+sft"] {
+        let out = format!("run-{objective}");
+        let report = bench.expect(0, &[train(&out, objective, "20"), vec!["--json"]].concat()).json();
+        assert_eq!(report["steps"], 20, "{report}");
+        let lines = metrics(&bench, &out);
+        assert_eq!(lines.iter().map(|l| l["step"].as_u64().unwrap()).collect::<Vec<_>>(), (1..=20).collect::<Vec<_>>());
+        let mean = |lines: &[Value]| lines.iter().map(|l| l["loss"].as_f64().unwrap()).sum::<f64>() / lines.len() as f64;
+        let (first, last) = (mean(&lines[..5]), mean(&lines[15..]));
+        assert!(last < 0.9 * first, "{objective}: {first} to {last}");
+        for line in &lines {
+            let (kd, ce, loss) = (line["kd"].as_f64(), line["ce"].as_f64().unwrap(), line["loss"].as_f64().unwrap());
+            let expected = match objective {
+                "sft" => ce,
+                "distill" => kd.unwrap(),
+                _ => 0.5 * kd.unwrap() + 0.5 * ce,
+            };
+            assert!((loss - expected).abs() < 1e-9, "{objective}: {line}");
+            assert_eq!(kd.is_some(), objective != "sft");
+            for key in ["lr", "grad_norm", "tokens"] {
+                assert!(line[key].as_f64().unwrap() > 0.0, "{key} in {line}");
+            }
+        }
+        let names = files(&bench.path(&out));
+        for name in ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/tokenizer.json"] {
+            assert!(names.contains_key(name), "{name} in {:?}", names.keys());
+        }
+        assert!(names.contains_key("config.resolved.toml") && names.contains_key("checkpoint-20/optimizer.safetensors"));
+    }
+
+    // The three arms come from one cache and differ.
+    let adapter = |arm: &str| files(&bench.path(&format!("run-{arm}/adapter")))["adapter_model.safetensors"].clone();
+    assert_ne!(adapter("sft"), adapter("distill"));
+    assert_ne!(adapter("distill"), adapter("distill+sft"));
+
+    bench.expect(0, &["merge", "--student", &STUDENT, "--adapter", "run-distill/adapter", "--out", "merged", "--quiet"]);
+    let merged = files(&bench.path("merged"));
+    let base = std::fs::read(golden("student/model.safetensors")).unwrap();
+    assert_eq!(merged["model.safetensors"].len(), base.len(), "same tensors, other values");
+    assert_ne!(merged["model.safetensors"], base);
+
+    // The merged folder is a model folder like any other: it can teach.
+    let chats = golden("chats.jsonl");
+    bench.expect(
+        3,
+        &["precompute", "--teacher", "merged", "--data", &chats, "--cache", "again", "--max-length", "256", "--quiet"],
+    );
+}
+
+#[test]
+fn a_second_run_of_the_same_command_does_nothing_and_other_settings_are_refused() {
+    let bench = Bench::new();
+    bench.cache("cache");
+    let before = files(&bench.path("cache"));
+    let report = bench.expect(3, &[precompute("cache"), vec!["--json"]].concat()).json();
+    assert_eq!((&report["rows"], &report["resumed_rows"], &report["scored_tokens"]), (&39.into(), &39.into(), &0.into()));
+    assert_eq!(files(&bench.path("cache")), before);
+
+    let other = bench.expect(6, &[precompute("cache"), vec!["--top-k", "8"]].concat());
+    assert!(other.error().contains("selection.k") && other.error().contains("16") && other.error().contains('8'), "{other:?}");
+    let student_as_teacher: Vec<&str> =
+        precompute("cache").into_iter().map(|a| if a == TEACHER.as_str() { STUDENT.as_str() } else { a }).collect();
+    let other = bench.expect(6, &student_as_teacher);
+    assert!(other.error().contains("teacher.weights"), "{other:?}");
+    assert_eq!(files(&bench.path("cache")), before, "a refusal changes nothing");
+}
+
+#[test]
+fn chunks_and_packs_do_not_change_the_cache() {
+    let bench = Bench::new();
+    bench.cache("cache");
+    bench.expect(3, &[precompute("other"), vec!["--head-chunk", "5"]].concat());
+    assert_eq!(files(&bench.path("cache")), files(&bench.path("other")), "head chunks");
+}
+
+#[test]
+fn order_and_seed_do_what_they_say() {
+    let bench = Bench::new();
+    bench.cache("cache");
+    let adapter = |out: &str, more: &[&str]| {
+        bench.expect(0, &[train(out, "distill", "3"), more.to_vec()].concat());
+        files(&bench.path(out))["adapter/adapter_model.safetensors"].clone()
+    };
+    let seven = adapter("a", &["--seed", "7"]);
+    assert_eq!(seven, adapter("b", &["--seed", "7"]), "one seed, one adapter");
+    assert_ne!(seven, adapter("c", &["--seed", "8"]));
+    assert_ne!(seven, adapter("d", &["--seed", "7", "--no-shuffle"]));
+}

@@ -1,0 +1,154 @@
+//! Nothing is lost and nothing changes when a run is killed or asked to stop.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+use support::{Bench, STUDENT, files, precompute};
+
+/// Waits until `path` exists or the child ends; whether the child was still running then.
+fn wait_for(child: &mut Child, path: &Path) -> bool {
+    let started = Instant::now();
+    while !path.exists() && started.elapsed() < Duration::from_secs(120) {
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.try_wait().unwrap().is_none()
+}
+
+#[test]
+fn a_killed_precompute_resumed_is_byte_identical() {
+    let bench = Bench::new();
+    bench.cache("whole");
+    let whole = files(&bench.path("whole"));
+    let mut killed = 0;
+    for shard in 0..4 {
+        let name = format!("cut-{shard}");
+        let mut child = bench.command(&precompute(&name)).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        if wait_for(&mut child, &bench.path(&name).join(format!("shard-{shard:05}.parquet"))) {
+            killed += 1;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let partial = files(&bench.path(&name));
+        let trained = bench.run(&["train", "--student", &STUDENT, "--cache", &name, "--out", "early", "--steps", "1", "--quiet"]);
+        if !String::from_utf8_lossy(&partial["manifest.json"]).contains("\"complete\": true") {
+            assert_eq!(trained.code, 2, "an unfinished cache is not trained from: {trained:?}");
+            assert!(trained.error().contains(" of 39 rows; finish it with the precompute command"), "{trained:?}");
+        }
+        let report = bench.expect(3, &[precompute(&name), vec!["--json"]].concat()).json();
+        assert_eq!(report["rows"], 39);
+        assert_eq!(files(&bench.path(&name)), whole, "killed after shard {shard} with {:?}", partial.keys());
+    }
+    assert!(killed > 0, "no run was killed in time");
+}
+
+#[test]
+fn two_writers_of_one_cache_are_refused() {
+    let bench = Bench::new();
+    bench.cache("cache");
+    let lock = std::fs::File::options().write(true).open(bench.path("cache/cache.lock")).unwrap();
+    lock.lock().unwrap();
+    let refused = bench.expect(5, &precompute("cache"));
+    assert!(refused.error().starts_with("cache: ") && refused.error().contains("lock"), "{refused:?}");
+}
+
+fn train<'a>(out: &'a str, steps: &'a str) -> Vec<&'a str> {
+    let mut arguments = vec!["train", "--student", STUDENT.as_str(), "--cache", "cache", "--out", out, "--steps", steps];
+    arguments.extend(["--lr", "2e-3", "--rank", "4", "--batch-size", "4", "--checkpoint-every", "2", "--quiet"]);
+    arguments
+}
+
+/// Adapter, optimiser state and metrics (without the clock) of a finished run of 12 steps.
+fn outcome(bench: &Bench, out: &str) -> (Vec<u8>, Vec<u8>, Vec<Value>) {
+    let all = files(&bench.path(out));
+    let lines = String::from_utf8(all["metrics.jsonl"].clone()).unwrap();
+    let metrics = lines.lines().map(|line| {
+        let mut value: Value = serde_json::from_str(line).unwrap();
+        value.as_object_mut().unwrap().remove("seconds");
+        value
+    });
+    let (adapter, optimizer) = (&all["adapter/adapter_model.safetensors"], &all["checkpoint-12/optimizer.safetensors"]);
+    (adapter.clone(), optimizer.clone(), metrics.collect())
+}
+
+#[test]
+fn a_killed_training_resumed_is_bit_identical() {
+    let bench = Bench::new();
+    bench.cache("cache");
+    bench.expect(0, &train("whole", "12"));
+    let whole = outcome(&bench, "whole");
+    assert_eq!(whole.2.len(), 12);
+    let mut killed = 0;
+    for step in [2, 6, 10] {
+        let out = format!("cut-{step}");
+        let mut child = bench.command(&train(&out, "12")).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        if wait_for(&mut child, &bench.path(&out).join(format!("checkpoint-{step}"))) {
+            killed += 1;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        bench.expect(0, &train(&out, "12"));
+        assert_eq!(outcome(&bench, &out), whole, "killed after step {step}");
+    }
+    assert!(killed > 0, "no run was killed in time");
+}
+
+#[test]
+fn a_training_asked_to_stop_leaves_a_checkpoint_and_says_75() {
+    let bench = Bench::new();
+    bench.cache("cache");
+    bench.expect(0, &train("whole", "12"));
+    // A thousand steps take long enough to be stopped within.
+    let mut child = bench.command(&train("run", "1000")).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    assert!(wait_for(&mut child, &bench.path("run/checkpoint-4")));
+    let pid = child.id().to_string();
+    assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(75), "{stderr}");
+    assert!(stderr.contains("stopped by a signal; checkpoint-") && stderr.contains("run the same command again"), "{stderr}");
+
+    // Fewer steps than the checkpoint has are refused; the same command goes on.
+    let refused = bench.expect(2, &train("run", "1"));
+    assert!(refused.error().starts_with("steps = 1: expected at least the "), "{refused:?}");
+    let checkpoints = std::fs::read_dir(bench.path("run"))
+        .unwrap()
+        .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("checkpoint-"));
+    assert_eq!(checkpoints.count(), 2, "two are kept");
+}
+
+#[test]
+fn a_checkpoint_is_refused_when_damaged_or_of_another_run() {
+    let bench = Bench::new();
+    bench.cache("cache");
+    bench.expect(0, &train("run", "4"));
+    let refused = bench.expect(2, &[train("run", "6"), vec!["--resume", "never"]].concat());
+    assert_eq!(refused.error(), "run: already holds checkpoint-4; choose another --out, or --resume latest to continue");
+    let refused = bench.expect(6, &[train("run", "6"), vec!["--seed", "1"]].concat());
+    assert!(refused.error().contains("other settings: seed: expected 1, found 42"), "{refused:?}");
+    let lock = std::fs::File::options().write(true).open(bench.path("run/.lock")).unwrap();
+    lock.lock().unwrap();
+    assert!(bench.expect(5, &train("run", "6")).error().contains("another process is training"));
+    lock.unlock().unwrap();
+
+    for name in ["adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json", "digests.json"] {
+        let path = bench.path("run/checkpoint-4").join(name);
+        let good = std::fs::read(&path).unwrap();
+        for at in [0, good.len() / 2, good.len() - 1] {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            std::fs::write(&path, bad).unwrap();
+            let refused = bench.run(&train("run", "6"));
+            assert_eq!(refused.code, 4, "{name} byte {at}: {refused:?}");
+        }
+        std::fs::write(&path, good).unwrap();
+    }
+    // An earlier checkpoint can be named.
+    bench.expect(0, &[train("run", "6"), vec!["--resume", "run/checkpoint-2"]].concat());
+}
