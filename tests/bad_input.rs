@@ -49,7 +49,8 @@ fn model_folders() {
     let folder = bench.copy("teacher-awq", "group");
     edit_json(&folder.join("config.json"), |c| c["quantization_config"]["group_size"] = 64.into());
     let error = refused(&bench, 1, "group", &CHATS);
-    assert!(error.contains("model.layers.0.self_attn.q_proj.qzeros is [2, 32] (expected [4, 32])"), "{error}");
+    let sentence = "group/config.json: group_size: expected 128, as model.layers.0.self_attn.q_proj.scales has 2 rows for 256 inputs, found 64";
+    assert_eq!(error, sentence);
     edit_json(&folder.join("config.json"), |c| c["quantization_config"]["group_size"] = 0.into());
     let error = refused(&bench, 1, "group", &CHATS);
     assert!(error.ends_with("config.json: group_size: expected a whole number from 1 to 131072, found 0"), "{error}");

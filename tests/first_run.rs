@@ -90,11 +90,12 @@ fn a_second_run_of_the_same_command_does_nothing_and_other_settings_are_refused(
     assert_eq!((&report["rows"], &report["resumed_rows"], &report["scored_tokens"]), (&39.into(), &39.into(), &0.into()));
     assert_eq!(files(&bench.path("cache")), before);
 
-    let other = bench.expect(6, &[precompute("cache"), vec!["--top-k", "8"]].concat());
+    let with = |from: &'static str, to: &'static str| -> Vec<&str> {
+        precompute("cache").into_iter().map(|a| if a == from { to } else { a }).collect()
+    };
+    let other = bench.expect(6, &with("16", "8"));
     assert!(other.error().contains("selection.k") && other.error().contains("16") && other.error().contains('8'), "{other:?}");
-    let student_as_teacher: Vec<&str> =
-        precompute("cache").into_iter().map(|a| if a == TEACHER.as_str() { STUDENT.as_str() } else { a }).collect();
-    let other = bench.expect(6, &student_as_teacher);
+    let other = bench.expect(6, &with(&TEACHER, &STUDENT));
     assert!(other.error().contains("teacher.weights"), "{other:?}");
     assert_eq!(files(&bench.path("cache")), before, "a refusal changes nothing");
 }

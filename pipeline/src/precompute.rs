@@ -198,7 +198,7 @@ fn describe(
 ) -> Result<Description> {
     let template = tokenizer.template_fingerprint().cloned();
     Ok(Description {
-        teacher: teacher_fingerprint(&config.teacher, context)?,
+        teacher: teacher_fingerprint(&config.teacher, tokenizer.tokenizer_fingerprint().size, context)?,
         tokenizer: tokenizer.tokenizer_fingerprint().clone(),
         template: template.ok_or_else(|| DataError::NoTemplate { folder: config.teacher.clone(), found: "none".into() })?,
         data: dataset.fingerprint.clone(),
@@ -219,11 +219,13 @@ fn describe(
     })
 }
 
-fn teacher_fingerprint(folder: &Path, context: &RunContext) -> Result<TeacherFingerprint> {
+fn teacher_fingerprint(folder: &Path, width: u32, context: &RunContext) -> Result<TeacherFingerprint> {
     let file = folder.join("config.json");
     let text = std::fs::read(&file).map_err(|source| ModelError::Io { path: file, source })?;
     let config = ModelConfig::from_folder(folder)?;
     let weights = Weights::open(folder)?;
+    // A folder that cannot be loaded must not leave a cache behind that was made from it.
+    Teacher::check_folder(folder, &config, &weights, width)?;
     let name = folder.canonicalize().ok().and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
     let dense =
         weights.info("model.embed_tokens.weight").map_or("unknown".into(), |info| format!("{:?}", info.dtype).to_lowercase());

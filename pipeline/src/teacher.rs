@@ -5,7 +5,9 @@
 
 use crate::data::pack::Pack;
 use crate::model::ModelError;
+use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, Holding};
+use crate::model::weights::Weights;
 use crate::ops::top_k;
 use crate::run::RunContext;
 use crate::{Error, Result};
@@ -30,16 +32,15 @@ impl Teacher {
     /// rows than the tokenizer has ids.
     pub fn from_folder(folder: &Path, width: u32, device: &Device, context: &RunContext) -> Result<Self> {
         let decoder = Decoder::from_folder(folder, Holding::AsStored, device, context)?;
-        if decoder.config.vocab_size < width as usize {
-            return Err(Error::Model(ModelError::Config {
-                path: folder.join("config.json"),
-                key: "vocab_size".into(),
-                expected: format!("at least the tokenizer's {width} ids"),
-                found: decoder.config.vocab_size.to_string(),
-            }));
-        }
+        check_width(folder, &decoder.config, width)?;
         let head = decoder.head().narrow(0, 0, width as usize)?;
         Ok(Self { decoder, head })
+    }
+
+    /// What [`from_folder`](Self::from_folder) would refuse, found without loading anything.
+    pub fn check_folder(folder: &Path, config: &ModelConfig, weights: &Weights, width: u32) -> Result<()> {
+        check_width(folder, config, width)?;
+        Ok(Decoder::check_folder(config, weights)?)
     }
 
     /// The model.
@@ -74,4 +75,16 @@ impl Teacher {
         }
         Ok(targets)
     }
+}
+
+fn check_width(folder: &Path, config: &ModelConfig, width: u32) -> Result<()> {
+    if config.vocab_size >= width as usize {
+        return Ok(());
+    }
+    Err(Error::Model(ModelError::Config {
+        path: folder.join("config.json"),
+        key: "vocab_size".into(),
+        expected: format!("at least the tokenizer's {width} ids"),
+        found: config.vocab_size.to_string(),
+    }))
 }

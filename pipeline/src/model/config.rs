@@ -99,8 +99,18 @@ impl ModelConfig {
             let expected = format!("a divisor of num_attention_heads = {}", self.heads);
             return Err(object.wrong("num_key_value_heads", &expected, &self.kv_heads.to_string()));
         }
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(object.wrong("head_dim", "an even number", &self.head_dim.to_string()));
+        if self.head_dim < 2 || !self.head_dim.is_multiple_of(2) {
+            return Err(object.wrong("head_dim", "an even number above 0", &self.head_dim.to_string()));
+        }
+        if let Quantization::Awq { group: Some(group), .. } = self.quantization {
+            let inputs = [self.hidden_size, self.heads * self.head_dim, self.intermediate_size];
+            if let Some(inputs) = inputs.iter().find(|n| !n.is_multiple_of(group)) {
+                return Err(object.wrong(
+                    "group_size",
+                    &format!("a divisor of every layer's inputs, {inputs} among them"),
+                    &group.to_string(),
+                ));
+            }
         }
         let act = object.value.get("hidden_act").and_then(Value::as_str).unwrap_or("silu");
         if act != "silu" {

@@ -62,6 +62,12 @@ impl Decoder {
         })
     }
 
+    /// Checks config, tensor names and shapes of a model folder without loading it. Errors: as
+    /// [`from_folder`](Self::from_folder).
+    pub fn check_folder(config: &ModelConfig, weights: &Weights) -> Result<(), ModelError> {
+        Reader { config, weights, holding: Holding::AsStored, device: &Device::Cpu }.check()
+    }
+
     /// Hidden states before the first layer, f32 [T, H]. Errors: an id beyond the embedding.
     pub fn embed(&self, input_ids: &[u32]) -> candle_core::Result<Tensor> {
         if let Some(id) = input_ids.iter().find(|id| **id as usize >= self.config.vocab_size) {
@@ -130,7 +136,7 @@ impl From<candle_core::Error> for ReadError {
 impl Reader<'_> {
     fn decoder(&self, context: &RunContext) -> Result<Decoder, ReadError> {
         let c = self.config;
-        self.weights.require(&self.expected())?;
+        self.check()?;
         let embed_tokens = self.weights.tensor("model.embed_tokens.weight", &[c.vocab_size, c.hidden_size], self.device)?;
         let head = match c.tied {
             true => embed_tokens.to_dtype(DType::F32)?,
@@ -145,6 +151,25 @@ impl Reader<'_> {
         context.progress.end();
         let norm = self.float("model.norm.weight", &[c.hidden_size])?;
         Ok(Decoder { config: c.clone(), embed_tokens, layers, norm, head, device: self.device.clone() })
+    }
+
+    /// Group size first, since a wrong one makes every tensor look misshapen; then all names and shapes.
+    fn check(&self) -> Result<(), ModelError> {
+        let name = format!("model.layers.0.{}", PROJECTIONS[0]);
+        let (_, inputs) = features(self.config, 0);
+        let scales = self.weights.info(&format!("{name}.scales"));
+        if let (Some(group), Some([groups, _])) = (self.awq_group(&name, inputs), scales.as_ref().map(|s| s.shape.as_slice())) {
+            if *groups > 0 && inputs.is_multiple_of(*groups) && *groups * group != inputs {
+                let stored = inputs / groups;
+                return Err(ModelError::Config {
+                    path: self.weights.place().join("config.json"),
+                    key: "group_size".into(),
+                    expected: format!("{stored}, as {name}.scales has {groups} rows for {inputs} inputs"),
+                    found: group.to_string(),
+                });
+            }
+        }
+        self.weights.require(&self.expected())
     }
 
     fn layer(&self, i: usize) -> Result<Layer, ReadError> {

@@ -74,6 +74,11 @@ impl Weights {
         Ok(weights)
     }
 
+    /// The folder or file that was opened.
+    pub fn place(&self) -> &Path {
+        &self.place
+    }
+
     /// All tensor names, in byte order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
