@@ -62,7 +62,8 @@ pub enum Verb {
     allow_negative_numbers = true,
     after_help = "\
 Example:
-  potstill precompute --teacher models/Qwen1.5-32B-Chat-AWQ --data ultrachat_200k/data/train_sft-*.parquet \\
+  potstill precompute --teacher models/Qwen1.5-32B-Chat-AWQ \\
+      --data 'ultrachat_200k/data/train_sft-*.parquet' \\
       --cache caches/ultrachat --top-k 64 --max-length 1024
 
 Each setting may also stand in the table [precompute] of --config FILE, or in a variable such as
@@ -292,13 +293,13 @@ pub struct Merge {
 /// Make tiny models and run everything on them, with no network, in minutes
 ///
 /// Makes a tokenizer, a teacher (trained for a moment, then packed as AWQ) and a student; then precompute, verify, inspect,
-/// train and merge. An earlier demo in the same folder is replaced; any other content is left alone and refused.
+/// train and merge. A demo that was interrupted in the same folder is begun again; any other content is left alone and refused.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  potstill demo --out /tmp/potstill-demo")]
 pub struct Demo {
-    /// Folder for everything the demo makes
-    #[arg(long, value_name = "DIR", default_value = "potstill-demo")]
-    pub out: PathBuf,
+    /// Folder for everything the demo makes [default: potstill-demo, or potstill-demo-2 and so on where that is taken]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
 }
 
 /// Parses the process's arguments. Ends the process with code 2 on a wrong one, 0 after help.

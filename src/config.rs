@@ -141,12 +141,16 @@ fn from_file(section: &Section, path: &Path) -> Result<Table, UsageError> {
     Ok(ours)
 }
 
-/// The settings of `section` in variables such as `POTSTILL_TRAIN__LR`. Variables without `__` are none of ours.
+/// The settings of `section` in variables such as `POTSTILL_TRAIN__LR`. One that begins like ours and names no setting is an error.
 fn from_variables(section: &Section, variables: &[(OsString, OsString)]) -> Result<Table, UsageError> {
     let mut ours = Table::new();
     for (name, text) in variables {
-        let Some((table, key)) = name.to_str().and_then(|n| n.strip_prefix(PREFIX)).and_then(|n| n.split_once("__")) else {
-            continue;
+        let Some(rest) = name.to_str().and_then(|n| n.strip_prefix(PREFIX)) else { continue };
+        let Some((table, key)) = rest.split_once("__") else {
+            let name = name.to_string_lossy();
+            return Err(UsageError(format!(
+                "{name}: expected {PREFIX}VERB__SETTING, with two underscores between verb and setting"
+            )));
         };
         let (table, key) = (table.to_lowercase(), key.to_lowercase());
         let shown = name.to_string_lossy();

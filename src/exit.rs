@@ -55,18 +55,18 @@ pub fn record_panics() {
         let place = info.location().map_or_else(|| "an unknown place".into(), ToString::to_string);
         let sentence = format!("{} (at {place})", what.unwrap_or_else(|| "a panic without a message".into()));
         *LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner) = Some(sentence);
-        if chatty && !potstill_cache::decoding() {
+        if chatty && !potstill_cache::decoding() && !potstill_pipeline::data::guarded() {
             default_hook(info);
         }
     }));
 }
 
-/// Turns SIGINT and SIGTERM into a request for a durable stop; a second one ends the process at once.
+/// Turns SIGHUP (a terminal that went away), SIGINT and SIGTERM into a request for a durable stop; a second one ends the process at once.
 ///
 /// Only long jobs ask for this: everything else should simply end.
 pub fn stop_on_signals(stop: &Arc<AtomicBool>) -> anyhow::Result<()> {
-    use signal_hook::consts::{SIGINT, SIGTERM};
-    for signal in [SIGINT, SIGTERM] {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
         // The order matters: on the first signal the flag is still down, so only the second one exits.
         signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(stop))?;
         signal_hook::flag::register(signal, Arc::clone(stop))?;
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn each_class_has_its_code() {
-        let stopped = potstill_pipeline::Error::Interrupted { kept: "3 shards are on disk".into() };
+        let stopped = potstill_pipeline::Error::Interrupted { kept: "3 shards are on disk".into(), again: "go on" };
         let device = potstill_pipeline::Error::Device { asked: "x".into(), why: "y".into() };
         assert_eq!(code(&anyhow::Error::new(stopped)), 75);
         assert_eq!(code(&anyhow::Error::new(device).context("while starting")), 2);

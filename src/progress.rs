@@ -130,7 +130,8 @@ const STOPPING: &str = "stopping as soon as everything done is on disk; once mor
 fn new_bar(phase: &Phase) -> ProgressBar {
     let length = (phase.total > 0).then_some(phase.total);
     let bar = ProgressBar::with_draw_target(length, ProgressDrawTarget::stderr());
-    let template = if length.is_some() { "{prefix:<12} [{bar:24}] {percent:>3}% {msg}" } else { "{prefix:<12} {spinner} {msg}" };
+    let template =
+        if length.is_some() { "{prefix:<12} [{bar:14}] {percent:>3}% {wide_msg}" } else { "{prefix:<12} {spinner} {wide_msg}" };
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style.progress_chars("=> "));
     }

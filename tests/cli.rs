@@ -66,7 +66,7 @@ fn help_names_the_defaults() {
             ],
         ),
         ("inspect", &["[default: 5]"]),
-        ("demo", &["[default: potstill-demo]"]),
+        ("demo", &["[default: potstill-demo, or"]),
     ];
     for (verb, defaults) in cases {
         let (_, out, _) = run(potstill(here.path()).args([verb, "--help"]));

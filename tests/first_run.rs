@@ -101,11 +101,18 @@ fn a_second_run_of_the_same_command_does_nothing_and_other_settings_are_refused(
 }
 
 #[test]
-fn chunks_and_packs_do_not_change_the_cache() {
+fn chunks_packs_and_threads_do_not_change_the_cache() {
     let bench = Bench::new();
     bench.cache("cache");
-    bench.expect(3, &[precompute("other"), vec!["--head-chunk", "5"]].concat());
-    assert_eq!(files(&bench.path("cache")), files(&bench.path("other")), "head chunks");
+    // A chunk of 1 leaves lone rows everywhere, one of 5 sometimes; the reference runs in packs of 512.
+    for (name, chunk, pack) in [("a", "1", "512"), ("b", "5", "1"), ("c", "256", "4096"), ("d", "7", "300")] {
+        let arguments = precompute(name).into_iter().map(|a| if a == "512" { pack } else { a });
+        bench.expect(3, &[arguments.collect(), vec!["--head-chunk", chunk]].concat());
+        assert_eq!(files(&bench.path("cache")), files(&bench.path(name)), "chunk {chunk}, pack {pack}");
+    }
+    let threads = bench.command(&precompute("threads")).env("RAYON_NUM_THREADS", "1").output().unwrap();
+    assert_eq!(threads.status.code(), Some(3));
+    assert_eq!(files(&bench.path("cache")), files(&bench.path("threads")), "one thread");
 }
 
 #[test]

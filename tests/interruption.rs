@@ -131,8 +131,8 @@ fn a_checkpoint_is_refused_when_damaged_or_of_another_run() {
     let refused = bench.expect(2, &[train("run", "6"), vec!["--resume", "never"]].concat());
     assert_eq!(refused.error(), "run: already holds checkpoint-4; choose another --out, or --resume latest to continue");
     let refused = bench.expect(6, &[train("run", "6"), vec!["--seed", "1"]].concat());
-    assert!(refused.error().contains("other settings: seed: expected 1, found 42"), "{refused:?}");
-    let lock = std::fs::File::options().write(true).open(bench.path("run/.lock")).unwrap();
+    assert!(refused.error().contains("other settings: seed: the checkpoint has 42, here it is 1"), "{refused:?}");
+    let lock = std::fs::File::options().write(true).open(bench.path("run/train.lock")).unwrap();
     lock.lock().unwrap();
     assert!(bench.expect(5, &train("run", "6")).error().contains("another process is training"));
     lock.unlock().unwrap();
@@ -149,6 +149,27 @@ fn a_checkpoint_is_refused_when_damaged_or_of_another_run() {
         }
         std::fs::write(&path, good).unwrap();
     }
-    // An earlier checkpoint can be named.
-    bench.expect(0, &[train("run", "6"), vec!["--resume", "run/checkpoint-2"]].concat());
+    // An earlier checkpoint can be named; later ones are set aside, also a damaged one, and the run's own are the newest again.
+    bench.expect(0, &[train("run", "3"), vec!["--resume", "run/checkpoint-2"]].concat());
+    let names = |folder: &str| -> Vec<String> {
+        let entries = std::fs::read_dir(bench.path(folder)).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<String> = entries.filter(|n| n.starts_with("checkpoint-")).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(
+        (names("run"), names("run/set-aside")),
+        (vec!["checkpoint-2".into(), "checkpoint-3".into()], vec!["checkpoint-4".into()])
+    );
+    bench.expect(0, &train("run", "6"));
+    assert_eq!(names("run"), ["checkpoint-4", "checkpoint-6"]);
+
+    // What a run killed while publishing leaves is tidied: the half-written goes, the older adapter gives way or comes back.
+    for name in [".checkpoint-9.partial", ".adapter.partial-1", ".adapter.old"] {
+        std::fs::create_dir(bench.path("run").join(name)).unwrap();
+        std::fs::write(bench.path("run").join(name).join("file"), "x").unwrap();
+    }
+    bench.expect(0, &train("run", "7"));
+    let left = std::fs::read_dir(bench.path("run")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    assert_eq!(left.filter(|name| name.starts_with('.')).collect::<Vec<_>>(), Vec::<String>::new());
 }

@@ -113,6 +113,12 @@ pub enum AdapterError {
         /// The type.
         dtype: &'static str,
     },
+    /// A base weight that NF4 has no code for.
+    #[error("tensor {name:?}: holds a value that is not finite, which NF4 cannot; merge with --weights original")]
+    NotFinite {
+        /// The tensor.
+        name: String,
+    },
     /// Writing a safetensors file failed.
     #[error("{path}: {source}", path = path.display())]
     Safetensors {

@@ -53,6 +53,16 @@ pub enum Error {
         /// What is allowed.
         expected: String,
     },
+    /// A pack that the teacher could not score.
+    #[error("conversations {first} to {last} of the data: {source}")]
+    Scoring {
+        /// Number of the pack's first conversation.
+        first: u64,
+        /// Number of its last.
+        last: u64,
+        /// What went wrong.
+        source: Box<Error>,
+    },
     /// A cache whose rows are not this run's first rows, although its description is.
     #[error("{cache}: row {row} has key {found}, expected {expected}: it was written from other conversations; use another --cache folder", cache = cache.display())]
     OtherRow {
@@ -65,11 +75,13 @@ pub enum Error {
         /// The stored key.
         found: String,
     },
-    /// A signal asked for a stop; everything done so far is on disk.
-    #[error("stopped by a signal; {kept}; run the same command again to continue")]
+    /// A signal asked for a stop; what is kept is on disk.
+    #[error("stopped by a signal; {kept}; {again}")]
     Interrupted {
         /// What is durable.
         kept: String,
+        /// How to go on.
+        again: &'static str,
     },
 }
 
@@ -87,6 +99,7 @@ impl Error {
             Error::Cache(e) => e.class(),
             Error::Tensor(_) => ErrorClass::Runtime,
             Error::Device { .. } | Error::Setting { .. } => ErrorClass::Usage,
+            Error::Scoring { source, .. } => source.class(),
             Error::OtherRow { .. } => ErrorClass::Mismatch,
             Error::Interrupted { .. } => ErrorClass::Interrupted,
         }

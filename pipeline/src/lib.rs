@@ -5,6 +5,7 @@
 #![deny(missing_docs)]
 
 pub mod adapter;
+mod bounded;
 pub mod data;
 pub mod device;
 mod error;

@@ -10,9 +10,9 @@ use crate::data::{self, BadRoles, ChatTokenizer, DataError, DataOptions, Dataset
 use crate::model::ModelError;
 use crate::model::config::{ModelConfig, Quantization};
 use crate::model::weights::Weights;
-use crate::run::RunContext;
+use crate::run::{RUN_AGAIN, RunContext};
 use crate::teacher::Teacher;
-use crate::{Error, Result, device};
+use crate::{Error, Result, bounded, device};
 use potstill_cache::{
     CacheWriter, Companion, Description, EncodingFingerprint, Manifest, Record, RowKey, Selection, TeacherFingerprint,
     WriterOptions,
@@ -36,6 +36,9 @@ pub const DEFAULT_ROWS_PER_SHARD: u32 = 1024;
 pub const DEFAULT_MANTISSA_BITS: u8 = 7;
 /// Default for [`PrecomputeConfig::zstd_level`] (preset `standard`).
 pub const DEFAULT_ZSTD_LEVEL: i32 = 3;
+
+/// Largest `tokenizer.json` copied into a cache, in bytes: the most that is read as a tokenizer at all.
+const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 
 /// Settings of stage one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -121,6 +124,11 @@ pub struct PrecomputeReport {
 pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<PrecomputeReport> {
     check(config)?;
     let device = device::pick(&config.device)?;
+    let context_length = ModelConfig::from_folder(&config.teacher)?.context;
+    if config.max_length as usize > context_length {
+        let expected = format!("at most the teacher's context of {context_length} tokens");
+        return Err(Error::Setting { name: "max_length", found: config.max_length.to_string(), expected });
+    }
     let tokenizer = ChatTokenizer::from_folder(&config.teacher)?;
     let width = tokenizer.tokenizer_fingerprint().size;
     if u32::from(config.top_k) > width {
@@ -145,10 +153,15 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
             for range in pack::plan(shard.iter().map(|e| e.input_ids.len()), config.pack_tokens as usize) {
                 if context.stopping() {
                     let kept = format!("{} of {} rows are durable", writer.committed_rows(), dataset.examples.len());
-                    return Err(Error::Interrupted { kept });
+                    return Err(Error::Interrupted { kept, again: RUN_AGAIN });
                 }
                 let examples = &shard[range];
-                for record in score(&teacher, examples, config)? {
+                let records = score(&teacher, examples, config).map_err(|source| Error::Scoring {
+                    first: examples.first().map_or(0, |e| e.seq_id),
+                    last: examples.last().map_or(0, |e| e.seq_id),
+                    source: Box::new(source),
+                })?;
+                for record in records {
                     writer.append(&record)?;
                 }
                 let tokens: usize = examples.iter().map(|e| e.input_ids.len()).sum();
@@ -220,8 +233,6 @@ fn describe(
 }
 
 fn teacher_fingerprint(folder: &Path, width: u32, context: &RunContext) -> Result<TeacherFingerprint> {
-    let file = folder.join("config.json");
-    let text = std::fs::read(&file).map_err(|source| ModelError::Io { path: file, source })?;
     let config = ModelConfig::from_folder(folder)?;
     let weights = Weights::open(folder)?;
     // A folder that cannot be loaded must not leave a cache behind that was made from it.
@@ -231,7 +242,7 @@ fn teacher_fingerprint(folder: &Path, width: u32, context: &RunContext) -> Resul
         weights.info("model.embed_tokens.weight").map_or("unknown".into(), |info| format!("{:?}", info.dtype).to_lowercase());
     Ok(TeacherFingerprint {
         name: name.unwrap_or_else(|| folder.display().to_string()),
-        config_blake3: blake3::hash(&text).to_hex().to_string(),
+        config_blake3: ModelConfig::fingerprint(folder)?,
         weights_blake3: weights.fingerprint(context)?,
         weights: match config.quantization {
             Quantization::Awq { .. } => "awq-int4".into(),
@@ -244,7 +255,7 @@ fn teacher_fingerprint(folder: &Path, width: u32, context: &RunContext) -> Resul
 /// The tokenizer travels with the cache, so that an inspector can show tokens as text.
 fn companions(folder: &Path) -> Result<Vec<Companion>> {
     let file = folder.join("tokenizer.json");
-    let bytes = std::fs::read(&file).map_err(|source| ModelError::Io { path: file, source })?;
+    let bytes = bounded::read(&file, MAX_TOKENIZER_BYTES).map_err(|source| ModelError::Io { path: file, source })?;
     Ok(vec![Companion { path: "tokenizer/tokenizer.json".into(), bytes }])
 }
 
@@ -261,12 +272,11 @@ fn check_committed(writer: &CacheWriter, examples: &[Example], cache: &Path) -> 
 }
 
 fn fill(report: PrecomputeReport, manifest: &Manifest, dataset: Dataset) -> PrecomputeReport {
-    let sum = |of: fn(&potstill_cache::ShardEntry) -> u64| manifest.shards.iter().map(of).sum();
     PrecomputeReport {
         rows: manifest.rows(),
-        tokens: sum(|s| s.tokens),
-        scored: sum(|s| s.scored),
-        bytes: sum(|s| s.bytes),
+        tokens: manifest.tokens(),
+        scored: manifest.scored(),
+        bytes: manifest.bytes(),
         skipped: dataset.fingerprint.skipped,
         first_skipped: dataset.first_skipped,
         truncated_tokens: dataset.truncated_tokens,

@@ -5,6 +5,9 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+/// How an interrupted run goes on by default.
+pub const RUN_AGAIN: &str = "run the same command again to continue";
+
 /// The job's side of progress and interruption. Clones share the same counters.
 #[derive(Debug, Clone, Default)]
 pub struct RunContext {
@@ -46,9 +49,14 @@ pub struct Progress {
 impl Progress {
     /// Starts a phase; the counter goes back to 0.
     pub fn begin(&self, name: &str, unit: &'static str, total: u64) {
+        self.begin_at(name, unit, total, 0);
+    }
+
+    /// Starts a phase of which `done` was done before.
+    pub fn begin_at(&self, name: &str, unit: &'static str, total: u64, done: u64) {
         let mut phase = self.lock();
         *phase = Phase { name: name.to_string(), unit, total, note: String::new(), serial: phase.serial + 1 };
-        self.done.store(0, Ordering::Relaxed);
+        self.done.store(done, Ordering::Relaxed);
     }
 
     /// Counts `n` more.
@@ -70,7 +78,9 @@ impl Progress {
 
     /// The phase and how far it is.
     pub fn snapshot(&self) -> (Phase, u64) {
-        (self.lock().clone(), self.done.load(Ordering::Relaxed))
+        // Read under the lock, so that a new phase is never seen with the old one's count.
+        let phase = self.lock();
+        (phase.clone(), self.done.load(Ordering::Relaxed))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Phase> {

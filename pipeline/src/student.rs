@@ -8,6 +8,7 @@
 //! backward    dA, dB of layer 0 ◄─ … ◄─ layer L-1 ◄─ scatter ◄─ norm ◄─ d[N, H] ◄─┘
 //! ```
 
+use crate::adapter::MAX_RANK;
 use crate::data::pack::Pack;
 use crate::linear::Lora;
 use crate::model::decoder::{Decoder, Holding, features};
@@ -18,9 +19,6 @@ use candle_core::{Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::path::Path;
-
-/// Largest LoRA rank.
-pub const MAX_RANK: u32 = 1024;
 
 /// Size and strength of the adapter.
 #[derive(Debug, Clone, Copy, PartialEq)]

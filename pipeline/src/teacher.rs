@@ -11,7 +11,7 @@ use crate::model::weights::Weights;
 use crate::ops::top_k;
 use crate::run::RunContext;
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use potstill_cache::SoftTargets;
 use std::path::Path;
 
@@ -43,11 +43,6 @@ impl Teacher {
         Ok(Decoder::check_folder(config, weights)?)
     }
 
-    /// The model.
-    pub fn decoder(&self) -> &Decoder {
-        &self.decoder
-    }
-
     /// Hidden states at the pack's scored places.
     pub fn hidden(&self, pack: &Pack) -> Result<ScoredHidden> {
         let hidden = self.decoder.hidden(pack)?;
@@ -57,7 +52,12 @@ impl Teacher {
 
     /// Logits f32 [n, width] of scored places `start..start + n`.
     pub fn logits(&self, hidden: &ScoredHidden, start: usize, n: usize) -> Result<Tensor> {
-        Ok(hidden.0.narrow(0, start, n)?.matmul(&self.head.t()?)?.to_dtype(DType::F32)?)
+        let rows = hidden.0.narrow(0, start, n)?;
+        if n == 1 {
+            // The matrix library adds up a lone row in another order; a row's bits must not depend on how chunks are cut.
+            return Ok(rows.repeat((2, 1))?.matmul(&self.head.t()?)?.narrow(0, 0, 1)?.contiguous()?);
+        }
+        Ok(rows.matmul(&self.head.t()?)?)
     }
 
     /// Soft targets of all scored places of the pack: the k most likely ids, and the tail. Logits of at most `chunk` places exist at

@@ -79,7 +79,7 @@ fn nf4_bytes_equal_bitsandbytes() {
     for name in names {
         let weight = &student[name];
         let (rows, columns) = weight.dims2().unwrap();
-        let ours = Nf4Weight::quantize(&floats(weight), rows, columns);
+        let ours = Nf4Weight::quantize(&floats(weight), rows, columns).unwrap();
         let part = |p: &str| &expected[&format!("{name}.{p}")];
         assert_eq!(ours.codes(), bytes(&expected[name]), "{name} codes");
         assert_eq!(nf4::LEVELS.to_vec(), floats(part("quant_map")));
@@ -113,7 +113,7 @@ fn nf4_cases_equal_bitsandbytes() {
     assert_eq!(names.len(), 10, "{names:?}");
     for name in names {
         let input = floats(&expected[&format!("{name}.input")]);
-        let ours = Nf4Weight::quantize(&input, 1, input.len());
+        let ours = Nf4Weight::quantize(&input, 1, input.len()).unwrap();
         assert_eq!(ours.codes(), bytes(&expected[&format!("{name}.packed")]), "{name} codes");
         let Some(nearest) = expected.get(&format!("{name}.nested.absmax_u8_nearest")) else { continue };
         let (nearest, library) = (bytes(nearest), bytes(&expected[&format!("{name}.nested.absmax_u8")]));
@@ -143,7 +143,7 @@ fn backward_equals_finite_differences() {
         AwqWeight::new(inputs, outputs, inputs, (0..64).map(|i| i * 0x0123_4567).collect(), vec![0x7777_7777], scales);
     let weights = [
         Weight::Dense(dense.clone()),
-        Weight::Nf4(Nf4Weight::quantize(&floats(&dense), outputs, inputs)),
+        Weight::Nf4(Nf4Weight::quantize(&floats(&dense), outputs, inputs).unwrap()),
         Weight::Awq(quantised.unwrap()),
     ];
     let (x, g) = (tensor(t, inputs, 2), tensor(t, outputs, 3));

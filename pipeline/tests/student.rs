@@ -60,8 +60,13 @@ fn logits(student: &Student, input_ids: &[u32]) -> Tensor {
     hidden.matmul(&student.decoder().head().t().unwrap()).unwrap()
 }
 
-fn compare_variant(student: &Student, variant: &str, bound: f32) -> f32 {
-    let expected = load("expected/student_logits.safetensors");
+fn compare_variant(student: &Student, variant: &str, bound: f32) {
+    let worst = worst_logprob(student, &load("expected/student_logits.safetensors"), variant);
+    println!("{variant}: worst log-probability {worst:e}");
+    assert!(worst < bound, "{variant}: {worst}");
+}
+
+fn worst_logprob(student: &Student, expected: &HashMap<String, Tensor>, variant: &str) -> f32 {
     let (starts, input_ids) = (offsets(&expected["offsets"]), ids(&expected["input_ids"]));
     let want_ids = ids(&expected[&format!("{variant}.ids")]);
     let want = floats(&expected[&format!("{variant}.logprobs")]);
@@ -76,8 +81,6 @@ fn compare_variant(student: &Student, variant: &str, bound: f32) -> f32 {
             }
         }
     }
-    println!("{variant}: worst log-probability {worst:e}");
-    assert!(worst < bound, "{variant}: {worst}");
     worst
 }
 
@@ -93,9 +96,9 @@ fn logits_equal_transformers_bitsandbytes_and_peft() {
     compare_variant(&with_adapter(decoder(Holding::AsStored)), "base_lora", 1e-4);
     compare_variant(&bare(decoder(Holding::Nf4)), "nf4", 0.02);
     compare_variant(&with_adapter(decoder(Holding::Nf4)), "nf4_lora", 0.02);
-    // The bounds see what they should: without its adapter the student is far off.
+    // The widest bound sees what it should: without its adapter the student is far off.
     let expected = load("expected/student_logits.safetensors");
-    assert_ne!(floats(&expected["nf4.logprobs"]), floats(&expected["nf4_lora.logprobs"]));
+    assert!(worst_logprob(&bare(decoder(Holding::Nf4)), &expected, "nf4_lora") > 1.0);
 }
 
 /// One reference batch: tokens, masks and teacher lists of B sequences.

@@ -219,7 +219,7 @@ fn an_index_beyond_the_limits_is_refused() {
     let dir = folder(&[("a.safetensors", vectors(&["a"]))]);
     let file = fs::File::create(dir.path().join(INDEX)).unwrap();
     file.set_len((64 << 20) + 1).unwrap();
-    refused(dir.path(), &["67108865 bytes, at most 67108864"]);
+    refused(dir.path(), &["expected at most 67108864 bytes, found more"]);
     let entries: Vec<String> = (0..10_001).map(|i| format!("\"t{i}\":\"f{i}.safetensors\"")).collect();
     fs::write(dir.path().join(INDEX), index(&format!("{{{}}}", entries.join(",")))).unwrap();
     refused(dir.path(), &["10001 files, at most 10000"]);

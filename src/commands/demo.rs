@@ -1,7 +1,7 @@
 //! `potstill demo`: everything once, on tiny models made on the spot.
 //!
-//! Owns the folder it works in: `demo.json` in it says that a demo made it. Such a folder is replaced; any other content is
-//! refused, so that the demo can never delete what somebody else put there.
+//! Owns the folder it works in: `demo.json` in it says that a demo made it, and whether it came to its end. What an interrupted demo
+//! left is made anew; a finished demo and any other content are refused, so that nothing of worth is ever deleted.
 
 use super::conversation::Conversation;
 use super::{drawn, inspect, interruptible, merge, precompute, scanned, train};
@@ -21,6 +21,8 @@ use std::path::{Path, PathBuf};
 
 /// Says that a demo made the folder.
 const MARKER: &str = "demo.json";
+/// Where a demo works when no folder is named.
+const DEFAULT_FOLDER: &str = "potstill-demo";
 /// What a demo makes beside the marker.
 const PARTS: [&str; 4] = ["miniature", "cache", "run", "merged"];
 /// Entries kept at a position: the tiny vocabulary needs no more.
@@ -45,12 +47,12 @@ struct Made {
 
 /// Runs the demo.
 pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
-    let folder = &flags.out;
+    let folder = &flags.out.clone().unwrap_or_else(free_folder);
     prepare(folder)?;
     let context = interruptible()?;
     let say = |step: &str| manner.remark(&format!("\n── {step}"));
 
-    say("1/5  making a tokenizer, a teacher and a student, and training both for a moment");
+    say("1/5  making a tokenizer, a teacher and a student");
     let tiny =
         drawn(&context, manner, || Ok(miniature::build(&folder.join("miniature"), &MiniatureConfig::default(), &context)?))?;
     show(manner, |out| models(&tiny).write(out))?;
@@ -63,16 +65,19 @@ pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
     say("3/5  checking every byte of the cache, then looking into it");
     let checked = scanned("checking", manner, |scan| potstill_cache::verify(&cache, scan))?;
     anyhow::ensure!(checked.is_good(), "the cache just written does not verify: run potstill verify {}", cache.display());
+    show(manner, |out| writeln!(out, "all good: every byte of {} rows", print::count(checked.rows)))?;
     look_into(&cache, manner)?;
 
     say("4/5  stage two: the student learns the teacher's distributions through LoRA");
     let config = stage_two(&tiny, &cache, &folder.join("run"));
     let trained = drawn(&context, manner, || Ok(potstill_pipeline::train::run(&config, &context)?))?;
-    show(manner, |out| train::facts(&trained).write(out))?;
+    show(manner, |out| train::facts(&trained, config.lr).write(out))?;
 
     say("5/5  merging the adapter into the student");
     let merged = drawn(&context, manner, || merge_adapter(&tiny, &trained, &folder.join("merged"), &context))?;
     show(manner, |out| merge::facts(&merged).write(out))?;
+
+    mark(folder, true)?;
 
     let made = Made {
         chats: tiny.chats,
@@ -92,7 +97,28 @@ pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// Makes the folder fit to work in: new, empty, or an earlier demo's, whose parts are removed.
+/// The first of potstill-demo, potstill-demo-2, … that is not there, or holds a demo that did not come to its end.
+fn free_folder() -> PathBuf {
+    let names = (1u32..).map(|n| if n == 1 { DEFAULT_FOLDER.into() } else { format!("{DEFAULT_FOLDER}-{n}") });
+    let free = |path: &PathBuf| !path.exists() || path.join(MARKER).is_file() && !is_finished(&path.join(MARKER));
+    names.map(PathBuf::from).find(free).unwrap_or_else(|| DEFAULT_FOLDER.into())
+}
+
+/// Whether the marker says that its demo came to its end.
+fn is_finished(marker: &Path) -> bool {
+    std::fs::read_to_string(marker)
+        .is_ok_and(|text| serde_json::from_str::<serde_json::Value>(&text).is_ok_and(|marker| marker["finished"] == true))
+}
+
+/// Writes the marker.
+fn mark(folder: &Path, finished: bool) -> anyhow::Result<()> {
+    let marker = folder.join(MARKER);
+    let version = env!("CARGO_PKG_VERSION");
+    let text = serde_json::json!({ "made_by": "potstill demo", "version": version, "parts": PARTS, "finished": finished });
+    std::fs::write(&marker, format!("{text}\n")).with_context(|| format!("{}: cannot write", marker.display()))
+}
+
+/// Makes the folder fit to work in: new, empty, or an interrupted demo's, whose parts are removed.
 fn prepare(folder: &Path) -> anyhow::Result<()> {
     let shown = folder.display();
     let marker = folder.join(MARKER);
@@ -104,6 +130,9 @@ fn prepare(folder: &Path) -> anyhow::Result<()> {
     if !empty && !marker.is_file() {
         return Err(UsageError(format!("{shown}: holds something that no demo made; name a new folder with --out")).into());
     }
+    if is_finished(&marker) {
+        return Err(UsageError(format!("{shown}: holds a finished demo; name a new folder with --out")).into());
+    }
     for part in PARTS.map(|part| folder.join(part)) {
         // A link is not followed: what it points at is none of the demo's.
         match std::fs::symlink_metadata(&part) {
@@ -114,8 +143,7 @@ fn prepare(folder: &Path) -> anyhow::Result<()> {
         .with_context(|| format!("{}: cannot remove what an earlier demo made", part.display()))?;
     }
     std::fs::create_dir_all(folder).with_context(|| format!("{shown}: cannot make this folder"))?;
-    let text = serde_json::json!({ "made_by": "potstill demo", "version": env!("CARGO_PKG_VERSION"), "parts": PARTS });
-    std::fs::write(&marker, format!("{text}\n")).with_context(|| format!("{}: cannot write", marker.display()))
+    mark(folder, false)
 }
 
 fn stage_one(tiny: &Miniature, cache: &Path) -> PrecomputeConfig {
@@ -211,7 +239,8 @@ fn conclude(made: &Made) -> anyhow::Result<()> {
     writeln!(out, "  potstill verify {cache}")?;
     writeln!(out, "  potstill train --student {student} \\")?;
     writeln!(out, "      --cache {cache} \\")?;
-    writeln!(out, "      --out {} --objective distill+sft --steps 60 --lr 5e-3", again.display())?;
+    writeln!(out, "      --out {} --objective distill+sft --steps 60 \\", again.display())?;
+    writeln!(out, "      --lr 5e-3 --warmup-steps 5")?;
     out.flush()?;
     Ok(())
 }

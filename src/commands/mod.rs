@@ -13,6 +13,7 @@ use crate::exit::{self, Outcome};
 use crate::progress::{Drawing, Glance, Show};
 use potstill_cache::ScanProgress;
 use potstill_pipeline::run::RunContext;
+use std::io::Write;
 use std::sync::Arc;
 
 /// Carries out what was typed.
@@ -58,7 +59,8 @@ impl Manner {
     /// Says something on stderr, unless asked to be quiet.
     fn remark(self, text: &str) {
         if !self.quiet {
-            eprintln!("{}", text.trim_end());
+            // A remark that nobody can read is no reason to stop.
+            let _ = writeln!(std::io::stderr(), "{}", text.trim_end());
         }
     }
 }

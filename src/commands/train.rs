@@ -22,23 +22,33 @@ pub fn run(flags: Train, manner: Manner) -> anyhow::Result<Outcome> {
         print::json(&report)?;
     } else {
         let mut out = print::out();
-        facts(&report).write(&mut out)?;
+        facts(&report, config.lr).write(&mut out)?;
         out.flush()?;
     }
     Ok(Outcome::Done)
 }
 
 /// What a run did.
-pub fn facts(report: &TrainReport) -> Table {
+pub fn facts(report: &TrainReport, lr: f64) -> Table {
     let from = if report.resumed_from == 0 {
         String::new()
     } else {
         format!(", resumed from step {}", print::count(report.resumed_from))
     };
     let mut table = Table::of_facts();
+    if report.highest_lr < lr {
+        let share = 100.0 * report.highest_lr / lr;
+        table.fact("learning rate", format!("at most {share:.0} % of --lr: the run ended within its warm-up"));
+    }
     table
         .fact("steps", format!("{}{from}", print::count(report.steps)))
-        .fact("loss", format!("{:.4} at first, {:.4} at last (nats a scored position)", report.first_loss, report.last_loss))
+        .fact(
+            "loss",
+            format!(
+                "{:.4} at first, {:.4} at last (nats a scored position, means of 10 steps)",
+                report.first_loss, report.last_loss
+            ),
+        )
         .fact("trainable numbers", print::count(report.parameters))
         .fact("tokens", print::count(report.tokens))
         .fact("time", print::duration(report.seconds))

@@ -69,7 +69,12 @@ fn write_verdict(report: &VerifyReport, out: &mut Out) -> std::io::Result<()> {
     if report.repeated_rows > 0 {
         writeln!(out, "{} rows repeat an earlier conversation of the data", print::count(report.repeated_rows))?;
     }
-    let whole = if report.complete { "complete" } else { "not complete yet: run the same precompute again" };
+    let whole = match (report.complete, report.is_good()) {
+        (true, _) => "complete",
+        (false, true) => "not complete yet: run the same precompute again",
+        (false, false) if report.shards == 0 => "without a good manifest nothing is known of the rows",
+        (false, false) => "not complete",
+    };
     let verdict = if report.is_good() { "all good".into() } else { print::plural(report.problem_count, "problem") };
     let (good, rows) = (print::count(report.good_rows), print::count(report.rows));
     writeln!(

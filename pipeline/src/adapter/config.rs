@@ -154,7 +154,7 @@ fn alpha(path: &Path, keys: &Map<String, Value>) -> Checked<f64> {
 
 /// A list of module names, or PEFT's word for all of them.
 fn target_modules(path: &Path, keys: &Map<String, Value>) -> Checked<Vec<String>> {
-    let short = super::module::PROJECTIONS.map(|p| p.split('.').nth(1).unwrap_or(p));
+    let short = crate::model::layer::PROJECTIONS.map(|p| p.split('.').nth(1).unwrap_or(p));
     let found = keys.get("target_modules");
     let expected = || format!("\"all-linear\" or a list of {short:?}");
     match found {

@@ -124,11 +124,7 @@ fn model_config(config: &MergeConfig) -> Checked<Value> {
     let wrong = |key, expected: &str, found: String| {
         Err(AdapterError::Config { path: path.clone(), key, expected: expected.into(), found })
     };
-    let length = std::fs::metadata(&path).map_err(io)?.len();
-    if length > MAX_CONFIG_BYTES {
-        return wrong("size", "at most 1 MiB", format!("{length} bytes"));
-    }
-    let text = std::fs::read(&path).map_err(io)?;
+    let text = crate::bounded::read(&path, MAX_CONFIG_BYTES).map_err(io)?;
     let mut keys: Map<String, Value> =
         serde_json::from_slice(&text).map_err(|source| AdapterError::Json { path: path.clone(), source })?;
     if keys.get("quantization_config").is_some_and(|q| !q.is_null()) {
@@ -245,7 +241,7 @@ fn write_shard(staging: &Staging, name: &str, shard: &[&Merged<'_>], shared: &Sh
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     let written = safetensors::serialize_to_file(shard.iter().map(|t| (t.name, *t)), Some(metadata), &path);
     if shared.context.stopping() {
-        return Err(Error::Interrupted { kept: "nothing was written".into() });
+        return Err(Error::Interrupted { kept: "nothing was written".into(), again: crate::run::RUN_AGAIN });
     }
     if let Some(error) = shared.failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take() {
         return Err(error.into());

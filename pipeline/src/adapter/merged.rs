@@ -70,7 +70,8 @@ impl Merged<'_> {
         }
         let mut values = decode(stored, self.stored.dtype);
         if let (true, &[out, inputs]) = (requantised, &self.stored.shape[..]) {
-            values = Nf4Weight::quantize(&values, out, inputs).dequantize();
+            let quantised = Nf4Weight::quantize(&values, out, inputs);
+            values = quantised.ok_or_else(|| AdapterError::NotFinite { name: self.name.into() })?.dequantize();
         }
         if let Linear::Adapted(delta) = &self.linear {
             let added =

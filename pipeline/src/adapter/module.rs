@@ -1,15 +1,7 @@
 //! Owns the names of adapted modules and of their tensors; refuses every other name.
 
-/// The linear layers of a decoder layer, as checkpoints name them.
-pub(super) const PROJECTIONS: [&str; 7] = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-];
+use crate::model::layer::PROJECTIONS;
+
 /// What PEFT puts before the model's own names.
 pub(super) const FILE_PREFIX: &str = "base_model.model.";
 

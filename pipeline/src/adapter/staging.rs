@@ -33,6 +33,7 @@ impl Staging {
         let (parent, name) = place(target)?;
         fs::create_dir_all(&parent).map_err(|source| AdapterError::Io { path: parent.clone(), source })?;
         let partial = parent.join(format!(".{name}.partial-{}", std::process::id()));
+        recover(&parent, &name)?;
         if partial.is_dir() {
             // Left by a process of the same number that was killed.
             fs::remove_dir_all(&partial).map_err(|source| AdapterError::Io { path: partial.clone(), source })?;
@@ -70,6 +71,11 @@ impl Staging {
         shared.map_err(|source| AdapterError::Io { path, source })
     }
 
+    fn set_aside(&self) -> PathBuf {
+        let name = self.target.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        aside(self.target.parent().unwrap_or(Path::new(".")), &name)
+    }
+
     /// Makes everything durable and renames the folder into its place. An adapter folder that stands there gives way; an
     /// empty folder too.
     pub(super) fn publish(self) -> Checked<()> {
@@ -82,7 +88,7 @@ impl Staging {
             File::open(&path).and_then(|f| f.sync_all()).map_err(io(&path))?;
         }
         sync_folder(&self.partial)?;
-        let old = self.partial.with_extension("old");
+        let old = self.set_aside();
         let replaces = self.target.exists();
         if replaces {
             fs::rename(&self.target, &old).map_err(io(&self.target))?;
@@ -96,6 +102,21 @@ impl Staging {
         }
         Ok(())
     }
+}
+
+/// Where a folder that gives way waits until its successor stands.
+fn aside(parent: &Path, name: &str) -> PathBuf {
+    parent.join(format!(".{name}.old"))
+}
+
+/// Tidies what a process left that was killed while publishing: the older folder goes back where nothing took its place.
+fn recover(parent: &Path, name: &str) -> Checked<()> {
+    let (old, target) = (aside(parent, name), parent.join(name));
+    if !old.is_dir() {
+        return Ok(());
+    }
+    let done = if target.exists() { fs::remove_dir_all(&old) } else { fs::rename(&old, &target) };
+    done.map_err(|source| AdapterError::Io { path: old, source })
 }
 
 impl Drop for Staging {

@@ -174,12 +174,14 @@ impl Gathered {
             Outcome::Skipped(reason) => self.skip(row, reason),
             Outcome::Kept(fitted) => {
                 let encoding::Encoded { ids, scored, .. } = fitted.encoded;
-                if !self.keys.insert(key(&ids, &scored)) {
+                let example = Example { seq_id, input_ids: ids, scored };
+                // The key the cache will know the row by.
+                if !self.keys.insert(RowKey::of(&example.input_ids, &example.positions())) {
                     return self.skip(row, Skip::Duplicate);
                 }
                 self.truncated_tokens += fitted.cut as u64;
                 self.truncated_rows += u64::from(fitted.cut > 0);
-                self.examples.push(Example { seq_id, input_ids: ids, scored });
+                self.examples.push(example);
             }
         }
     }
@@ -207,10 +209,4 @@ impl Gathered {
             first_skipped: self.first_skipped,
         })
     }
-}
-
-/// The key the cache will know the row by: its ids, and the positions whose next token is scored.
-fn key(ids: &[u32], scored: &[bool]) -> RowKey {
-    let positions: Vec<u32> = (0u32..).zip(scored.iter().skip(1)).filter(|&(_, &scored)| scored).map(|(i, _)| i).collect();
-    RowKey::of(ids, &positions)
 }

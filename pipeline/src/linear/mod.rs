@@ -88,15 +88,6 @@ impl Linear {
         let gradient = LoraGradient { a: du.t()?.matmul(x)?, b: scaled.t()?.matmul(&u)? };
         Ok(((dx + du.matmul(&lora.a)?)?, Some(gradient)))
     }
-
-    /// (out, in).
-    pub fn features(&self) -> Result<(usize, usize)> {
-        match &self.weight {
-            Weight::Dense(w) => w.dims2(),
-            Weight::Awq(w) => Ok((w.outputs(), w.inputs())),
-            Weight::Nf4(w) => Ok((w.rows(), w.columns())),
-        }
-    }
 }
 
 fn awq_matrix(w: &awq::AwqWeight, device: &Device) -> Result<Tensor> {

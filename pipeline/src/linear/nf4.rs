@@ -54,10 +54,13 @@ pub struct Nf4Weight {
 }
 
 impl Nf4Weight {
-    /// Quantises `values`, row-major [rows, columns] (a linear layer's [out, in]). Missing values count as 0; extra ones are ignored.
-    pub fn quantize(values: &[f32], rows: usize, columns: usize) -> Self {
+    /// Quantises `values`, row-major [rows, columns] (a linear layer's [out, in]). `None` unless there are exactly rows · columns
+    /// values and all are finite: there is no code for another one.
+    pub fn quantize(values: &[f32], rows: usize, columns: usize) -> Option<Self> {
         let n = rows * columns;
-        let values = &values[..values.len().min(n)];
+        if values.len() != n || !values.par_iter().all(|v| v.is_finite()) {
+            return None;
+        }
         let blocks = n.div_ceil(BLOCK);
         let mut codes = vec![(ZERO_CODE << 4) | ZERO_CODE; n.div_ceil(2)];
         let mut maxima = vec![0f32; blocks];
@@ -68,7 +71,7 @@ impl Nf4Weight {
             },
         );
         let (absmax, nested_absmax, nested_offset) = quantize_maxima(&maxima);
-        Self { rows, columns, codes, absmax, nested_absmax, nested_offset }
+        Some(Self { rows, columns, codes, absmax, nested_absmax, nested_offset })
     }
 
     /// The weight, row-major [rows, columns], in f32 (one f32 product an element, not rounded further).

@@ -85,7 +85,10 @@ pub fn train(
     context.progress.begin(&format!("training the {model}"), "steps", config.steps);
     for step in 1..=config.steps {
         if context.stopping() {
-            return Err(Error::Interrupted { kept: format!("the {model} is not written yet") });
+            return Err(Error::Interrupted {
+                kept: format!("the {model} is not written yet"),
+                again: "run the same command again to begin anew",
+            });
         }
         let batch: Vec<&[u32]> = order.next().iter().map(|&index| sequences[index]).collect();
         let loss = batch_loss(&decoder, &batch)?;

@@ -1,11 +1,12 @@
 //! `config.json` of a model folder, as both generations of transformers write it, checked before anything is allocated.
 
 use super::ModelError;
+use crate::bounded;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Largest `config.json` read, in bytes.
-const MAX_CONFIG_BYTES: u64 = 1 << 20;
+pub(crate) const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// Default `rope_theta` of models that name none.
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
 
@@ -16,11 +17,22 @@ pub enum Quantization {
     None,
     /// AWQ int4, GEMM layout, with zero points.
     Awq {
-        /// Inputs that share a scale and a zero point; `None`: all of them.
-        group: Option<usize>,
+        /// Inputs that share a scale and a zero point.
+        group: Group,
         /// Parts of module names that stay dense.
         keep_dense: Vec<String>,
     },
+}
+
+/// An AWQ group size and where it was said.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Group {
+    /// Inputs; `None` stands for -1, all inputs of a layer.
+    pub size: Option<usize>,
+    /// The file.
+    pub file: PathBuf,
+    /// The key in it.
+    pub key: String,
 }
 
 /// Which layers have a bias.
@@ -55,8 +67,8 @@ pub struct ModelConfig {
     pub rms_norm_eps: f64,
     /// Base of the rotary angles.
     pub rope_theta: f64,
-    /// Longest context the model was made for, in tokens.
-    pub max_positions: usize,
+    /// Longest conversation that is computed as the model was made to, in tokens: its positions, or its sliding window.
+    pub context: usize,
     /// Whether the head is the embedding.
     pub tied: bool,
     /// Which layers have a bias.
@@ -68,6 +80,10 @@ pub struct ModelConfig {
 impl ModelConfig {
     /// Reads `config.json`, and `quant_config.json` where the first names no quantisation. Errors name file, key, expected, found.
     pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
+        if !folder.is_dir() {
+            let found = if folder.exists() { "a file" } else { "nothing there" };
+            return Err(ModelError::NoFolder { folder: folder.to_path_buf(), found });
+        }
         let file = folder.join("config.json");
         let object = Object { value: read_json(&file)?, file };
         let biases = biases(&object)?;
@@ -85,13 +101,38 @@ impl ModelConfig {
             vocab_size: object.size("vocab_size", 2, 1 << 20)?,
             rms_norm_eps: object.positive("rms_norm_eps", None)?,
             rope_theta: rope_theta(&object)?,
-            max_positions: object.size("max_position_embeddings", 1, 1 << 24)?,
+            context: context(&object)?,
             tied: object.flag("tie_word_embeddings")?,
             biases,
             quantization: quantization(folder, &object)?,
         };
         config.check(&object)?;
         Ok(config)
+    }
+
+    /// BLAKE3 (hex) of `config.json`, and of `quant_config.json` where there is one.
+    pub fn fingerprint(folder: &Path) -> Result<String, ModelError> {
+        let mut hasher = blake3::Hasher::new();
+        for (name, required) in [("config.json", true), ("quant_config.json", false)] {
+            let path = folder.join(name);
+            if required || path.is_file() {
+                hasher.update(&bounded::read(&path, MAX_CONFIG_BYTES).map_err(|source| ModelError::Io { path, source })?);
+            }
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
+    /// Errors: the weights are quantised already, so no student can be made of them.
+    pub fn check_dense(&self, folder: &Path) -> Result<(), ModelError> {
+        match self.quantization {
+            Quantization::None => Ok(()),
+            Quantization::Awq { .. } => Err(ModelError::Config {
+                path: folder.join("config.json"),
+                key: "quantization_config".into(),
+                expected: "none: a student is quantised to NF4 from dense weights".into(),
+                found: "an already quantised model".into(),
+            }),
+        }
     }
 
     fn check(&self, object: &Object) -> Result<(), ModelError> {
@@ -102,22 +143,20 @@ impl ModelConfig {
         if self.head_dim < 2 || !self.head_dim.is_multiple_of(2) {
             return Err(object.wrong("head_dim", "an even number above 0", &self.head_dim.to_string()));
         }
-        if let Quantization::Awq { group: Some(group), .. } = self.quantization {
+        if let Quantization::Awq { group: Group { size: Some(group), file, key }, .. } = &self.quantization {
             let inputs = [self.hidden_size, self.heads * self.head_dim, self.intermediate_size];
-            if let Some(inputs) = inputs.iter().find(|n| !n.is_multiple_of(group)) {
-                return Err(object.wrong(
-                    "group_size",
-                    &format!("a divisor of every layer's inputs, {inputs} among them"),
-                    &group.to_string(),
-                ));
+            if let Some(inputs) = inputs.iter().find(|n| !n.is_multiple_of(*group)) {
+                return Err(ModelError::Config {
+                    path: file.clone(),
+                    key: key.clone(),
+                    expected: format!("a divisor of every layer's inputs, {inputs} among them"),
+                    found: group.to_string(),
+                });
             }
         }
         let act = object.value.get("hidden_act").and_then(Value::as_str).unwrap_or("silu");
         if act != "silu" {
             return Err(object.wrong("hidden_act", "\"silu\"", &format!("{act:?}")));
-        }
-        if object.flag("use_sliding_window")? {
-            return Err(object.wrong("use_sliding_window", "false (sliding windows are not supported)", "true"));
         }
         Ok(())
     }
@@ -168,11 +207,11 @@ fn biases(object: &Object) -> Result<Biases, ModelError> {
     let architecture = object.value.get("architectures").and_then(|v| v.get(0)).and_then(Value::as_str);
     match architecture {
         Some("Qwen2ForCausalLM") => Ok(Biases::QueryKeyValue),
+        Some("LlamaForCausalLM" | "MistralForCausalLM") if object.flag("mlp_bias")? => {
+            Err(object.wrong("mlp_bias", "false (biases of the MLP are not supported)", "true"))
+        }
         Some("LlamaForCausalLM") if object.flag("attention_bias")? => Ok(Biases::Attention),
-        Some("LlamaForCausalLM" | "MistralForCausalLM") => match object.flag("mlp_bias")? {
-            true => Err(object.wrong("mlp_bias", "false", "true")),
-            false => Ok(Biases::None),
-        },
+        Some("LlamaForCausalLM" | "MistralForCausalLM") => Ok(Biases::None),
         other => Err(object.wrong(
             "architectures",
             "Qwen2ForCausalLM, LlamaForCausalLM or MistralForCausalLM",
@@ -193,11 +232,28 @@ fn rope_theta(object: &Object) -> Result<f64, ModelError> {
                 &format!("{kind:?}"),
             ));
         }
-        if let Some(theta) = scaling.get("rope_theta").and_then(Value::as_f64).filter(|v| *v > 0.0) {
-            return Ok(theta);
+        if let Some(value) = scaling.as_object().and_then(|s| s.values().find(|v| v.is_object())) {
+            return Err(object.wrong(key, "one set of values for all layers", &value.to_string()));
+        }
+        if scaling.get("rope_theta").is_some_and(|v| !v.is_null()) {
+            return Object { value: scaling.clone(), file: object.file.clone() }.positive("rope_theta", None);
         }
     }
     object.positive("rope_theta", Some(DEFAULT_ROPE_THETA))
+}
+
+/// Positions, cut to the sliding window where one is in force: Mistral's always is, Qwen2's where `use_sliding_window` says so, and
+/// transformers 5 lists it layer by layer. Within a window, sliding attention is full attention.
+fn context(object: &Object) -> Result<usize, ModelError> {
+    let positions = object.size("max_position_embeddings", 1, 1 << 24)?;
+    let mistral = object.value.get("architectures").and_then(|v| v.get(0)).and_then(Value::as_str) == Some("MistralForCausalLM");
+    let layers = object.present("layer_types").and_then(Value::as_array);
+    let listed = layers.into_iter().flatten().any(|l| l.as_str() == Some("sliding_attention"));
+    let slides = listed || object.flag("use_sliding_window")? || mistral;
+    if slides && object.present("sliding_window").is_some() {
+        return Ok(positions.min(object.size("sliding_window", 1, 1 << 24)?));
+    }
+    Ok(positions)
 }
 
 fn quantization(folder: &Path, config: &Object) -> Result<Quantization, ModelError> {
@@ -211,17 +267,17 @@ fn quantization(folder: &Path, config: &Object) -> Result<Quantization, ModelErr
                 &format!("{method:?}"),
             ));
         }
-        return awq(&object, "bits", "group_size");
+        return awq(&object, "quantization_config.", "bits", "group_size");
     }
     let older = folder.join("quant_config.json");
     if older.is_file() {
-        awq(&Object { value: read_json(&older)?, file: older }, "w_bit", "q_group_size")
+        awq(&Object { value: read_json(&older)?, file: older }, "", "w_bit", "q_group_size")
     } else {
         Ok(Quantization::None)
     }
 }
 
-fn awq(object: &Object, bits: &str, group: &str) -> Result<Quantization, ModelError> {
+fn awq(object: &Object, section: &str, bits: &str, group: &str) -> Result<Quantization, ModelError> {
     if object.size(bits, 1, 64)? != 4 {
         return Err(object.wrong(bits, "4", &object.size(bits, 1, 64)?.to_string()));
     }
@@ -232,26 +288,17 @@ fn awq(object: &Object, bits: &str, group: &str) -> Result<Quantization, ModelEr
     if object.present("zero_point").is_some() && !object.flag("zero_point")? {
         return Err(object.wrong("zero_point", "true", "false"));
     }
-    let group = match object.present(group).and_then(Value::as_i64) {
+    let size = match object.present(group).and_then(Value::as_i64) {
         Some(-1) => None,
         _ => Some(object.size(group, 1, 1 << 17)?),
     };
+    let group = Group { size, file: object.file.clone(), key: format!("{section}{group}") };
     let names = object.present("modules_to_not_convert").and_then(Value::as_array);
     let keep_dense = names.into_iter().flatten().filter_map(Value::as_str).map(String::from).collect();
     Ok(Quantization::Awq { group, keep_dense })
 }
 
 fn read_json(file: &Path) -> Result<Value, ModelError> {
-    let io = |source| ModelError::Io { path: file.to_path_buf(), source };
-    let bytes = std::fs::metadata(file).map_err(io)?.len();
-    if bytes > MAX_CONFIG_BYTES {
-        return Err(ModelError::Config {
-            path: file.to_path_buf(),
-            key: "size".into(),
-            expected: format!("at most {MAX_CONFIG_BYTES} bytes"),
-            found: format!("{bytes} bytes"),
-        });
-    }
-    let text = std::fs::read(file).map_err(io)?;
+    let text = bounded::read(file, MAX_CONFIG_BYTES).map_err(|source| ModelError::Io { path: file.to_path_buf(), source })?;
     serde_json::from_slice(&text).map_err(|source| ModelError::Json { path: file.to_path_buf(), source })
 }

@@ -47,13 +47,8 @@ impl Decoder {
     /// Reads the model folder. Errors: a bad config, missing or misshapen tensors (all named at once), AWQ where dense is needed.
     pub fn from_folder(folder: &Path, holding: Holding, device: &Device, context: &RunContext) -> Result<Self, ModelError> {
         let config = ModelConfig::from_folder(folder)?;
-        if holding == Holding::Nf4 && config.quantization != Quantization::None {
-            return Err(ModelError::Config {
-                path: folder.join("config.json"),
-                key: "quantization_config".into(),
-                expected: "none: a student is quantised to NF4 from dense weights".into(),
-                found: "an already quantised model".into(),
-            });
+        if holding == Holding::Nf4 {
+            config.check_dense(folder)?;
         }
         let weights = Weights::open(folder)?;
         Reader { config: &config, weights: &weights, holding, device }.decoder(context).map_err(|e| match e {
@@ -145,6 +140,9 @@ impl Reader<'_> {
         context.progress.begin("loading the model", "layers", c.layers as u64);
         let mut layers = Vec::with_capacity(c.layers);
         for i in 0..c.layers {
+            if context.stopping() {
+                return Err(ReadError::Model(ModelError::Stopped { place: self.weights.place().to_path_buf() }));
+            }
             layers.push(self.layer(i)?);
             context.progress.add(1);
         }
@@ -158,18 +156,35 @@ impl Reader<'_> {
         let name = format!("model.layers.0.{}", PROJECTIONS[0]);
         let (_, inputs) = features(self.config, 0);
         let scales = self.weights.info(&format!("{name}.scales"));
-        if let (Some(group), Some([groups, _])) = (self.awq_group(&name, inputs), scales.as_ref().map(|s| s.shape.as_slice())) {
+        if let (Quantization::Awq { group: said, .. }, Some(group), Some([groups, _])) =
+            (&self.config.quantization, self.awq_group(&name, inputs), scales.as_ref().map(|s| s.shape.as_slice()))
+        {
             if *groups > 0 && inputs.is_multiple_of(*groups) && *groups * group != inputs {
                 let stored = inputs / groups;
                 return Err(ModelError::Config {
-                    path: self.weights.place().join("config.json"),
-                    key: "group_size".into(),
+                    path: said.file.clone(),
+                    key: said.key.clone(),
                     expected: format!("{stored}, as {name}.scales has {groups} rows for {inputs} inputs"),
-                    found: group.to_string(),
+                    found: said.size.map_or("-1 (all inputs)".into(), |size| size.to_string()),
                 });
             }
         }
-        self.weights.require(&self.expected())
+        let expected = self.expected();
+        self.weights.require(&expected)?;
+        expected.iter().try_for_each(|(name, shape)| self.check_dtype(name, shape))
+    }
+
+    /// AWQ's parts have one dtype each; every other tensor is a float.
+    fn check_dtype(&self, name: &str, shape: &[usize]) -> Result<(), ModelError> {
+        let dtype = match name.rsplit('.').next() {
+            Some("qweight" | "qzeros") => Dtype::I32,
+            Some("scales") => Dtype::F16,
+            _ => match self.weights.info(name).map(|info| info.dtype) {
+                Some(float @ (Dtype::F16 | Dtype::BF16)) => float,
+                _ => Dtype::F32,
+            },
+        };
+        self.weights.bytes(name, dtype, shape).map(|_| ())
     }
 
     fn layer(&self, i: usize) -> Result<Layer, ReadError> {
@@ -198,7 +213,9 @@ impl Reader<'_> {
             (None, Holding::Nf4) => {
                 let dense = self.weights.tensor(&format!("{name}.weight"), &[outputs, inputs], &Device::Cpu)?;
                 let dense = dense.to_dtype(DType::F32)?;
-                Weight::Nf4(with_f32(&dense, |values| Ok(Nf4Weight::quantize(values, outputs, inputs)))?)
+                let nf4 = with_f32(&dense, |values| Ok(Nf4Weight::quantize(values, outputs, inputs)))?;
+                let not_finite = || candle_core::Error::Msg(format!("{name}.weight: holds a value that is not finite"));
+                Weight::Nf4(nf4.ok_or_else(not_finite)?)
             }
         };
         let bias = match has_bias(self.config.biases, projection) {
@@ -227,7 +244,7 @@ impl Reader<'_> {
     fn awq_group(&self, name: &str, inputs: usize) -> Option<usize> {
         match &self.config.quantization {
             Quantization::Awq { group, keep_dense } if !keep_dense.iter().any(|part| name.contains(part.as_str())) => {
-                Some(group.unwrap_or(inputs))
+                Some(group.size.unwrap_or(inputs))
             }
             _ => None,
         }

@@ -92,8 +92,9 @@ impl Layer {
 
     /// y [T, H] of x [T, H], f32.
     pub fn forward(&self, x: &Tensor, geometry: &Geometry) -> Result<Tensor> {
-        let between = self.between(x, geometry)?;
-        between.h + self.down_proj.forward(&between.product)?
+        // Everything else is let go before the widest product.
+        let Between { h, product, .. } = self.between(x, geometry)?;
+        h + self.down_proj.forward(&product)?
     }
 
     /// From the layer's input x and dL/dy, both [T, H]: dL/dx, and the LoRA gradients in the order of [`PROJECTIONS`].

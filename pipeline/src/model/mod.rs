@@ -20,6 +20,14 @@ pub enum ModelError {
     },
 
     // Config.
+    /// A path that is no folder.
+    #[error("{folder}: expected a model folder, found {found}", folder = folder.display())]
+    NoFolder {
+        /// The path.
+        folder: std::path::PathBuf,
+        /// What is there.
+        found: &'static str,
+    },
     /// A JSON file that is none.
     #[error("{path}: not valid JSON: {source}", path = path.display())]
     Json {
@@ -132,8 +140,8 @@ pub enum ModelError {
         /// What the tensor library said.
         source: Box<candle_core::Error>,
     },
-    /// A signal asked for a stop while weights were read.
-    #[error("{place}: stopped by a signal while hashing the weights; nothing was written", place = place.display())]
+    /// A signal asked for a stop while weights were hashed or read.
+    #[error("{place}: stopped by a signal while reading the model; nothing was written since", place = place.display())]
     Stopped {
         /// The folder or file.
         place: std::path::PathBuf,

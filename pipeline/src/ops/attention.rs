@@ -37,7 +37,7 @@ struct Shape {
 impl Shape {
     fn of(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32]) -> Result<Self> {
         let ((tokens, heads, d), (kt, kv_heads, kd)) = (q.dims3()?, k.dims3()?);
-        if kt != tokens || kd != d || v.dims() != k.dims() || kv_heads == 0 || heads % kv_heads != 0 {
+        if kt != tokens || kd != d || v.dims() != k.dims() || kv_heads == 0 || d == 0 || heads % kv_heads != 0 {
             bail!("attention: q {:?}, k {:?} and v {:?} do not fit", q.dims(), k.dims(), v.dims());
         }
         let rising = segments.windows(2).all(|w| w[0] <= w[1]);
@@ -143,8 +143,12 @@ pub fn backward(
             })
         })
     })?;
-    let dq: Vec<Vec<f32>> = jobs.iter().flat_map(|j| j.dq.iter().cloned()).collect();
-    let (dk, dv): (Vec<Vec<f32>>, Vec<Vec<f32>>) = jobs.into_iter().map(|j| (j.dk, j.dv)).unzip();
+    let (mut dq, mut dk, mut dv) = (Vec::new(), Vec::new(), Vec::new());
+    for job in jobs {
+        dq.extend(job.dq);
+        dk.push(job.dk);
+        dv.push(job.dv);
+    }
     let tensor = |by_head: &[Vec<f32>], like: &Tensor| Tensor::from_vec(shape.interleave(by_head), like.dims(), like.device());
     Ok((tensor(&dq, q)?, tensor(&dk, k)?, tensor(&dv, v)?))
 }

@@ -1,12 +1,12 @@
 //! Root-mean-square norm: y = w ∘ x · r with r = 1 / sqrt(mean(x²) + eps), row by row.
 
 use super::with_f32;
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 /// y [T, H] of x [T, H] and w [H], f32.
 pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
-    let (_, h) = x.dims2()?;
+    let h = width(x, w)?;
     let y = with_f32(x, |x| {
         with_f32(w, |w| {
             let mut y = vec![0f32; x.len()];
@@ -24,7 +24,10 @@ pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
 
 /// dL/dx [T, H] from x, w and dL/dy: r (w ∘ dy − x · r² · mean(x ∘ w ∘ dy)).
 pub fn backward(x: &Tensor, w: &Tensor, eps: f64, dy: &Tensor) -> Result<Tensor> {
-    let (_, h) = x.dims2()?;
+    let h = width(x, w)?;
+    if dy.dims() != x.dims() {
+        bail!("rms_norm: dy {:?} does not fit x {:?}", dy.dims(), x.dims());
+    }
     let dx = with_f32(x, |x| {
         with_f32(w, |w| {
             with_f32(dy, |dy| {
@@ -42,6 +45,14 @@ pub fn backward(x: &Tensor, w: &Tensor, eps: f64, dy: &Tensor) -> Result<Tensor>
         })
     })?;
     Tensor::from_vec(dx, x.dims(), x.device())
+}
+
+/// H, the same in x [T, H] and w [H].
+fn width(x: &Tensor, w: &Tensor) -> Result<usize> {
+    match (x.dims2()?, w.dims()) {
+        ((_, h), [n]) if *n == h && h > 0 => Ok(h),
+        _ => bail!("rms_norm: x {:?} and w {:?} do not fit", x.dims(), w.dims()),
+    }
 }
 
 /// 1 / sqrt(mean(x²) + eps); the sum in f64, so that a row's width does not cost digits.

@@ -7,7 +7,7 @@
 //! Angles are f32, as the models' own code has them; the turn's backward is the turn the other way.
 
 use super::with_f32;
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 /// Cosines and sines of a pack's positions.
@@ -40,8 +40,11 @@ impl Table {
 
     /// Turns x [T, heads, d] (f32).
     pub fn apply(&self, x: &Tensor, turn: Turn) -> Result<Tensor> {
-        let (_, heads, d) = x.dims3()?;
+        let (t, heads, d) = x.dims3()?;
         let half = self.half;
+        if t * half != self.cos.len() || d != 2 * half || heads == 0 {
+            bail!("rope: x {:?} does not fit a table of {} angles, {half} a token", x.dims(), self.cos.len());
+        }
         let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
         let y = with_f32(x, |x| {
             let mut y = vec![0f32; x.len()];

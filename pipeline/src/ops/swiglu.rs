@@ -1,17 +1,20 @@
 //! SwiGLU: y = silu(g) ∘ u, with silu(g) = g · σ(g).
 
 use super::with_f32;
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 /// y of gate g and up u, all f32 of one shape.
 pub fn forward(g: &Tensor, u: &Tensor) -> Result<Tensor> {
+    fit(g, u)?;
     let y: Vec<f32> = with_f32(g, |g| with_f32(u, |u| Ok(g.par_iter().zip(u).map(|(g, u)| g * sigmoid(*g) * u).collect())))?;
     Tensor::from_vec(y, g.dims(), g.device())
 }
 
 /// (dL/dg, dL/du): dg = dy · u · σ(g) (1 + g (1 − σ(g))), du = dy · g · σ(g).
 pub fn backward(g: &Tensor, u: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+    fit(g, u)?;
+    fit(g, dy)?;
     let (dg, du): (Vec<f32>, Vec<f32>) = with_f32(g, |g| {
         with_f32(u, |u| {
             with_f32(dy, |dy| {
@@ -24,6 +27,13 @@ pub fn backward(g: &Tensor, u: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)>
         })
     })?;
     Ok((Tensor::from_vec(dg, g.dims(), g.device())?, Tensor::from_vec(du, g.dims(), g.device())?))
+}
+
+fn fit(g: &Tensor, other: &Tensor) -> Result<()> {
+    if g.dims() != other.dims() {
+        bail!("swiglu: {:?} and {:?} do not fit", g.dims(), other.dims());
+    }
+    Ok(())
 }
 
 fn sigmoid(x: f32) -> f32 {

@@ -4,16 +4,17 @@
 //! out/  adapter/                      the finished adapter (PEFT)
 //!       checkpoint-N/                 adapter_config.json, adapter_model.safetensors, …   (PEFT, usable alone)
 //!                     optimizer.safetensors, trainer_state.json, digests.json (BLAKE3 of every other file)
-//!       metrics.jsonl  config.resolved.toml  .lock
+//!       metrics.jsonl  config.resolved.toml  train.lock
 //! ```
 //! A checkpoint is built under another name, made durable, renamed, and only then are older ones removed; two are always kept. It
-//! is read only when every file has the digest that was written.
+//! is read only when every file has the digest that was written. A run that goes on from an earlier checkpoint moves the later ones
+//! to `set-aside/`, so that the newest one in the folder is always the run's own.
 
 use super::identity::{self, Identity};
 use super::optimizer::AdamW;
 use super::{Resume, TrainConfig, TrainError, save_adapter};
 use crate::student::Student;
-use crate::{Error, Result, adapter};
+use crate::{Error, Result, adapter, bounded};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -23,10 +24,13 @@ const STATE_FILE: &str = "trainer_state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const DIGESTS_FILE: &str = "digests.json";
 const SETTINGS_FILE: &str = "config.resolved.toml";
-const LOCK_FILE: &str = ".lock";
+const LOCK_FILE: &str = "train.lock";
+const SET_ASIDE: &str = "set-aside";
 const PREFIX: &str = "checkpoint-";
 /// Fewest checkpoints kept, whatever the settings say.
 const FEWEST_KEPT: usize = 2;
+/// Steps whose mean stands for "at first" and "at last"; one step's loss says more about its conversations.
+const SMOOTHED: usize = 10;
 /// Largest JSON file of a checkpoint read, in bytes.
 const MAX_JSON_BYTES: u64 = 1 << 20;
 
@@ -38,22 +42,39 @@ pub(super) struct Progress {
     pub step: u64,
     /// Tokens that went through the model.
     pub tokens: u64,
-    /// Loss of step 1.
-    pub first_loss: f64,
-    /// Loss of the last step done.
-    pub last_loss: f64,
+    /// Losses of the first [`SMOOTHED`] steps.
+    first_losses: Vec<f64>,
+    /// Losses of the last [`SMOOTHED`] steps.
+    last_losses: Vec<f64>,
 }
 
 impl Progress {
     /// Counts a step.
     pub(super) fn advance(&mut self, loss: f64, tokens: u64) {
-        if self.step == 0 {
-            self.first_loss = loss;
-        }
         self.step += 1;
-        self.last_loss = loss;
         self.tokens += tokens;
+        if self.first_losses.len() < SMOOTHED {
+            self.first_losses.push(loss);
+        }
+        self.last_losses.push(loss);
+        if self.last_losses.len() > SMOOTHED {
+            self.last_losses.remove(0);
+        }
     }
+
+    /// Mean loss of the run's first steps.
+    pub(super) fn first_loss(&self) -> f64 {
+        mean(&self.first_losses)
+    }
+
+    /// Mean loss of the last steps done.
+    pub(super) fn last_loss(&self) -> f64 {
+        mean(&self.last_losses)
+    }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
 }
 
 /// What `trainer_state.json` holds.
@@ -64,6 +85,23 @@ struct State {
     identity: Identity,
 }
 
+/// A checkpoint whose bytes were checked.
+#[derive(Debug)]
+pub(super) struct Checkpoint {
+    path: PathBuf,
+    state: State,
+}
+
+impl Checkpoint {
+    /// Errors: it was written by a run with other settings.
+    pub(super) fn check_identity(&self, identity: &Identity) -> Result<()> {
+        match identity::differences(identity, &self.state.identity) {
+            None => Ok(()),
+            Some(differences) => Err(TrainError::OtherRun { checkpoint: self.path.clone(), differences }.into()),
+        }
+    }
+}
+
 /// A run folder, locked until dropped.
 #[derive(Debug)]
 pub(super) struct RunFolder {
@@ -72,21 +110,31 @@ pub(super) struct RunFolder {
 }
 
 impl RunFolder {
-    /// Makes or opens the run's folder and locks it.
+    /// Makes or opens the run's folder, locks it and removes what a killed run left half-written. Errors: another process has it;
+    /// it holds files and is no run folder.
     pub(super) fn open(config: &TrainConfig) -> Result<Self> {
         let out = config.out.clone();
-        let io = |path: &Path| {
-            let path = path.to_path_buf();
-            move |source| TrainError::Io { path, source }
-        };
         fs::create_dir_all(&out).map_err(io(&out))?;
         let path = out.join(LOCK_FILE);
+        if let (false, Some(entry)) = (path.exists(), fs::read_dir(&out).map_err(io(&out))?.next()) {
+            let found = entry.map_err(io(&out))?.file_name().to_string_lossy().into_owned();
+            return Err(TrainError::Occupied { out, found }.into());
+        }
         let lock = File::options().create(true).truncate(false).write(true).open(&path).map_err(io(&path))?;
         match lock.try_lock() {
-            Ok(()) => Ok(Self { out, _lock: lock }),
-            Err(TryLockError::WouldBlock) => Err(TrainError::Locked { out }.into()),
-            Err(TryLockError::Error(source)) => Err(TrainError::Io { path, source }.into()),
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(TrainError::Locked { out }.into()),
+            Err(TryLockError::Error(source)) => return Err(TrainError::Io { path, source }.into()),
         }
+        let folder = Self { out, _lock: lock };
+        for entry in fs::read_dir(&folder.out).map_err(io(&folder.out))? {
+            let path = entry.map_err(io(&folder.out))?.path();
+            let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            if name.starts_with('.') && name.contains(".partial") && path.is_dir() {
+                fs::remove_dir_all(&path).map_err(io(&path))?;
+            }
+        }
+        Ok(folder)
     }
 
     /// The folder.
@@ -99,39 +147,44 @@ impl RunFolder {
         let path = self.out.join(SETTINGS_FILE);
         let text = toml::to_string(&BTreeMap::from([("train", config)]))
             .map_err(|e| TrainError::Io { path: path.clone(), source: std::io::Error::other(e) })?;
-        fs::write(&path, text).map_err(|source| TrainError::Io { path, source })?;
-        Ok(())
+        fs::write(&path, text).map_err(io(&path))
     }
 
-    /// Puts student and optimiser where the run stopped; at the start where there is nothing to resume.
-    pub(super) fn resume(
-        &self,
-        config: &TrainConfig,
-        identity: &Identity,
-        student: &mut Student,
-        adamw: &mut AdamW,
-    ) -> Result<Progress> {
+    /// The checkpoint to go on from, its bytes checked; `None` where there is nothing to resume.
+    pub(super) fn find(&self, config: &TrainConfig, total: u64) -> Result<Option<Checkpoint>> {
         let newest = self.checkpoints()?.pop().map(|(_, path)| path);
+        let adapter = Some(self.out.join(super::ADAPTER_FOLDER)).filter(|path| path.exists());
         let path = match (&config.resume, newest) {
             (Resume::Path(path), _) => path.clone(),
             (Resume::Latest, Some(path)) => path,
-            (Resume::Latest, None) => return Ok(Progress::default()),
-            (Resume::Never, None) if !self.out.join(super::ADAPTER_FOLDER).exists() => return Ok(Progress::default()),
-            (Resume::Never, newest) => {
-                let found = newest.unwrap_or_else(|| self.out.join(super::ADAPTER_FOLDER));
-                let found = found.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-                return Err(TrainError::Occupied { out: self.out.clone(), found }.into());
-            }
+            (Resume::Latest, None) => return Ok(None),
+            (Resume::Never, newest) => match newest.or(adapter) {
+                None => return Ok(None),
+                Some(found) => {
+                    let found = found.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+                    return Err(TrainError::Occupied { out: self.out.clone(), found }.into());
+                }
+            },
         };
         check_digests(&path)?;
         let state: State = read_json(&path.join(STATE_FILE))?;
-        if let Some(differences) = identity::differences(identity, &state.identity) {
-            return Err(TrainError::OtherRun { checkpoint: path, differences }.into());
+        if state.progress.step > total {
+            let expected = format!("at least the {} steps that {} already has", state.progress.step, path.display());
+            return Err(Error::Setting { name: "steps", found: total.to_string(), expected });
         }
+        Ok(Some(Checkpoint { path, state }))
+    }
+
+    /// Puts student and optimiser where the checkpoint has them, and moves later checkpoints out of the way.
+    pub(super) fn restore(&self, checkpoint: Checkpoint, student: &mut Student, adamw: &mut AdamW) -> Result<Progress> {
+        let Checkpoint { path, state } = checkpoint;
         let (_, mut tensors) = adapter::load(&path)?;
         let parameters = student.parameters().into_iter().filter_map(|(name, _)| tensors.remove(&name).map(|t| (name, t)));
         student.set_parameters(&parameters.collect::<Vec<_>>())?;
         adamw.load_state(&crate::model::weights::Weights::open_file(&path.join(OPTIMIZER_FILE))?)?;
+        for (_, later) in self.checkpoints()?.into_iter().filter(|(step, _)| *step > state.progress.step) {
+            self.set_aside(&later)?;
+        }
         Ok(state.progress)
     }
 
@@ -146,11 +199,6 @@ impl RunFolder {
     ) -> Result<()> {
         let path = self.out.join(format!("{PREFIX}{}", progress.step));
         let partial = self.out.join(format!(".{PREFIX}{}.partial", progress.step));
-        for leftover in [&partial, &path] {
-            if leftover.exists() {
-                fs::remove_dir_all(leftover).map_err(|source| TrainError::Io { path: leftover.clone(), source })?;
-            }
-        }
         save_adapter(&partial, config, student, progress)?;
         let optimizer = partial.join(OPTIMIZER_FILE);
         safetensors::serialize_to_file(adamw.state_tensors()?, None, &optimizer)
@@ -160,26 +208,39 @@ impl RunFolder {
         for name in [OPTIMIZER_FILE, STATE_FILE, DIGESTS_FILE, ""] {
             sync(&partial.join(name))?;
         }
-        fs::rename(&partial, &path).map_err(|source| TrainError::Io { path: path.clone(), source })?;
+        if path.exists() {
+            self.set_aside(&path)?;
+        }
+        fs::rename(&partial, &path).map_err(io(&path))?;
         sync(&self.out)?;
         self.prune(config.keep_checkpoints as usize)
+    }
+
+    /// Moves a checkpoint to `set-aside/`; an older one of the same step that was set aside before gives way.
+    fn set_aside(&self, checkpoint: &Path) -> Result<()> {
+        let folder = self.out.join(SET_ASIDE);
+        fs::create_dir_all(&folder).map_err(io(&folder))?;
+        let target = folder.join(checkpoint.file_name().unwrap_or_default());
+        if target.exists() {
+            fs::remove_dir_all(&target).map_err(io(&target))?;
+        }
+        fs::rename(checkpoint, &target).map_err(io(checkpoint))
     }
 
     fn prune(&self, keep: usize) -> Result<()> {
         let all = self.checkpoints()?;
         let beyond = all.len().saturating_sub(keep.max(FEWEST_KEPT));
         for (_, path) in &all[..beyond] {
-            fs::remove_dir_all(path).map_err(|source| TrainError::Io { path: path.clone(), source })?;
+            fs::remove_dir_all(path).map_err(io(path))?;
         }
         Ok(())
     }
 
     /// Checkpoints by rising step.
     fn checkpoints(&self) -> Result<Vec<(u64, PathBuf)>> {
-        let io = |source| Error::Train(TrainError::Io { path: self.out.clone(), source });
         let mut all = Vec::new();
-        for entry in fs::read_dir(&self.out).map_err(io)? {
-            let path = entry.map_err(io)?.path();
+        for entry in fs::read_dir(&self.out).map_err(io(&self.out))? {
+            let path = entry.map_err(io(&self.out))?.path();
             let name = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_prefix(PREFIX));
             if let Some(step) = name.and_then(|n| n.parse().ok()) {
                 all.push((step, path));
@@ -192,10 +253,6 @@ impl RunFolder {
 
 /// BLAKE3 (hex) of every file in the folder but the list itself.
 fn digests(folder: &Path) -> Result<BTreeMap<String, String>> {
-    let io = |path: &Path| {
-        let path = path.to_path_buf();
-        move |source| Error::Train(TrainError::Io { path, source })
-    };
     let mut all = BTreeMap::new();
     for entry in fs::read_dir(folder).map_err(io(folder))? {
         let path = entry.map_err(io(folder))?.path();
@@ -228,24 +285,24 @@ fn check_digests(folder: &Path) -> Result<()> {
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let io = |source| TrainError::Io { path: path.to_path_buf(), source };
-    if fs::metadata(path).map_err(io)?.len() > MAX_JSON_BYTES {
-        let (expected, found) = (format!("at most {MAX_JSON_BYTES} bytes"), "more".into());
-        return Err(TrainError::Damaged { path: path.to_path_buf(), expected, found }.into());
-    }
-    serde_json::from_slice(&fs::read(path).map_err(io)?).map_err(|e| {
+    let text = bounded::read(path, MAX_JSON_BYTES).map_err(io(path))?;
+    serde_json::from_slice(&text).map_err(|e| {
         let (expected, found) = ("valid JSON of this version".into(), e.to_string());
         TrainError::Damaged { path: path.to_path_buf(), expected, found }.into()
     })
 }
 
 fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
-    let io = |source| TrainError::Io { path: path.to_path_buf(), source };
-    let text = serde_json::to_vec_pretty(value).map_err(|e| io(e.into()))?;
-    Ok(fs::write(path, text).map_err(io)?)
+    let text = serde_json::to_vec_pretty(value).map_err(|e| io(path)(e.into()))?;
+    fs::write(path, text).map_err(io(path))
 }
 
 fn sync(path: &Path) -> Result<()> {
-    let synced = File::open(path).and_then(|file| file.sync_all());
-    Ok(synced.map_err(|source| TrainError::Io { path: path.to_path_buf(), source })?)
+    File::open(path).and_then(|file| file.sync_all()).map_err(io(path))
+}
+
+/// A failed access to `path`.
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
+    let path = path.to_path_buf();
+    move |source| Error::Train(TrainError::Io { path, source })
 }

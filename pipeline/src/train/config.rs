@@ -1,5 +1,6 @@
 //! Settings of stage two, their defaults, and what a run reports.
 
+use super::optimizer::AdamWConfig;
 use super::schedule::Schedule;
 use crate::loss::{Divergence, LossSettings, Tail};
 use crate::student::LoraSettings;
@@ -7,6 +8,10 @@ use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
+/// Lowest temperature; below it one token is everything.
+pub const MIN_TEMPERATURE: f64 = 0.05;
+/// Highest temperature; above it all kept tokens are alike.
+pub const MAX_TEMPERATURE: f64 = 100.0;
 /// Weight of either term of `distill+sft` when none is given.
 pub const DEFAULT_MIXED_WEIGHT: f64 = 0.5;
 /// Default for [`TrainConfig::temperature`].
@@ -195,16 +200,26 @@ impl TrainConfig {
             kd_ce_alpha: self.kd_ce_alpha.unwrap_or(ce),
         };
         settings.check()?;
+        if !(MIN_TEMPERATURE..=MAX_TEMPERATURE).contains(&self.temperature) {
+            let expected = format!("a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}");
+            return Err(Error::Setting { name: "temperature", found: self.temperature.to_string(), expected });
+        }
         if settings.kd_alpha == 0.0 && settings.kd_ce_alpha == 0.0 {
             let expected = "kd_alpha or kd_ce_alpha above 0".into();
             return Err(Error::Setting { name: "kd_alpha", found: "0, and kd_ce_alpha 0".into(), expected });
         }
-        for (name, value) in [("batch_size", self.batch_size), ("pack_tokens", self.pack_tokens)] {
+        for (name, value) in [("batch_size", self.batch_size), ("pack_tokens", self.pack_tokens), ("head_chunk", self.head_chunk)]
+        {
             if value == 0 {
                 return Err(Error::Setting { name, found: "0".into(), expected: "at least 1".into() });
             }
         }
         Ok(settings)
+    }
+
+    /// AdamW's constants.
+    pub fn optimizer(&self) -> AdamWConfig {
+        AdamWConfig { beta1: self.beta1, beta2: self.beta2, eps: self.eps, weight_decay: self.weight_decay }
     }
 
     /// The adapter's size and start.
@@ -230,10 +245,12 @@ pub struct TrainReport {
     pub steps: u64,
     /// Step the run started from.
     pub resumed_from: u64,
-    /// Loss of the first step of the whole run (nats per scored position).
+    /// Mean loss of the first ten steps of the whole run (nats per scored position).
     pub first_loss: f64,
-    /// Loss of the last step.
+    /// Mean loss of the last ten steps.
     pub last_loss: f64,
+    /// Highest learning rate of any step of the whole run; below `lr` when the run ends within its warm-up.
+    pub highest_lr: f64,
     /// Tokens that went through the model in this run.
     pub tokens: u64,
     /// Trainable parameters.

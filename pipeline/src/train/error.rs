@@ -45,6 +45,36 @@ pub enum TrainError {
         /// The student's.
         found: String,
     },
+    /// A student with fewer ids than the cache's tokenizer.
+    #[error(
+        "{student}: its vocabulary is too small for cache {cache}: expected at least {expected} ids, found {found}",
+        student = student.display(), cache = cache.display()
+    )]
+    Narrow {
+        /// The student's folder.
+        student: PathBuf,
+        /// The cache.
+        cache: PathBuf,
+        /// Ids of the cache.
+        expected: u32,
+        /// Rows of the student's embedding.
+        found: usize,
+    },
+    /// A student whose context is shorter than the cache's rows may be.
+    #[error(
+        "{student}: its context is too short for cache {cache}: expected at least {expected} tokens, found {found}",
+        student = student.display(), cache = cache.display()
+    )]
+    Short {
+        /// The student's folder.
+        student: PathBuf,
+        /// The cache.
+        cache: PathBuf,
+        /// Longest row of the cache.
+        expected: u32,
+        /// The student's context.
+        found: usize,
+    },
     /// Another process trains into this folder.
     #[error("{out}: another process is training into this folder; wait for it or choose another --out", out = out.display())]
     Locked {
@@ -86,7 +116,10 @@ pub enum TrainError {
         differences: String,
     },
     /// A step that cannot be taken.
-    #[error("step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so the step was not taken; try a lower --lr")]
+    #[error(
+        "step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so the step was not taken; {}",
+        if *step > 1 { "try a lower --lr" } else { "nothing was changed yet, so it is the student's weights that give this" }
+    )]
     NotFinite {
         /// The step, counted from 1.
         step: u64,
@@ -103,7 +136,10 @@ impl TrainError {
         match self {
             TrainError::Damaged { .. } => ErrorClass::Integrity,
             TrainError::Locked { .. } => ErrorClass::Locked,
-            TrainError::OtherTokenizer { .. } | TrainError::OtherRun { .. } => ErrorClass::Mismatch,
+            TrainError::OtherTokenizer { .. }
+            | TrainError::OtherRun { .. }
+            | TrainError::Narrow { .. }
+            | TrainError::Short { .. } => ErrorClass::Mismatch,
             TrainError::Occupied { .. } | TrainError::Incomplete { .. } => ErrorClass::Usage,
             _ => ErrorClass::Runtime,
         }

@@ -1,12 +1,13 @@
 //! Which run this is: every setting that decides the adapter's bits, as names and values to compare and to show.
 //!
 //! Where a checkpoint's identity differs, continuing from it would give an adapter that no single command describes. Settings
-//! that change nothing (device, folders, how often a checkpoint is written, how rows fall into packs) are left out.
+//! that change nothing (device, folders, how often a checkpoint is written, how many logits exist at once) are left out.
 
 use super::schedule::Schedule;
 use super::{TrainConfig, TrainError};
 use crate::Result;
 use crate::loss::LossSettings;
+use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
 use crate::run::RunContext;
 use potstill_cache::{Cache, MANIFEST_FILE};
@@ -22,12 +23,15 @@ pub(super) fn of(config: &TrainConfig, loss: &LossSettings, cache: &Cache, total
     let manifest = std::fs::read(&manifest).map_err(|source| TrainError::Io { path: manifest, source })?;
     let mut identity: Identity = [
         ("student_blake3", student),
+        ("student_config_blake3", ModelConfig::fingerprint(&config.student)?),
         ("cache_blake3", blake3::hash(&manifest).to_hex().to_string()),
         ("objective", config.objective.to_string()),
         ("kd_alpha", loss.kd_alpha.to_string()),
         ("kd_ce_alpha", loss.kd_ce_alpha.to_string()),
         ("temperature", config.temperature.to_string()),
         ("batch_size", config.batch_size.to_string()),
+        // Sums over packs are added in the packs' order, so other packs give other last bits.
+        ("pack_tokens", config.pack_tokens.to_string()),
         ("lr", config.lr.to_string()),
         ("schedule", format!("{:?}", config.schedule).to_lowercase()),
         ("warmup_steps", config.warmup_steps.to_string()),
@@ -51,14 +55,14 @@ pub(super) fn of(config: &TrainConfig, loss: &LossSettings, cache: &Cache, total
     Ok(identity)
 }
 
-/// What differs, as `name: expected A, found B`, joined; `None` when nothing does.
+/// What differs, as `name: here A, there B`, joined; `None` when nothing does.
 pub(super) fn differences(ours: &Identity, stored: &Identity) -> Option<String> {
     let names: std::collections::BTreeSet<&String> = ours.keys().chain(stored.keys()).collect();
     let show = |identity: &Identity, name: &String| identity.get(name).cloned().unwrap_or_else(|| "nothing".into());
     let different: Vec<String> = names
         .into_iter()
         .filter(|name| ours.get(*name) != stored.get(*name))
-        .map(|name| format!("{name}: expected {}, found {}", show(ours, name), show(stored, name)))
+        .map(|name| format!("{name}: the checkpoint has {}, here it is {}", show(stored, name), show(ours, name)))
         .collect();
     (!different.is_empty()).then(|| different.join("; "))
 }

@@ -2,13 +2,14 @@
 //! dropped first, so that no step stands there twice.
 
 use super::checkpoint::Progress;
-use super::{Counts, TrainError};
+use super::{Step, TrainError};
 use crate::Result;
-use crate::loss::{LossSettings, LossSums};
+use crate::loss::LossSettings;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 const METRICS_FILE: &str = "metrics.jsonl";
 
@@ -36,18 +37,26 @@ pub(super) struct StepMetrics {
 }
 
 impl StepMetrics {
+    /// The line of the step that `progress` has just counted.
     pub(super) fn new(
         progress: &Progress,
-        sums: &LossSums,
+        step: &Step,
         settings: &LossSettings,
         lr: f64,
         grad_norm: f64,
-        counts: &Counts,
-        seconds: f64,
+        elapsed: Duration,
     ) -> Self {
-        let kd = (settings.kd_alpha > 0.0).then_some(sums.kd);
-        let (tokens, scored) = (counts.tokens, counts.scored);
-        Self { step: progress.step, loss: sums.total, kd, ce: sums.ce, lr, grad_norm, tokens, scored, seconds }
+        Self {
+            step: progress.step,
+            loss: step.mean.total,
+            kd: (settings.kd_alpha > 0.0).then_some(step.mean.kd),
+            ce: step.mean.ce,
+            lr,
+            grad_norm,
+            tokens: step.tokens,
+            scored: step.scored,
+            seconds: elapsed.as_secs_f64(),
+        }
     }
 }
 
@@ -73,8 +82,13 @@ impl Metrics {
         };
         let kept = |line: &&str| serde_json::from_str::<Line>(line).is_ok_and(|l| l.step <= step);
         let text: String = old.lines().take_while(kept).flat_map(|line| [line, "\n"]).collect();
-        std::fs::write(&path, text).map_err(io)?;
-        let file = File::options().append(true).open(&path).map_err(io)?;
+        if text != old {
+            let partial = out.join(format!(".{METRICS_FILE}.partial"));
+            std::fs::write(&partial, text).map_err(io)?;
+            File::open(&partial).and_then(|f| f.sync_all()).map_err(io)?;
+            std::fs::rename(&partial, &path).map_err(io)?;
+        }
+        let file = File::options().create(true).append(true).open(&path).map_err(io)?;
         Ok(Self { path, file })
     }
 
@@ -84,5 +98,11 @@ impl Metrics {
         let mut line = serde_json::to_vec(metrics).map_err(|e| io(e.into()))?;
         line.push(b'\n');
         Ok(self.file.write_all(&line).map_err(io)?)
+    }
+
+    /// Makes every line durable; done before a checkpoint of the same step appears.
+    pub(super) fn sync(&self) -> Result<()> {
+        let io = |source| TrainError::Io { path: self.path.clone(), source };
+        Ok(self.file.sync_data().map_err(io)?)
     }
 }

@@ -20,14 +20,15 @@ use crate::adapter::{self, AdapterConfig, Scaling, Surroundings};
 use crate::data::ChatTokenizer;
 use crate::data::pack::{self, Pack, Sequence};
 use crate::loss::{self, LossSettings, LossSums};
+use crate::model::config::ModelConfig;
 use crate::model::layer::PROJECTIONS;
-use crate::run::RunContext;
+use crate::run::{RUN_AGAIN, RunContext};
 use crate::student::Student;
-use crate::{Result, device};
+use crate::{Error, Result, device};
 use candle_core::Tensor;
 use checkpoint::{Progress, RunFolder};
 use metrics::{Metrics, StepMetrics};
-use optimizer::{AdamW, AdamWConfig};
+use optimizer::AdamW;
 use potstill_cache::{Cache, Order, Record, Sampler, SoftTargets};
 use rayon::prelude::*;
 use std::time::Instant;
@@ -42,48 +43,53 @@ pub const ADAPTER_FOLDER: &str = "adapter";
 pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     let loss = config.loss_settings()?;
     let device = device::pick(&config.device)?;
+    // What can be refused at once is refused before weights are hashed and read.
     let cache = open_cache(config)?;
     let total = config.total_steps(cache.len());
     let folder = RunFolder::open(config)?;
+    let found = folder.find(config, total)?;
     let identity = identity::of(config, &loss, &cache, total, context)?;
+    found.as_ref().map_or(Ok(()), |checkpoint| checkpoint.check_identity(&identity))?;
     let mut student = Student::from_folder(&config.student, &config.lora(), &device, context)?;
-    let optimiser = AdamWConfig { beta1: config.beta1, beta2: config.beta2, eps: config.eps, weight_decay: config.weight_decay };
-    let mut adamw = AdamW::new(optimiser, &student.parameters())?;
-    let mut progress = folder.resume(config, &identity, &mut student, &mut adamw)?;
-    if progress.step > total {
-        let expected = format!("at least the {} steps that the checkpoint already has", progress.step);
-        return Err(crate::Error::Setting { name: "steps", found: total.to_string(), expected });
-    }
+    let mut adamw = AdamW::new(config.optimizer(), &student.parameters())?;
+    let mut progress = match found {
+        Some(checkpoint) => folder.restore(checkpoint, &mut student, &mut adamw)?,
+        None => Progress::default(),
+    };
     folder.write_settings(config)?;
     let mut metrics = Metrics::open(folder.path(), progress.step)?;
-    let order = if config.shuffle { Order::Seeded } else { Order::Sequential };
-    let sampler = Sampler::new(cache.len(), config.seed, order);
+    let sampler = Sampler::new(cache.len(), config.seed, if config.shuffle { Order::Seeded } else { Order::Sequential });
+    let rate = |step: u64| config.schedule.rate(step, total, config.warmup_steps, config.lr);
 
     let (started, first_step, first_tokens) = (Instant::now(), progress.step, progress.tokens);
-    context.progress.begin("training", "steps", total.saturating_sub(first_step));
+    let mut saved = progress.step;
+    context.progress.begin_at("training", "steps", total, first_step);
     while progress.step < total {
         let records = batch(&cache, &sampler, progress.step, u64::from(config.batch_size))?;
-        let (sums, mut gradients, counts) = accumulate(&student, &records, config, &loss)?;
-        let grad_norm = optimizer::clip(&mut gradients, config.max_grad_norm)?;
-        if !(sums.total.is_finite() && grad_norm.is_finite()) {
-            return Err(TrainError::NotFinite { step: progress.step + 1, loss: sums.total, grad_norm }.into());
+        let step = accumulate(&student, &records, config, &loss, context)?;
+        let stopping = step.is_none();
+        if let Some(mut step) = step {
+            let grad_norm = optimizer::clip(&mut step.gradients, config.max_grad_norm)?;
+            if !(step.mean.total.is_finite() && grad_norm.is_finite()) {
+                return Err(TrainError::NotFinite { step: progress.step + 1, loss: step.mean.total, grad_norm }.into());
+            }
+            let lr = rate(progress.step);
+            let mut parameters = student.parameters();
+            adamw.step(&mut parameters, &step.gradients, lr)?;
+            student.set_parameters(&parameters)?;
+            progress.advance(step.mean.total, step.tokens);
+            metrics.append(&StepMetrics::new(&progress, &step, &loss, lr, grad_norm, started.elapsed()))?;
+            context.progress.add(1);
+            context.progress.note(format!("loss {:.4}", step.mean.total));
         }
-        let lr = config.schedule.rate(progress.step, total, config.warmup_steps, config.lr);
-        let mut parameters = student.parameters();
-        adamw.step(&mut parameters, &gradients, lr)?;
-        student.set_parameters(&parameters)?;
-
-        progress.advance(sums.total, counts.tokens);
-        metrics.append(&StepMetrics::new(&progress, &sums, &loss, lr, grad_norm, &counts, started.elapsed().as_secs_f64()))?;
-        context.progress.add(1);
-        context.progress.note(format!("loss {:.4}", sums.total));
-        let stopping = context.stopping();
-        if stopping || progress.step == total || config.checkpoint_due(progress.step) {
+        let due = stopping || progress.step == total || config.checkpoint_due(progress.step);
+        if due && progress.step > saved {
+            metrics.sync()?;
             folder.save(config, &identity, &student, &adamw, &progress)?;
+            saved = progress.step;
         }
-        if stopping && progress.step < total {
-            let kept = format!("checkpoint-{} is durable", progress.step);
-            return Err(crate::Error::Interrupted { kept });
+        if stopping {
+            return Err(interrupted(config, &progress));
         }
     }
     context.progress.end();
@@ -92,13 +98,24 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     Ok(TrainReport {
         steps: progress.step,
         resumed_from: first_step,
-        first_loss: progress.first_loss,
-        last_loss: progress.last_loss,
+        first_loss: progress.first_loss(),
+        last_loss: progress.last_loss(),
+        highest_lr: (0..progress.step).map(rate).fold(0.0, f64::max),
         tokens: progress.tokens - first_tokens,
         parameters: student.parameters().iter().map(|(_, t)| t.elem_count() as u64).sum(),
         seconds: started.elapsed().as_secs_f64(),
         adapter,
     })
+}
+
+/// What a stop leaves, and how to go on from it.
+fn interrupted(config: &TrainConfig, progress: &Progress) -> Error {
+    let kept = match progress.step {
+        0 => "no step was finished".into(),
+        step => format!("checkpoint-{step} is durable"),
+    };
+    let again = if config.resume == Resume::Latest { RUN_AGAIN } else { "continue with --resume latest" };
+    Error::Interrupted { kept, again }
 }
 
 /// Opens the cache and checks that the student can be trained from it.
@@ -112,6 +129,8 @@ fn open_cache(config: &TrainConfig) -> Result<Cache> {
     if cache.is_empty() {
         return Err(TrainError::Empty { cache: config.cache.clone() }.into());
     }
+    let student = ModelConfig::from_folder(&config.student)?;
+    student.check_dense(&config.student)?;
     let tokenizer = ChatTokenizer::tokenizer_only(&config.student)?;
     let (ours, theirs) = (tokenizer.tokenizer_fingerprint(), &description.tokenizer);
     if ours.vocabulary_blake3 != theirs.vocabulary_blake3 {
@@ -122,6 +141,15 @@ fn open_cache(config: &TrainConfig) -> Result<Cache> {
             found: format!("{} ids, vocabulary {}", ours.size, ours.vocabulary_blake3),
         }
         .into());
+    }
+    let (student_folder, cache_folder) = (config.student.clone(), config.cache.clone());
+    if student.vocab_size < description.vocab_size as usize {
+        let (expected, found) = (description.vocab_size, student.vocab_size);
+        return Err(TrainError::Narrow { student: student_folder, cache: cache_folder, expected, found }.into());
+    }
+    if student.context < description.encoding.max_length as usize {
+        let (expected, found) = (description.encoding.max_length, student.context);
+        return Err(TrainError::Short { student: student_folder, cache: cache_folder, expected, found }.into());
     }
     Ok(cache)
 }
@@ -135,26 +163,32 @@ fn batch(cache: &Cache, sampler: &Sampler, step: u64, size: u64) -> Result<Vec<R
     Ok(records.into_iter().collect::<potstill_cache::Result<_>>()?)
 }
 
-/// What went through the model in a step.
-#[derive(Debug, Clone, Copy, Default)]
-struct Counts {
+/// What the packs of a step add up to.
+#[derive(Debug, Default)]
+struct Step {
+    /// Losses, as means over the step's scored positions.
+    mean: LossSums,
+    /// Gradients of that mean, in the order of the parameters.
+    gradients: Vec<Tensor>,
     tokens: u64,
     scored: u64,
 }
 
-/// Mean loss over the step's scored positions, and its gradients: a sum over packs.
+/// Mean loss over the step's scored positions, and its gradients: a sum over packs. `None` when a stop was asked for.
 fn accumulate(
     student: &Student,
     records: &[Record],
     config: &TrainConfig,
     settings: &LossSettings,
-) -> Result<(LossSums, Vec<Tensor>, Counts)> {
+    context: &RunContext,
+) -> Result<Option<Step>> {
     let scored: usize = records.iter().map(|r| r.positions.len()).sum();
     let scale = 1.0 / scored.max(1) as f64;
-    let mut counts = Counts { tokens: 0, scored: scored as u64 };
-    let mut mean = LossSums::default();
-    let mut total: Option<Vec<Tensor>> = None;
+    let mut step = Step { scored: scored as u64, ..Step::default() };
     for range in pack::plan(records.iter().map(|r| r.input_ids.len()), config.pack_tokens as usize) {
+        if context.stopping() {
+            return Ok(None);
+        }
         let records = &records[range];
         let pack = Pack::new(records.iter().map(|r| Sequence { input_ids: &r.input_ids, positions: &r.positions }));
         let mut targets = SoftTargets::with_capacity(pack.scored().len(), 0);
@@ -165,16 +199,19 @@ fn accumulate(
         let head = student.decoder().head();
         let (sums, d_hidden) = loss::fused(&hidden, head, pack.labels(), targets, settings, scale, config.head_chunk as usize)?;
         let gradients = student.backward(tape, &d_hidden)?;
-        total = Some(match total {
-            None => gradients,
-            Some(total) => total.iter().zip(&gradients).map(|(a, b)| a + b).collect::<candle_core::Result<_>>()?,
-        });
-        mean.total += sums.total * scale;
-        mean.kd += sums.kd * scale;
-        mean.ce += sums.ce * scale;
-        counts.tokens += pack.input_ids().len() as u64;
+        if step.gradients.is_empty() {
+            step.gradients = gradients;
+        } else {
+            for (sum, gradient) in step.gradients.iter_mut().zip(&gradients) {
+                *sum = (&*sum + gradient)?;
+            }
+        }
+        step.mean.total += sums.total * scale;
+        step.mean.kd += sums.kd * scale;
+        step.mean.ce += sums.ce * scale;
+        step.tokens += pack.input_ids().len() as u64;
     }
-    Ok((mean, total.unwrap_or_default(), counts))
+    Ok(Some(step))
 }
 
 /// Writes the PEFT folder of the student's adapter.
@@ -193,7 +230,7 @@ fn save_adapter(folder: &std::path::Path, config: &TrainConfig, student: &Studen
         ("temperature".to_string(), config.temperature.to_string()),
         ("steps".to_string(), progress.step.to_string()),
         ("tokens".to_string(), progress.tokens.to_string()),
-        ("last loss (nats a scored position)".to_string(), format!("{:.4}", progress.last_loss)),
+        ("loss at last (nats a scored position)".to_string(), format!("{:.4}", progress.last_loss())),
     ];
     adapter::save(folder, &adapter, &student.parameters(), &Surroundings { base: &config.student, facts: &facts })?;
     Ok(())

@@ -138,7 +138,8 @@ impl AdamW {
     /// With t counting updates from 1: p ← p (1 − rate · wd); m ← β₁ m + (1 − β₁) g; v ← β₂ v + (1 − β₂) g²;
     /// p ← p − rate · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε). (Loshchilov and Hutter, 2019; as `torch.optim.AdamW`.)
     ///
-    /// Gradients stand in the parameters' order. Errors: a list or tensor that does not fit; nothing is changed then.
+    /// Gradients stand in the parameters' order. Errors: a list or tensor that does not fit, and nothing is
+    /// changed then; a device that is full.
     pub fn step(&mut self, parameters: &mut [(String, Tensor)], gradients: &[Tensor], rate: f64) -> Result<()> {
         let expected = self.moments.len();
         for (what, found) in [("parameters", parameters.len()), ("gradients", gradients.len())] {
@@ -152,18 +153,13 @@ impl AdamW {
         }
         let update = Update::new(&self.config, self.step + 1, rate);
         let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
-        let (mut new, mut slopes) = (Vec::with_capacity(expected), Vec::with_capacity(expected));
-        for ((_, parameter), gradient) in parameters.iter().zip(gradients) {
-            new.push(values(parameter)?);
-            slopes.push(values(gradient)?);
-        }
-        self.moments.par_iter_mut().zip(&mut new).zip(&slopes).for_each(|((moments, p), g)| {
-            let state = moments.m.iter_mut().zip(&mut moments.v);
-            p.iter_mut().zip(g).zip(state).for_each(|((p, g), (m, v))| update.apply(p, *g, m, v));
-        });
         self.step += 1;
-        for ((_, parameter), values) in parameters.iter_mut().zip(new) {
-            *parameter = Tensor::from_vec(values, parameter.shape(), parameter.device())?;
+        // One tensor at a time, so that only one is held twice.
+        for ((moments, (_, parameter)), gradient) in self.moments.iter_mut().zip(parameters).zip(gradients) {
+            let (mut p, g) = (values(parameter)?, values(gradient)?);
+            let state = moments.m.par_iter_mut().zip(&mut moments.v);
+            p.par_iter_mut().zip(&g).zip(state).for_each(|((p, g), (m, v))| update.apply(p, *g, m, v));
+            *parameter = Tensor::from_vec(p, parameter.shape(), parameter.device())?;
         }
         Ok(())
     }

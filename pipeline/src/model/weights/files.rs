@@ -150,11 +150,7 @@ fn only_other(root: &Path) -> Result<String, ModelError> {
 fn read_index(path: &Path) -> Result<Vec<(String, String)>, ModelError> {
     let io = |source| ModelError::Io { path: path.to_path_buf(), source };
     let bad = |why: String| ModelError::WeightsIndex { path: path.to_path_buf(), why };
-    let length = std::fs::metadata(path).map_err(io)?.len();
-    if length > MAX_INDEX_BYTES {
-        return Err(bad(format!("it has {length} bytes, at most {MAX_INDEX_BYTES} are read")));
-    }
-    let text = std::fs::read(path).map_err(io)?;
+    let text = crate::bounded::read(path, MAX_INDEX_BYTES).map_err(io)?;
     let index: Index = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
     if index.weight_map.0.is_empty() {
         return Err(bad("its weight_map names no tensor".into()));
