@@ -33,7 +33,7 @@ fn a_position_without_a_next_token_has_no_label() {
 #[test]
 fn a_plan_keeps_order_and_budget() {
     assert_eq!(plan([3, 4, 2, 9, 1], 7), [0..2, 2..3, 3..4, 4..5]);
-    assert_eq!(plan([3, 4, 2, 9, 1], 100), [0..5]);
+    assert_eq!(plan([3, 4, 2, 9, 1], 100).as_slice(), std::slice::from_ref(&(0..5)));
     assert_eq!(plan([], 7), Vec::<std::ops::Range<usize>>::new());
     assert_eq!(plan([9, 9], 1), [0..1, 1..2], "a conversation is never cut");
 }

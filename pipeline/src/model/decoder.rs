@@ -158,16 +158,17 @@ impl Reader<'_> {
         let scales = self.weights.info(&format!("{name}.scales"));
         if let (Quantization::Awq { group: said, .. }, Some(group), Some([groups, _])) =
             (&self.config.quantization, self.awq_group(&name, inputs), scales.as_ref().map(|s| s.shape.as_slice()))
+            && *groups > 0
+            && inputs.is_multiple_of(*groups)
+            && *groups * group != inputs
         {
-            if *groups > 0 && inputs.is_multiple_of(*groups) && *groups * group != inputs {
-                let stored = inputs / groups;
-                return Err(ModelError::Config {
-                    path: said.file.clone(),
-                    key: said.key.clone(),
-                    expected: format!("{stored}, as {name}.scales has {groups} rows for {inputs} inputs"),
-                    found: said.size.map_or("-1 (all inputs)".into(), |size| size.to_string()),
-                });
-            }
+            let stored = inputs / groups;
+            return Err(ModelError::Config {
+                path: said.file.clone(),
+                key: said.key.clone(),
+                expected: format!("{stored}, as {name}.scales has {groups} rows for {inputs} inputs"),
+                found: said.size.map_or("-1 (all inputs)".into(), |size| size.to_string()),
+            });
         }
         let expected = self.expected();
         self.weights.require(&expected)?;
