@@ -45,7 +45,7 @@ pub struct Tape {
     inputs: Vec<Tensor>,
     /// Hidden states of the scored places before the final norm, f32 [N, H].
     scored: Tensor,
-    /// The scored places, u32 [N].
+    /// The scored places, u32 `[N]`.
     rows: Tensor,
     tokens: usize,
 }

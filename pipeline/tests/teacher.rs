@@ -108,6 +108,33 @@ fn packed_equals_alone_whatever_the_chunk() {
 }
 
 #[test]
+fn padding_columns_of_the_head_are_left_out_before_the_softmax() {
+    // The same model as if its tokenizer had 700 ids: the other 1,348 rows of the head are padding.
+    let width = 700;
+    let narrow = Teacher::from_folder(&golden("teacher-awq"), width, &Device::Cpu, &RunContext::default()).unwrap();
+    let input_ids: Vec<u32> = (1..40).collect();
+    let positions = all_positions(&input_ids);
+    let pack = Pack::new([Sequence { input_ids: &input_ids, positions: &positions }]);
+    let targets = narrow.score(&pack, 8, 10).unwrap();
+    let teacher = teacher();
+    let full: Vec<Vec<f32>> = teacher.logits(&teacher.hidden(&pack).unwrap(), 0, positions.len()).unwrap().to_vec2().unwrap();
+    let mut padding_would_have_won = 0;
+    for (i, row) in full.iter().enumerate() {
+        let (target, known) = (targets.position(i), &row[..width as usize]);
+        let lse = known.iter().map(|z| f64::from(*z).exp()).sum::<f64>().ln();
+        assert!(target.ids.iter().all(|id| *id < width));
+        for (id, logprob) in target.ids.iter().zip(target.logprobs) {
+            assert!((f64::from(*logprob) - (f64::from(known[*id as usize]) - lse)).abs() < 1e-5);
+        }
+        let most = |row: &[f32]| row.iter().copied().fold(f32::MIN, f32::max);
+        padding_would_have_won += usize::from(most(row) > most(known));
+    }
+    assert!(padding_would_have_won > 0, "the case is a real one");
+    let error = Teacher::from_folder(&golden("teacher-awq"), 3000, &Device::Cpu, &RunContext::default()).unwrap_err();
+    assert!(error.to_string().ends_with("vocab_size: expected at least the tokenizer's 3000 ids, found 2048"), "{error}");
+}
+
+#[test]
 fn top_k_is_exact_on_small_rows() {
     let logits = Tensor::new(&[[1f32, 3.0, 3.0, -2.0, 0.5], [0.0, 0.0, 0.0, 0.0, 0.0]], &Device::Cpu).unwrap();
     let rows = top_k::rows(&logits, 2).unwrap();

@@ -43,7 +43,7 @@ pub struct LoraGradient {
 pub struct Linear {
     /// The frozen weight.
     pub weight: Weight,
-    /// f32 [out].
+    /// f32 `[out]`.
     pub bias: Option<Tensor>,
     /// Trainable factors.
     pub lora: Option<Lora>,

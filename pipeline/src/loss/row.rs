@@ -32,7 +32,7 @@ struct Pull {
     rest: f64,
 }
 
-/// Computes row `row` of the batch from its logits `z` [V] and leaves d(total · scale) / dz there.
+/// Computes row `row` of the batch from its logits `z` `[V]` and leaves d(total · scale) / dz there.
 pub(super) fn differentiate(z: &mut [f32], row: usize, batch: &Batch<'_>) -> Result<Terms, LossError> {
     let label = batch.labels[row] as usize;
     let label_logit = f64::from(z[label]);

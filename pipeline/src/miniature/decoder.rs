@@ -6,6 +6,7 @@
 
 use super::MiniatureError;
 use super::dice::Dice;
+use crate::model::layer::PROJECTIONS;
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::rotary_emb::rope_slow;
 use std::collections::BTreeMap;
@@ -45,17 +46,6 @@ pub struct DecoderShape {
     pub head: Head,
 }
 
-/// The linear layers of a decoder layer, named below `model.layers.N.`.
-const LINEAR: [&str; 7] = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-];
-
 impl DecoderShape {
     /// Width of one attention head.
     pub fn head_width(&self) -> usize {
@@ -74,7 +64,7 @@ impl DecoderShape {
             for norm in ["input_layernorm", "post_attention_layernorm"] {
                 tensors.insert(format!("model.layers.{layer}.{norm}.weight"), vec![self.hidden]);
             }
-            for name in LINEAR {
+            for name in PROJECTIONS {
                 let (outputs, inputs) = self.linear(name);
                 tensors.insert(format!("model.layers.{layer}.{name}.weight"), vec![outputs, inputs]);
                 if has_bias(name) {
@@ -118,7 +108,7 @@ fn has_bias(linear: &str) -> bool {
 
 /// Whether a module is one of the linear layers of a decoder layer: what is quantised.
 pub fn is_linear(module: &str) -> bool {
-    LINEAR.iter().any(|name| module.ends_with(name))
+    PROJECTIONS.iter().any(|name| module.ends_with(name))
 }
 
 /// A decoder with all its weights in f32 on the CPU.

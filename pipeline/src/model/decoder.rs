@@ -36,7 +36,7 @@ pub struct Decoder {
     embed_tokens: Tensor,
     /// The layers, first to last.
     pub layers: Vec<Layer>,
-    /// f32 [H].
+    /// f32 `[H]`.
     norm: Tensor,
     /// f32 [V, H]; the embedding where the config ties them.
     head: Tensor,

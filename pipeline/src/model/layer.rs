@@ -41,7 +41,7 @@ impl Geometry {
 /// One decoder layer; fields are named as in the checkpoint.
 #[derive(Debug, Clone)]
 pub struct Layer {
-    /// f32 [H].
+    /// f32 `[H]`.
     pub input_layernorm: Tensor,
     /// H → heads · d.
     pub q_proj: Linear,
@@ -51,7 +51,7 @@ pub struct Layer {
     pub v_proj: Linear,
     /// heads · d → H.
     pub o_proj: Linear,
-    /// f32 [H].
+    /// f32 `[H]`.
     pub post_attention_layernorm: Tensor,
     /// H → intermediate.
     pub gate_proj: Linear,

@@ -8,7 +8,7 @@
 //!          b                x            lse[i] = ln Σ_j exp S[i][j]
 //!          b                x x
 //! ```
-//! No [T, T] matrix exists: rows are made one at a time. Backward, with D[i] = dO[i] · O[i]:
+//! No [T, T] matrix exists: rows are made one at a time. Backward, with `D[i]` = `dO[i]` · `O[i]`:
 //! P = exp(S − lse), dV += Pᵀ dO, dS = P ∘ (dO Vᵀ − D) / √d, dQ = dS K, dK += dSᵀ Q.
 
 use super::with_f32;

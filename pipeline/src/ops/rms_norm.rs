@@ -4,7 +4,7 @@ use super::with_f32;
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
-/// y [T, H] of x [T, H] and w [H], f32.
+/// y [T, H] of x [T, H] and w `[H]`, f32.
 pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let h = width(x, w)?;
     let y = with_f32(x, |x| {
@@ -47,7 +47,7 @@ pub fn backward(x: &Tensor, w: &Tensor, eps: f64, dy: &Tensor) -> Result<Tensor>
     Tensor::from_vec(dx, x.dims(), x.device())
 }
 
-/// H, the same in x [T, H] and w [H].
+/// H, the same in x [T, H] and w `[H]`.
 fn width(x: &Tensor, w: &Tensor) -> Result<usize> {
     match (x.dims2()?, w.dims()) {
         ((_, h), [n]) if *n == h && h > 0 => Ok(h),
