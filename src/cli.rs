@@ -2,6 +2,8 @@
 //!
 //! Flags of the stages only carry text and numbers to [`crate::config`], which knows what is allowed; their defaults are
 //! read from the settings themselves, so that the help cannot drift from the code.
+// What follows `///` here is help text; the tables of a config file stand in brackets in it.
+#![allow(rustdoc::broken_intra_doc_links)]
 
 use crate::settings::{self, Section};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
