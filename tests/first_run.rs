@@ -67,6 +67,10 @@ fn every_stage_of_a_run() {
     assert_ne!(adapter("sft"), adapter("distill"));
     assert_ne!(adapter("distill"), adapter("distill+sft"));
 
+    let merge = |adapter| bench.expect(1, &["merge", "--student", &STUDENT, "--adapter", adapter, "--out", "merged", "--quiet"]);
+    let sentence = "run-distill: expected a PEFT adapter folder, found one in run-distill/adapter";
+    assert_eq!(merge("run-distill").error(), sentence);
+    assert_eq!(merge("nowhere").error(), "nowhere: expected a PEFT adapter folder, found nothing there");
     bench.expect(0, &["merge", "--student", &STUDENT, "--adapter", "run-distill/adapter", "--out", "merged", "--quiet"]);
     let merged = files(&bench.path("merged"));
     let base = std::fs::read(golden("student/model.safetensors")).unwrap();

@@ -130,6 +130,8 @@ fn a_checkpoint_is_refused_when_damaged_or_of_another_run() {
     bench.expect(0, &train("run", "4"));
     let refused = bench.expect(2, &[train("run", "6"), vec!["--resume", "never"]].concat());
     assert_eq!(refused.error(), "run: already holds checkpoint-4; choose another --out, or --resume latest to continue");
+    let refused = bench.expect(1, &[train("run", "6"), vec!["--resume", "nowhere"]].concat());
+    assert_eq!(refused.error(), "nowhere: no checkpoint: expected a folder, found nothing there");
     let refused = bench.expect(6, &[train("run", "6"), vec!["--seed", "1"]].concat());
     assert!(refused.error().contains("other settings: seed: the checkpoint has 42, here it is 1"), "{refused:?}");
     let lock = std::fs::File::options().write(true).open(bench.path("run/train.lock")).unwrap();

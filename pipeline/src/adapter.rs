@@ -113,6 +113,14 @@ pub enum AdapterError {
         /// The type.
         dtype: &'static str,
     },
+    /// A folder that holds no adapter.
+    #[error("{folder}: expected a PEFT adapter folder, found {found}", folder = folder.display())]
+    NoAdapter {
+        /// The folder.
+        folder: PathBuf,
+        /// What is there.
+        found: String,
+    },
     /// A base weight that NF4 has no code for.
     #[error("tensor {name:?}: holds a value that is not finite, which NF4 cannot; merge with --weights original")]
     NotFinite {

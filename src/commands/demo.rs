@@ -152,6 +152,8 @@ fn stage_one(tiny: &Miniature, cache: &Path) -> PrecomputeConfig {
         data: vec![tiny.chats.clone()],
         cache: cache.to_path_buf(),
         top_k: TOP_K,
+        // The tiny models' context; no chat is nearly as long.
+        max_length: miniature::CONTEXT,
         rows_per_shard: 128,
         ..PrecomputeConfig::default()
     }

@@ -52,6 +52,15 @@ pub fn save(folder: &Path, config: &AdapterConfig, tensors: &[(String, Tensor)],
 /// Errors: an adapter that is not plain LoRA, a rank beyond [`MAX_RANK`], an unknown name, a matrix without its partner, shapes
 /// that contradict the configuration.
 pub fn load(folder: &Path) -> Checked<(AdapterConfig, BTreeMap<String, Tensor>)> {
+    if !folder.join(CONFIG_NAME).is_file() {
+        let within = folder.join("adapter");
+        let found = match (folder.is_dir(), within.join(CONFIG_NAME).is_file()) {
+            (_, true) => format!("one in {}", within.display()),
+            (true, false) => format!("no {CONFIG_NAME} in it"),
+            (false, false) => "nothing there".into(),
+        };
+        return Err(AdapterError::NoAdapter { folder: folder.to_path_buf(), found });
+    }
     let config = AdapterConfig::read(&folder.join(CONFIG_NAME))?;
     let path = folder.join(TENSORS_NAME);
     let weights = Weights::open_file(&path)?;

@@ -6,7 +6,6 @@
 
 use super::MiniatureError;
 use super::dice::Dice;
-use crate::model::layer::PROJECTIONS;
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::rotary_emb::rope_slow;
 use std::collections::BTreeMap;
@@ -46,6 +45,17 @@ pub struct DecoderShape {
     pub head: Head,
 }
 
+/// The linear layers of a decoder layer, named below `model.layers.N.`.
+const LINEAR: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+
 impl DecoderShape {
     /// Width of one attention head.
     pub fn head_width(&self) -> usize {
@@ -64,7 +74,7 @@ impl DecoderShape {
             for norm in ["input_layernorm", "post_attention_layernorm"] {
                 tensors.insert(format!("model.layers.{layer}.{norm}.weight"), vec![self.hidden]);
             }
-            for name in PROJECTIONS {
+            for name in LINEAR {
                 let (outputs, inputs) = self.linear(name);
                 tensors.insert(format!("model.layers.{layer}.{name}.weight"), vec![outputs, inputs]);
                 if has_bias(name) {
@@ -108,7 +118,7 @@ fn has_bias(linear: &str) -> bool {
 
 /// Whether a module is one of the linear layers of a decoder layer: what is quantised.
 pub fn is_linear(module: &str) -> bool {
-    PROJECTIONS.iter().any(|name| module.ends_with(name))
+    LINEAR.iter().any(|name| module.ends_with(name))
 }
 
 /// A decoder with all its weights in f32 on the CPU.

@@ -114,7 +114,7 @@ fn write_rest(
         entries.insert("quantization_config".into(), quantization);
     }
     write(&folder.join("config.json"), pretty("config.json", &config)?.as_bytes())?;
-    for (name, content) in tokenizer.files(CONTEXT)? {
+    for (name, content) in tokenizer.files(CONTEXT as usize)? {
         write(&folder.join(name), content.as_bytes())?;
     }
     Ok(())

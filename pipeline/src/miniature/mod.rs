@@ -45,7 +45,7 @@ pub const TEACHER_ROWS: usize = 64;
 /// The student's head has the next multiple of this many rows; the teacher's has more, so the widths differ as in real pairs.
 pub const STUDENT_ROWS: usize = 16;
 /// Longest context written into `config.json`, in tokens; also the longest chat that is trained on.
-pub const CONTEXT: usize = 512;
+pub const CONTEXT: u32 = 512;
 
 /// Random streams of one seed, so that changing one part leaves the others as they were.
 const STREAM_CHATS: u64 = 0;
@@ -123,7 +123,7 @@ pub fn build(out: &Path, config: &MiniatureConfig, context: &RunContext) -> Resu
 
     let rendered: Vec<String> = conversations.iter().map(|conversation| tokenizer::render(&conversation.messages)).collect();
     let tokenizer = tokenizer::train(&rendered, config.vocabulary)?;
-    let sequences = tokenizer.encode_all(&rendered, CONTEXT)?;
+    let sequences = tokenizer.encode_all(&rendered, CONTEXT as usize)?;
     let vocabulary = tokenizer.size();
 
     let teacher_shape = teacher_shape((vocabulary + STUDENT_ROWS).next_multiple_of(TEACHER_ROWS));

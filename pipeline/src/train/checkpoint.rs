@@ -270,7 +270,10 @@ fn digests(folder: &Path) -> Result<BTreeMap<String, String>> {
 fn check_digests(folder: &Path) -> Result<()> {
     let list = folder.join(DIGESTS_FILE);
     if !list.is_file() {
-        let why = format!("it has no {DIGESTS_FILE}");
+        let why = match folder.is_dir() {
+            true => format!("expected a folder with {DIGESTS_FILE} in it, found none in it"),
+            false => "expected a folder, found nothing there".into(),
+        };
         return Err(TrainError::NoCheckpoint { path: folder.to_path_buf(), why }.into());
     }
     let expected: BTreeMap<String, String> = read_json(&list)?;

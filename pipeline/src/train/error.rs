@@ -90,7 +90,7 @@ pub enum TrainError {
         found: String,
     },
     /// A folder that is no checkpoint.
-    #[error("{path}: not a checkpoint: {why}", path = path.display())]
+    #[error("{path}: no checkpoint: {why}", path = path.display())]
     NoCheckpoint {
         /// The folder.
         path: PathBuf,
