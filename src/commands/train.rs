@@ -42,13 +42,7 @@ pub fn facts(report: &TrainReport, lr: f64) -> Table {
     }
     table
         .fact("steps", format!("{}{from}", print::count(report.steps)))
-        .fact(
-            "loss",
-            format!(
-                "{:.4} at first, {:.4} at last (nats a scored position, means of 10 steps)",
-                report.first_loss, report.last_loss
-            ),
-        )
+        .fact("loss", format!("{:.4} → {:.4} nats a scored position (means of 10 steps)", report.first_loss, report.last_loss))
         .fact("trainable numbers", print::count(report.parameters))
         .fact("tokens", print::count(report.tokens))
         .fact("time", print::duration(report.seconds))
