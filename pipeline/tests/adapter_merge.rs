@@ -168,7 +168,11 @@ fn what_does_not_fit_is_refused_and_leaves_nothing() {
     let good = settings(&dir.path().join("merged"));
     let runtime = ErrorClass::Runtime;
     refused(&MergeConfig { student: "/nonexistent".into(), ..good.clone() }, &["/nonexistent", "No such file"], runtime);
-    refused(&MergeConfig { adapter: "/nonexistent".into(), ..good.clone() }, &["adapter_config.json", "No such file"], runtime);
+    refused(
+        &MergeConfig { adapter: "/nonexistent".into(), ..good.clone() },
+        &["/nonexistent: expected a PEFT adapter folder, found nothing there"],
+        runtime,
+    );
     let awq = MergeConfig { student: golden("teacher-awq"), ..good.clone() };
     refused(&awq, &["config.json", "quantization_config", "dense"], runtime);
 
