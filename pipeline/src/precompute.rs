@@ -37,9 +37,6 @@ pub const DEFAULT_MANTISSA_BITS: u8 = 7;
 /// Default for [`PrecomputeConfig::zstd_level`] (preset `standard`).
 pub const DEFAULT_ZSTD_LEVEL: i32 = 3;
 
-/// Largest `tokenizer.json` copied into a cache, in bytes: the most that is read as a tokenizer at all.
-const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
-
 /// Settings of stage one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -124,9 +121,9 @@ pub struct PrecomputeReport {
 pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<PrecomputeReport> {
     check(config)?;
     let device = device::pick(&config.device)?;
-    let context_length = ModelConfig::from_folder(&config.teacher)?.context;
-    if config.max_length as usize > context_length {
-        let expected = format!("at most the teacher's context of {context_length} tokens");
+    let model = ModelConfig::from_folder(&config.teacher)?;
+    if config.max_length as usize > model.context {
+        let expected = format!("at most the teacher's context of {} tokens", model.context);
         return Err(Error::Setting { name: "max_length", found: config.max_length.to_string(), expected });
     }
     let tokenizer = ChatTokenizer::from_folder(&config.teacher)?;
@@ -137,7 +134,7 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
     }
     let options = DataOptions { max_length: config.max_length, truncation: config.truncate, on_bad_roles: config.on_bad_roles };
     let dataset = data::load(&config.data, &tokenizer, &options, context)?;
-    let description = describe(config, &tokenizer, &dataset, context)?;
+    let description = describe(config, &model, &tokenizer, &dataset, context)?;
     let mut writer = CacheWriter::open(&config.cache, &description, WriterOptions { companions: companions(&config.teacher)? })?;
     let resumed_rows = writer.committed_rows();
     check_committed(&writer, &dataset.examples, &config.cache)?;
@@ -205,13 +202,14 @@ fn check(config: &PrecomputeConfig) -> Result<()> {
 /// Everything that decides the cache's bytes.
 fn describe(
     config: &PrecomputeConfig,
+    model: &ModelConfig,
     tokenizer: &ChatTokenizer,
     dataset: &Dataset,
     context: &RunContext,
 ) -> Result<Description> {
     let template = tokenizer.template_fingerprint().cloned();
     Ok(Description {
-        teacher: teacher_fingerprint(&config.teacher, tokenizer.tokenizer_fingerprint().size, context)?,
+        teacher: teacher_fingerprint(&config.teacher, model, tokenizer.tokenizer_fingerprint().size, context)?,
         tokenizer: tokenizer.tokenizer_fingerprint().clone(),
         template: template.ok_or_else(|| DataError::NoTemplate { folder: config.teacher.clone(), found: "none".into() })?,
         data: dataset.fingerprint.clone(),
@@ -232,11 +230,10 @@ fn describe(
     })
 }
 
-fn teacher_fingerprint(folder: &Path, width: u32, context: &RunContext) -> Result<TeacherFingerprint> {
-    let config = ModelConfig::from_folder(folder)?;
+fn teacher_fingerprint(folder: &Path, model: &ModelConfig, width: u32, context: &RunContext) -> Result<TeacherFingerprint> {
     let weights = Weights::open(folder)?;
     // A folder that cannot be loaded must not leave a cache behind that was made from it.
-    Teacher::check_folder(folder, &config, &weights, width)?;
+    Teacher::check_folder(folder, model, &weights, width)?;
     let name = folder.canonicalize().ok().and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
     let dense =
         weights.info("model.embed_tokens.weight").map_or("unknown".into(), |info| format!("{:?}", info.dtype).to_lowercase());
@@ -244,7 +241,7 @@ fn teacher_fingerprint(folder: &Path, width: u32, context: &RunContext) -> Resul
         name: name.unwrap_or_else(|| folder.display().to_string()),
         config_blake3: ModelConfig::fingerprint(folder)?,
         weights_blake3: weights.fingerprint(context)?,
-        weights: match config.quantization {
+        weights: match model.quantization {
             Quantization::Awq { .. } => "awq-int4".into(),
             Quantization::None => dense,
         },
@@ -255,7 +252,7 @@ fn teacher_fingerprint(folder: &Path, width: u32, context: &RunContext) -> Resul
 /// The tokenizer travels with the cache, so that an inspector can show tokens as text.
 fn companions(folder: &Path) -> Result<Vec<Companion>> {
     let file = folder.join("tokenizer.json");
-    let bytes = bounded::read(&file, MAX_TOKENIZER_BYTES).map_err(|source| ModelError::Io { path: file, source })?;
+    let bytes = bounded::read(&file, data::MAX_TOKENIZER_BYTES).map_err(|source| ModelError::Io { path: file, source })?;
     Ok(vec![Companion { path: "tokenizer/tokenizer.json".into(), bytes }])
 }
 

@@ -6,6 +6,7 @@ use super::module::{self, Matrix};
 use super::staging::{Staging, refuse_occupied};
 use super::{AdapterConfig, AdapterError, Checked, load};
 use crate::model::ModelError;
+use crate::model::config::MAX_CONFIG_BYTES;
 use crate::model::weights::Weights;
 use crate::run::RunContext;
 use crate::{Error, Result};
@@ -19,8 +20,6 @@ use std::sync::Mutex;
 
 /// Most tensor bytes in one file of a merged model; a larger model is cut into several, with an index.
 pub const SHARD_BYTES: u64 = 5 << 30;
-/// Largest `config.json` read, in bytes.
-const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// Which weights the adapter is added to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]

@@ -13,7 +13,7 @@ use std::path::Path;
 use tokenizers::Tokenizer;
 
 /// Largest `tokenizer.json` read, in bytes.
-pub(super) const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
+pub(crate) const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// Ids are below this.
 pub(super) const MAX_TOKEN_ID: u64 = 1 << 24;
 

@@ -173,6 +173,11 @@ impl Object {
         ModelError::Config { path: self.file.clone(), key: key.into(), expected: expected.into(), found: found.into() }
     }
 
+    /// The first of `architectures`.
+    fn architecture(&self) -> Option<&str> {
+        self.value.get("architectures")?.get(0)?.as_str()
+    }
+
     fn present(&self, key: &str) -> Option<&Value> {
         self.value.get(key).filter(|v| !v.is_null())
     }
@@ -204,8 +209,7 @@ impl Object {
 }
 
 fn biases(object: &Object) -> Result<Biases, ModelError> {
-    let architecture = object.value.get("architectures").and_then(|v| v.get(0)).and_then(Value::as_str);
-    match architecture {
+    match object.architecture() {
         Some("Qwen2ForCausalLM") => Ok(Biases::QueryKeyValue),
         Some("LlamaForCausalLM" | "MistralForCausalLM") if object.flag("mlp_bias")? => {
             Err(object.wrong("mlp_bias", "false (biases of the MLP are not supported)", "true"))
@@ -246,7 +250,7 @@ fn rope_theta(object: &Object) -> Result<f64, ModelError> {
 /// transformers 5 lists it layer by layer. Within a window, sliding attention is full attention.
 fn context(object: &Object) -> Result<usize, ModelError> {
     let positions = object.size("max_position_embeddings", 1, 1 << 24)?;
-    let mistral = object.value.get("architectures").and_then(|v| v.get(0)).and_then(Value::as_str) == Some("MistralForCausalLM");
+    let mistral = object.architecture() == Some("MistralForCausalLM");
     let layers = object.present("layer_types").and_then(Value::as_array);
     let listed = layers.into_iter().flatten().any(|l| l.as_str() == Some("sliding_attention"));
     let slides = listed || object.flag("use_sliding_window")? || mistral;

@@ -1,7 +1,7 @@
 //! STAGE TWO: cache → packs → NF4 student + LoRA → loss → adapter. The loop a newcomer reads second.
 //!
 //! Owns the order of things. A step takes `batch_size` rows in the sampler's order, cuts them into packs, adds up their gradients
-//! and divides by the step's scored positions, so that how rows fall into packs changes nothing. Everything a step does is a
+//! and divides by the step's scored positions, so that how rows fall into packs changes no more than last bits. Everything a step does is a
 //! function of (settings, cache, step), which is what makes an exact resume possible: a checkpoint holds adapter, optimiser
 //! state and the step, and nothing else is needed.
 
