@@ -1,6 +1,7 @@
 //! File operations that survive a crash: write, sync, rename, sync the folder. Every write of this crate but the pages of a
 //! shard goes through here; nothing else creates, renames or removes files.
 
+use crate::shard::write::Written;
 use crate::{Error, Result};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
@@ -29,6 +30,38 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
 /// A new file that must not exist yet.
 pub(crate) fn create_new(path: &Path) -> Result<File> {
     OpenOptions::new().write(true).create_new(true).open(path).map_err(Error::io(path))
+}
+
+/// A file under way whose BLAKE3 and size are known when it is finished, without reading it again.
+pub(crate) struct HashedFile {
+    file: File,
+    hasher: blake3::Hasher,
+    bytes: u64,
+}
+
+impl HashedFile {
+    pub(crate) fn new(file: File) -> Self {
+        Self { file, hasher: blake3::Hasher::new(), bytes: 0 }
+    }
+
+    /// Makes the bytes durable.
+    pub(crate) fn finish(self, path: &Path) -> Result<Written> {
+        self.file.sync_all().map_err(Error::io(path))?;
+        Ok(Written { bytes: self.bytes, blake3: self.hasher.finalize().to_hex().to_string() })
+    }
+}
+
+impl Write for HashedFile {
+    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
+        let written = self.file.write(buffer)?;
+        self.hasher.update(&buffer[..written]);
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
+    }
 }
 
 /// Gives `tmp` its final name, never over an existing file, durably.

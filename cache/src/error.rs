@@ -62,8 +62,11 @@ pub enum Error {
         found: String,
     },
     /// Stored bytes are not what was written.
-    #[error("{file}{place}: expected {expected}, found {found}; the cache is damaged", place = place(*row_group, *row))]
+    #[error("{file}{place}: expected {expected}, found {found}; the cache is damaged",
+            file = dir.join(file).display(), place = place(*row_group, *row))]
     Damaged {
+        /// The cache's folder.
+        dir: PathBuf,
         /// The file, relative to the cache's folder.
         file: String,
         /// Row group of the file (0-based), where one is to blame.
@@ -83,6 +86,17 @@ pub enum Error {
         /// The version it names.
         found: u64,
         /// The newest version known here.
+        known: u32,
+    },
+    /// The cache was begun by an earlier version of this program.
+    #[error("{dir}: begun in format version {found}, which this program reads but does not continue (it writes {known}); \
+             repack what is there, or give another folder", dir = dir.display())]
+    OlderFormat {
+        /// The cache's folder.
+        dir: PathBuf,
+        /// The version of the cache.
+        found: u32,
+        /// The version that is written here.
         known: u32,
     },
     /// The folder holds a cache made from something else.
@@ -138,6 +152,18 @@ pub enum Error {
         /// The cache's folder.
         dir: PathBuf,
     },
+    /// Something would have to be known that a cache does not hold.
+    #[error(
+        "{what}: the cache has {has}, which cannot become {asked} without the teacher; ask for less than it has, or precompute again"
+    )]
+    Raise {
+        /// What would be raised.
+        what: &'static str,
+        /// What the cache has.
+        has: String,
+        /// What was asked for.
+        asked: String,
+    },
     /// A row number beyond the end.
     #[error("row {row}: the cache has {rows} rows, numbered from 0")]
     NoRow {
@@ -169,10 +195,14 @@ impl Error {
             Error::Io { .. } | Error::Parquet { .. } | Error::NoFolder { .. } | Error::NoManifest { .. } => ErrorClass::Runtime,
             Error::BadRecord { .. } | Error::RowCount { .. } | Error::WriterFailed { .. } => ErrorClass::Runtime,
             Error::NoCompanion { .. } => ErrorClass::Runtime,
-            Error::ForeignFolder { .. } | Error::Setting { .. } | Error::NoRow { .. } | Error::BadKey { .. } => ErrorClass::Usage,
+            Error::ForeignFolder { .. }
+            | Error::Raise { .. }
+            | Error::Setting { .. }
+            | Error::NoRow { .. }
+            | Error::BadKey { .. } => ErrorClass::Usage,
             Error::Damaged { .. } => ErrorClass::Integrity,
             Error::Locked { .. } => ErrorClass::Locked,
-            Error::Mismatch { .. } | Error::NewerFormat { .. } => ErrorClass::Mismatch,
+            Error::Mismatch { .. } | Error::NewerFormat { .. } | Error::OlderFormat { .. } => ErrorClass::Mismatch,
         }
     }
 
@@ -213,8 +243,24 @@ impl Flaw {
     }
 
     /// This flaw as damage at a place of a file.
-    pub(crate) fn damage(self, file: &str, row_group: Option<u64>, row: Option<u64>) -> Error {
-        Error::Damaged { file: file.to_string(), row_group, row, expected: self.expected, found: self.found }
+    pub(crate) fn damage(self, place: &Place, row_group: Option<u64>, row: Option<u64>) -> Error {
+        let Place { dir, file } = place.clone();
+        Error::Damaged { dir, file, row_group, row, expected: self.expected, found: self.found }
+    }
+}
+
+/// A file of a cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The cache's folder.
+    pub(crate) dir: PathBuf,
+    /// The file, relative to it.
+    pub(crate) file: String,
+}
+
+impl Place {
+    pub(crate) fn new(dir: &Path, file: &str) -> Self {
+        Self { dir: dir.to_path_buf(), file: file.to_string() }
     }
 }
 

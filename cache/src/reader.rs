@@ -1,10 +1,8 @@
 //! Opening a cache and reading any row of it. Reading needs no lock: shards never change, and a manifest names only whole ones.
 
-use crate::error::Flaw;
-use crate::manifest::Manifest;
-use crate::rules::Rules;
-use crate::shard::footer;
-use crate::shard::read::{Expected, Shard};
+use crate::error::{Flaw, Place};
+use crate::manifest::{Manifest, ShardEntry};
+use crate::shard::read::Shard;
 use crate::{Error, Record, Result, RowKey};
 use std::path::{Path, PathBuf};
 
@@ -21,7 +19,7 @@ impl Cache {
     /// Errors: no such folder, no manifest, a damaged manifest or shard, a newer format version.
     pub fn open(dir: &Path) -> Result<Self> {
         let manifest = Manifest::load(dir)?;
-        let shards = (0..manifest.shards.len()).map(|i| open_shard(dir, &manifest, i)).collect::<Result<Vec<_>>>()?;
+        let shards = manifest.shards.iter().map(|entry| open_entry(dir, &manifest, entry)).collect::<Result<Vec<_>>>()?;
         Ok(Self { dir: dir.to_path_buf(), manifest, shards })
     }
 
@@ -100,22 +98,16 @@ impl std::fmt::Debug for Cache {
     }
 }
 
-/// Opens shard `index` of the cache in `dir`.
-pub(crate) fn open_shard(dir: &Path, manifest: &Manifest, index: usize) -> Result<Shard> {
-    let Some(entry) = manifest.shards.get(index) else {
-        return Err(Error::NoRow { row: manifest.rows(), rows: manifest.rows() });
-    };
-    let footer = footer::entries(&manifest.description, entry.first_row);
-    let (file, bytes) = (entry.file.as_str(), Some(entry.bytes));
-    let expected = Expected { file, first_row: entry.first_row, rows: entry.rows, bytes, footer };
-    Shard::open(&dir.join(file), expected, Rules::of(&manifest.description))
+/// Opens a shard, or a piece of one, of the cache in `dir`.
+pub(crate) fn open_entry(dir: &Path, manifest: &Manifest, entry: &ShardEntry) -> Result<Shard> {
+    crate::writer::open_shard(&dir.join(&entry.file), dir, manifest, entry)
 }
 
 /// Reads and checks the companion `path`.
 pub(crate) fn read_companion(dir: &Path, manifest: &Manifest, path: &str) -> Result<Vec<u8>> {
     let listed = manifest.companions.iter().find(|c| c.path == path);
     let entry = listed.ok_or_else(|| Error::NoCompanion { dir: dir.to_path_buf(), path: path.to_string() })?;
-    let damage = |expected: String, found: String| Flaw::new(expected, found).damage(path, None, None);
+    let damage = |expected: String, found: String| Flaw::new(expected, found).damage(&Place::new(dir, path), None, None);
     let file = dir.join(path);
     let info = match std::fs::metadata(&file) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(damage("this file".into(), "no such file".into())),

@@ -16,6 +16,18 @@ pub struct Record {
     pub positions: Vec<u32>,
     /// The teacher's distributions at `positions`.
     pub targets: SoftTargets,
+    /// What storing the row cost; zero for a record that was not stored yet.
+    pub codec: CodecError,
+}
+
+/// How far stored distributions lie from those they were made of, as KL(given, stored) over the kept tokens and the tail, both
+/// normalised, in nats. A row that was rewritten from a stored one carries the sum of both steps.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct CodecError {
+    /// Summed over the row's positions.
+    pub kl_sum: f32,
+    /// The largest of one position.
+    pub kl_max: f32,
 }
 
 /// A row's identity: the first 16 bytes of BLAKE3 over its ids and scored positions. Shown as 32 hex digits.

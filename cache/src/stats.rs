@@ -120,7 +120,7 @@ impl Summary {
 
 fn columns(cache: &Cache) -> Vec<ColumnBytes> {
     let mut columns: Vec<ColumnBytes> = Vec::new();
-    for size in cache.shards().iter().flat_map(|shard| shard.column_sizes()) {
+    for size in cache.shards().iter().flat_map(|shard| shard.column_sizes().iter().cloned()) {
         match columns.iter_mut().find(|c| c.name == size.name) {
             Some(c) => {
                 c.compressed = c.compressed.saturating_add(size.compressed);

@@ -1,7 +1,7 @@
 //! Checking every byte of a cache. It reports all that is wrong, each with its place, and stops at nothing but a cache that is
 //! not there.
 
-use crate::error::Flaw;
+use crate::error::{Flaw, Place};
 use crate::manifest::{MANIFEST_FILE, Manifest, ShardEntry};
 use crate::progress::ScanProgress;
 use crate::shard::read::Shard;
@@ -70,7 +70,7 @@ impl VerifyReport {
 impl Problem {
     fn of(file: &str, error: Error) -> Self {
         match error {
-            Error::Damaged { file, row_group, row, expected, found } => Self { file, row_group, row, expected, found },
+            Error::Damaged { file, row_group, row, expected, found, .. } => Self { file, row_group, row, expected, found },
             other => {
                 let (expected, found) = ("a file that can be read".into(), other.to_string());
                 Self { file: file.to_string(), row_group: None, row: None, expected, found }
@@ -117,7 +117,7 @@ pub fn verify(dir: &Path, progress: &ScanProgress) -> Result<VerifyReport> {
         let shard = check_file(dir, &manifest, index, &mut report);
         progress.add_bytes(entry.bytes);
         match shard {
-            Some(shard) => check_rows(&shard, entry, &mut keys, &mut last_seq_id, progress, &mut report),
+            Some(shard) => check_rows(dir, &shard, entry, &mut keys, &mut last_seq_id, progress, &mut report),
             None => progress.add_rows(entry.rows),
         }
     }
@@ -127,16 +127,17 @@ pub fn verify(dir: &Path, progress: &ScanProgress) -> Result<VerifyReport> {
 /// Size, digest, footer and columns of a shard; gives the shard if its rows can be looked at.
 fn check_file(dir: &Path, manifest: &Manifest, index: usize, report: &mut VerifyReport) -> Option<Shard> {
     let entry = manifest.shards.get(index)?;
-    let opened = reader::open_shard(dir, manifest, index);
+    let opened = reader::open_entry(dir, manifest, entry);
     // A file that is missing or of another size has been named once already when it could not be opened.
     let sized = std::fs::metadata(dir.join(&entry.file)).is_ok_and(|info| info.is_file() && info.len() == entry.bytes);
-    if sized && let Err(error) = check_digest(&dir.join(&entry.file), &entry.file, &entry.blake3) {
+    if sized && let Err(error) = check_digest(dir, entry) {
         report.add(&entry.file, error);
     }
     opened.map_err(|error| report.add(&entry.file, error)).ok()
 }
 
 fn check_rows(
+    dir: &Path,
     shard: &Shard,
     entry: &ShardEntry,
     keys: &mut HashSet<RowKey>,
@@ -145,7 +146,7 @@ fn check_rows(
     report: &mut VerifyReport,
 ) {
     let look = |row: u64| {
-        let record = shard.row(row);
+        let record = shard.row_by_all_rules(row);
         progress.add_rows(1);
         record.map(|r| Seen {
             seq_id: r.seq_id,
@@ -169,7 +170,7 @@ fn check_rows(
             && seen.seq_id <= last
         {
             let flaw = Flaw::new(format!("a seq_id above {last}"), seen.seq_id);
-            report.add(&entry.file, flaw.damage(&entry.file, None, Some(entry.first_row + within as u64)));
+            report.add(&entry.file, flaw.damage(&Place::new(dir, &entry.file), None, Some(entry.first_row + within as u64)));
         }
         *last_seq_id = Some(seen.seq_id);
         report.repeated_rows += u64::from(!keys.insert(seen.key));
@@ -177,7 +178,7 @@ fn check_rows(
     report.good_rows += good;
     if good == entry.rows && (tokens, scored) != (entry.tokens, entry.scored) {
         let flaw = Flaw::new(format!("{} tokens, {} scored", entry.tokens, entry.scored), format!("{tokens} and {scored}"));
-        report.add(&entry.file, flaw.damage(&entry.file, None, None));
+        report.add(&entry.file, flaw.damage(&Place::new(dir, &entry.file), None, None));
     }
 }
 
@@ -185,7 +186,7 @@ fn unlisted(dir: &Path, manifest: &Manifest) -> Result<Vec<String>> {
     let listed = |name: &String| {
         name == MANIFEST_FILE
             || name == LOCK_FILE
-            || manifest.shards.iter().any(|s| &s.file == name)
+            || manifest.shards.iter().chain(&manifest.parts).any(|s| &s.file == name)
             || manifest.companions.iter().any(|c| c.path.split('/').next() == Some(name))
     };
     Ok(crate::writer::names(dir)?.into_iter().filter(|name| !listed(name)).collect())

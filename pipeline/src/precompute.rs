@@ -183,6 +183,7 @@ fn score(teacher: &Teacher, examples: &[Example], config: &PrecomputeConfig) -> 
         input_ids: example.input_ids.clone(),
         positions,
         targets: targets.slice(pack.scored_of(i)),
+        codec: Default::default(),
     });
     Ok(records.collect())
 }
@@ -223,10 +224,15 @@ fn describe(
         },
         selection: Selection::TopK { k: config.top_k },
         mantissa_bits: config.mantissa_bits,
+        values: Default::default(),
+        lse_temperatures: Vec::new(),
         zstd_level: config.zstd_level,
+        id_encoding: Default::default(),
         rows_per_shard: config.rows_per_shard,
         vocab_size: tokenizer.tokenizer_fingerprint().size,
         expected_rows: dataset.examples.len() as u64,
+        part: None,
+        derived: Vec::new(),
     })
 }
 

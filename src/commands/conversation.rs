@@ -182,7 +182,7 @@ mod tests {
         let mut targets = SoftTargets::default();
         targets.push(&[2, 7], &[0.5f32.ln(), 0.25f32.ln()], 0.25f32.ln());
         targets.push(&[9, 8], &[0.75f32.ln(), 0.125f32.ln()], 0.125f32.ln());
-        let record = Record { seq_id: 4, input_ids: vec![1, 2, 3, 5], positions: vec![0, 2], targets };
+        let record = Record { seq_id: 4, input_ids: vec![1, 2, 3, 5], positions: vec![0, 2], targets, codec: Default::default() };
         Conversation::of(6, &record, |id| if id == 3 { "\u{1b}[31m 中".into() } else { format!(" t{id}") })
     }
 
@@ -216,7 +216,7 @@ mod tests {
         let mut targets = SoftTargets::default();
         let ids: Vec<u32> = (10..74).collect();
         targets.push(&ids, &[(1.0f32 / 128.0).ln(); 64], 0.5f32.ln());
-        let record = Record { seq_id: 0, input_ids: vec![1, 2], positions: vec![0], targets };
+        let record = Record { seq_id: 0, input_ids: vec![1, 2], positions: vec![0], targets, codec: Default::default() };
         let mut shown = Vec::new();
         Conversation::of(0, &record, |id| format!(" quite a long token {id}")).write(64, &mut shown).expect("memory");
         let shown = String::from_utf8(shown).expect("UTF-8");

@@ -8,7 +8,7 @@ use crate::cli::{self, Manner};
 use crate::exit::{Outcome, UsageError};
 use crate::print::{self, Side, Table};
 use anyhow::Context;
-use potstill_cache::{Cache, Description, Distributions, RowKey, Selection, Summary};
+use potstill_cache::{Cache, Cutoff, Description, Distributions, RowKey, Selection, Summary};
 use potstill_pipeline::data::ChatTokenizer;
 use serde::Serialize;
 use std::io::Write;
@@ -96,6 +96,12 @@ fn identity(cache: &Cache) -> Table {
     let skipped: u64 = what.data.skipped.values().sum();
     let kept = match what.selection {
         Selection::TopK { k } => format!("the {k} most likely tokens and the rest as one (the tail)"),
+        Selection::Cutoff { k, rule: Cutoff::MinProb(p) } => format!("tokens of at least {p:e}, {k} at most, and the tail"),
+        Selection::Cutoff { k, rule: Cutoff::MinMass(mass) } => {
+            format!("the fewest tokens that make up {mass}, {k} at most, and the tail")
+        }
+        Selection::Sampled { draws, .. } => format!("{draws} draws from the distribution, as counts"),
+        Selection::Hybrid { k, draws, .. } => format!("the {k} most likely tokens, the tail, and {draws} draws from it"),
     };
     let mut table = Table::of_facts();
     table

@@ -1,19 +1,25 @@
 //! The key-values in a shard's footer: enough to know, from the file alone, what it holds and where it belongs.
 
+use super::read::Expected;
+use crate::Description;
 use crate::codec::value_codec_name;
-use crate::{Description, FORMAT_VERSION};
-use parquet::file::metadata::KeyValue;
+use crate::error::Flaw;
+use crate::layout::Layout;
+use parquet::arrow::parquet_to_arrow_schema;
+use parquet::file::metadata::{KeyValue, ParquetMetaData};
 
-/// The key-values of the shard that starts at row `first_row` of a cache with this description.
-pub(crate) fn entries(description: &Description, first_row: u64) -> Vec<(String, String)> {
+/// The key-values of the shard that starts at row `first_row` of a cache with this description, in this format version.
+pub(crate) fn entries(description: &Description, version: u32, first_row: u64) -> Vec<(String, String)> {
     let d = description;
-    let pairs: [(&str, String); 16] = [
-        ("format_version", FORMAT_VERSION.to_string()),
+    // Version 1 knew one kind of selection and named only that.
+    let selection = if version == 1 { d.selection.kind().to_string() } else { d.selection.to_string() };
+    let pairs = [
+        ("format_version", version.to_string()),
         ("first_row", first_row.to_string()),
-        ("selection", d.selection.name().into()),
+        ("selection", selection),
         ("k", d.selection.max_entries().to_string()),
         ("vocab_size", d.vocab_size.to_string()),
-        ("value_codec", value_codec_name(d.mantissa_bits)),
+        ("value_codec", value_codec_name(&d.storage())),
         ("alignment", "next".into()),
         ("temperature", "1".into()),
         ("teacher", d.teacher.name.clone()),
@@ -31,4 +37,31 @@ pub(crate) fn entries(description: &Description, first_row: u64) -> Vec<(String,
 /// As the Parquet library wants them.
 pub(crate) fn key_values(entries: &[(String, String)]) -> Vec<KeyValue> {
     entries.iter().map(|(key, value)| KeyValue::new(key.clone(), value.clone())).collect()
+}
+
+/// Checks columns, row counts and key-values of an opened file.
+pub(crate) fn check(meta: &ParquetMetaData, layout: &Layout, expected: &Expected) -> Result<(), Flaw> {
+    let file = meta.file_metadata();
+    let found = parquet_to_arrow_schema(file.schema_descr(), None).map_err(|e| Flaw::new("columns of known types", e))?;
+    if found.fields() != layout.schema().fields() {
+        let names: Vec<&str> = found.fields().iter().map(|field| field.name().as_str()).collect();
+        return Err(Flaw::new(format!("the columns of format version {}", layout.version), format!("{names:?}")));
+    }
+    let mut end = 0u64;
+    for group in meta.row_groups() {
+        let rows = u64::try_from(group.num_rows()).ok().filter(|&rows| rows > 0 && rows <= expected.rows);
+        end = end.saturating_add(rows.ok_or_else(|| Flaw::new("row groups of 1 row or more", group.num_rows()))?);
+    }
+    if end != expected.rows || u64::try_from(file.num_rows()) != Ok(end) {
+        let found = format!("{} rows, {end} in its row groups", file.num_rows());
+        return Err(Flaw::new(format!("{} rows", expected.rows), found));
+    }
+    let stored = file.key_value_metadata();
+    for (key, value) in &expected.footer {
+        let found = stored.into_iter().flatten().find(|kv| &kv.key == key).and_then(|kv| kv.value.as_deref());
+        if found != Some(value.as_str()) {
+            return Err(Flaw::new(format!("{key} = {value:?} in the footer"), format!("{found:?}")));
+        }
+    }
+    Ok(())
 }

@@ -1,6 +1,8 @@
 //! One shard: a Parquet file that is written once and never changes. Nothing here knows of folders or manifests.
 
+pub(crate) mod arrow;
 pub(crate) mod footer;
+pub(crate) mod page;
 pub(crate) mod read;
 pub(crate) mod write;
 
@@ -10,4 +12,9 @@ pub(crate) const ROWS_PER_GROUP: usize = 64;
 /// File name of shard `index`.
 pub(crate) fn file_name(index: usize) -> String {
     format!("shard-{index:05}.parquet")
+}
+
+/// File name of piece `part` of shard `index` while that shard is under way.
+pub(crate) fn part_name(index: usize, part: usize) -> String {
+    format!("part-{index:05}-{part:03}.parquet")
 }

@@ -1,25 +1,31 @@
-//! Reading a shard: map the file, load its footer once, then fetch any row through the offset index. Every row that leaves here
-//! has passed its checksum and the rules of its cache; every panic of the decoder has become an error.
+//! Reading a shard: load its footer once, keep where every page lies, then fetch any row with one read a column. Every row that
+//! leaves here has passed its checksum and its cache's rules; every panic of a decoder has become an error.
+//!
+//! A shard is mapped, so that the system can be told which pages will be wanted ([`Shard::will_need`]), but its bytes are fetched with
+//! positioned reads: a file that shrinks under a map kills the process that looks at it, and under a read it is an error. The copy
+//! costs a twentieth of a row's decoding. The file is opened for each row: a thousand shards would be a thousand open files.
 
-use crate::error::Flaw;
+use super::arrow::{self, ArrowShard};
+use super::page::{self, KnownLevels, Span};
+use crate::error::{Flaw, Place};
 use crate::guard::fenced;
-use crate::rules::{Form, Rules};
-use crate::{Error, Record, Result, RowKey, schema};
-use arrow_array::RecordBatch;
-use bytes::Bytes;
+use crate::layout::{Column, Layout, Shape};
+use crate::rules::Rules;
+use crate::schema::{self, RowHead};
+use crate::{CodecError, Error, Record, Result, RowKey};
 use memmap2::Mmap;
-use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::{
-    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder, RowSelection, RowSelector,
-};
-use parquet::file::metadata::PageIndexPolicy;
+use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader};
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+/// Most bytes of one page: what a row's page can be at the very most.
+const MAX_PAGE_BYTES: u32 = 1 << 30;
+/// Longest value of a column of single values: the words of a selection.
+const MAX_SCALAR_BYTES: usize = 128;
 
 /// What a shard has to be.
-pub(crate) struct Expected<'a> {
-    /// File name, for messages.
-    pub(crate) file: &'a str,
+pub(crate) struct Expected {
     /// Row of the cache that its first row is.
     pub(crate) first_row: u64,
     /// Rows in it.
@@ -40,178 +46,389 @@ pub(crate) struct ColumnSize {
 
 /// An open shard.
 pub(crate) struct Shard {
-    file: String,
-    bytes: Bytes,
-    meta: ArrowReaderMetadata,
-    /// Row of this shard that each row group starts at, then the number of rows.
-    group_starts: Vec<u64>,
+    path: PathBuf,
+    place: Place,
+    bytes: u64,
+    map: Mmap,
+    groups: Vec<Group>,
+    sizes: Vec<ColumnSize>,
+    rows: u64,
     first_row: u64,
+    columns: Vec<Column>,
     rules: Rules,
+    /// Set where pages are of an older version, whose tokens only the Arrow reader decodes.
+    arrow: Option<ArrowShard>,
+}
+
+/// A row group: where its pages lie, and its single values once somebody asked for them.
+struct Group {
+    first: u64,
+    rows: u32,
+    /// For each column of the layout: a page a row, or one page where the column holds single values.
+    pages: Vec<Box<[Span]>>,
+    heads: OnceLock<Box<[RowHead]>>,
 }
 
 impl Shard {
-    /// Maps `path` and checks size, schema, rows and footer against `expected`.
-    pub(crate) fn open(path: &Path, expected: Expected<'_>, rules: Rules) -> Result<Self> {
-        let damage = |flaw: Flaw| flaw.damage(expected.file, None, None);
-        let bytes = map(path, &expected)?;
-        let options = ArrowReaderOptions::new()
-            .with_skip_arrow_metadata(true)
-            .with_column_index_policy(PageIndexPolicy::Skip)
-            .with_offset_index_policy(PageIndexPolicy::Required);
-        let loaded = fenced(|| ArrowReaderMetadata::load(&bytes, options).map_err(|e| e.to_string())).and_then(|r| r);
-        let meta = loaded.map_err(|e| damage(Flaw::new("a readable Parquet footer", e)))?;
-        let group_starts = fenced(|| check_footer(&meta, &expected))
-            .unwrap_or_else(|panic| Err(Flaw::new("a readable Parquet footer", panic)))
-            .map_err(damage)?;
-        Ok(Self { file: expected.file.to_string(), bytes, meta, group_starts, first_row: expected.first_row, rules })
+    /// Maps `path` and checks size, schema, rows, pages and footer against `expected`.
+    pub(crate) fn open(path: &Path, expected: Expected, place: Place, rules: Rules) -> Result<Self> {
+        let damage = |flaw: Flaw| flaw.damage(&place, None, None);
+        let (file, bytes) = open_file(path, expected.bytes).map_err(|e| e.at(path, &place))?;
+        // SAFETY: the map is never read from; it only names a range of the file to the system (`will_need`).
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
+        // Rows are read in random order; without this the system reads megabytes ahead for each. It is advice: failing is harmless.
+        #[cfg(unix)]
+        let _ = map.advise(memmap2::Advice::Random);
+        let load = || {
+            let mut reader = ParquetMetaDataReader::new().with_offset_index_policy(PageIndexPolicy::Required);
+            reader.try_parse(&file).and_then(|()| reader.finish()).map_err(|e| Flaw::new("a readable Parquet footer", e))
+        };
+        let meta = fenced(load).unwrap_or_else(|panic| Err(Flaw::new("a readable Parquet footer", panic))).map_err(damage)?;
+        let columns = rules.layout.columns();
+        let check = || {
+            super::footer::check(&meta, &rules.layout, &expected)?;
+            groups(&meta, &rules.layout, &columns, bytes)
+        };
+        let groups = fenced(check).unwrap_or_else(|panic| Err(Flaw::new("a readable Parquet footer", panic))).map_err(damage)?;
+        let sizes = column_sizes(&meta);
+        let arrow = (rules.layout.version == 1).then(|| ArrowShard::new(meta, &rules.layout)).transpose().map_err(damage)?;
+        let (rows, first_row) = (expected.rows, expected.first_row);
+        Ok(Self { path: path.to_path_buf(), place, bytes, map, groups, sizes, rows, first_row, columns, rules, arrow })
     }
 
     /// Rows in this shard.
     pub(crate) fn rows(&self) -> u64 {
-        self.group_starts.last().copied().unwrap_or(0)
+        self.rows
     }
 
-    /// File size in bytes.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.bytes.len() as u64
+    /// Bytes of every column, summed over row groups, in schema order.
+    pub(crate) fn column_sizes(&self) -> &[ColumnSize] {
+        &self.sizes
     }
 
     /// Row `row` of this shard (0-based), checked.
     pub(crate) fn row(&self, row: u64) -> Result<Record> {
-        let cache_row = self.first_row.saturating_add(row);
-        let Some((group, within)) = self.locate(row) else {
-            return Err(Error::NoRow { row: cache_row, rows: self.first_row + self.rows() });
-        };
-        let read = || {
-            let batch = self.batch(group, within, 1, ProjectionMask::all())?;
-            let record = schema::record_of(&batch, self.rules.k)?;
-            self.rules.check(&record, Form::Stored).map(|()| record)
-        };
-        let flat = fenced(read).unwrap_or_else(|panic| Err(Flaw::new("pages that decode", panic)));
-        flat.map_err(|flaw| flaw.damage(&self.file, Some(group as u64), Some(cache_row)))
+        self.checked_row(row, |record| self.rules.check_read(record))
     }
 
-    /// The keys of all rows, from the key column alone: not covered by the rows' checksums.
-    pub(crate) fn keys(&self) -> Result<Vec<RowKey>> {
-        let mask = ProjectionMask::columns(self.meta.parquet_schema(), [schema::KEY]);
-        let mut keys = Vec::new();
-        for (group, bounds) in self.group_starts.windows(2).enumerate() {
-            let rows = (bounds[1] - bounds[0]) as usize;
-            let read = || {
-                let batch = self.batch(group, 0, rows, mask.clone())?;
-                (0..rows).map(|row| schema::key_at(&batch, row)).collect::<std::result::Result<Vec<_>, Flaw>>()
+    /// The same, with every rule of the cache checked.
+    pub(crate) fn row_by_all_rules(&self, row: u64) -> Result<Record> {
+        self.checked_row(row, |record| self.rules.check(record, crate::rules::Form::Stored))
+    }
+
+    fn checked_row(&self, row: u64, check: impl Fn(&Record) -> std::result::Result<(), Flaw>) -> Result<Record> {
+        let cache_row = self.first_row.saturating_add(row);
+        let Some((index, group)) = self.locate(row) else {
+            return Err(Error::NoRow { row: cache_row, rows: self.first_row + self.rows });
+        };
+        let within = (row - group.first) as usize;
+        let read = || {
+            let file = self.open_again()?;
+            let record = match &self.arrow {
+                Some(arrow) => arrow.row(&file, index, within)?,
+                None => self.decode(&file, group, within)?,
             };
-            let flat = fenced(read).unwrap_or_else(|panic| Err(Flaw::new("pages that decode", panic)));
-            keys.extend(flat.map_err(|flaw| flaw.damage(&self.file, Some(group as u64), None))?);
+            check(&record).map(|()| record).map_err(Trouble::from)
+        };
+        let flat = fenced(read).unwrap_or_else(|panic| Err(Flaw::new("pages that decode", panic).into()));
+        flat.map_err(|trouble| trouble.at_row(&self.path, &self.place, index as u64, cache_row))
+    }
+
+    /// Row `row` by the Arrow reader: slower, and an independent witness of this file's own decoder.
+    pub(crate) fn row_by_arrow(&self, row: u64) -> Result<Record> {
+        let cache_row = self.first_row.saturating_add(row);
+        let Some((index, group)) = self.locate(row) else {
+            return Err(Error::NoRow { row: cache_row, rows: self.first_row + self.rows });
+        };
+        let read = || {
+            let file = self.open_again()?;
+            arrow::load(&file, &self.rules.layout)?.row(&file, index, (row - group.first) as usize)
+        };
+        let flat = fenced(read).unwrap_or_else(|panic| Err(Flaw::new("pages that decode", panic).into()));
+        flat.map_err(|trouble| trouble.at_row(&self.path, &self.place, index as u64, cache_row))
+    }
+
+    /// Asks the system to fetch a row's pages, without waiting for them.
+    pub(crate) fn will_need(&self, row: u64) {
+        let Some((_, group)) = self.locate(row) else { return };
+        let within = (row - group.first) as usize;
+        for (column, pages) in self.columns.iter().zip(&group.pages) {
+            let single = column.shape() == Shape::Scalar;
+            if single && group.heads.get().is_some() {
+                continue;
+            }
+            // Advice: failing is harmless.
+            #[cfg(unix)]
+            if let Some(page) = pages.get(if single { 0 } else { within }) {
+                let _ = self.map.advise_range(memmap2::Advice::WillNeed, page.offset as usize, page.length as usize);
+            }
+        }
+    }
+
+    /// Bytes that a read of `row` fetches once its row group's single values are known.
+    pub(crate) fn row_bytes(&self, row: u64) -> u64 {
+        let Some((_, group)) = self.locate(row) else { return 0 };
+        let within = (row - group.first) as usize;
+        let lists = self.columns.iter().zip(&group.pages).filter(|(column, _)| column.shape() != Shape::Scalar);
+        lists.filter_map(|(_, pages)| pages.get(within)).map(|page| u64::from(page.length)).sum()
+    }
+
+    /// The keys of all rows: not covered by the rows' checksums here.
+    pub(crate) fn keys(&self) -> Result<Vec<RowKey>> {
+        let mut keys = Vec::with_capacity(usize::try_from(self.rows).unwrap_or_default().min(1 << 20));
+        let read = |index: usize, group: &Group| {
+            let file = self.open_again()?;
+            match &self.arrow {
+                Some(arrow) => arrow.keys(&file, index),
+                None => Ok(self.heads(&file, group)?.iter().map(|head| head.key).collect()),
+            }
+        };
+        for (index, group) in self.groups.iter().enumerate() {
+            let flat = fenced(|| read(index, group)).unwrap_or_else(|panic| Err(Flaw::new("pages that decode", panic).into()));
+            keys.extend::<Vec<RowKey>>(flat.map_err(|trouble| trouble.at_group(&self.path, &self.place, index as u64))?);
         }
         Ok(keys)
     }
 
-    /// Bytes of every column, summed over row groups, in schema order.
-    pub(crate) fn column_sizes(&self) -> Vec<ColumnSize> {
-        let mut sizes: Vec<ColumnSize> = Vec::new();
-        for group in self.meta.metadata().row_groups() {
-            for column in group.columns() {
-                let name = column.column_path().parts().first().cloned().unwrap_or_default();
-                let (compressed, uncompressed) = (size(column.compressed_size()), size(column.uncompressed_size()));
-                match sizes.iter_mut().find(|s| s.name == name) {
-                    Some(s) => {
-                        s.compressed = s.compressed.saturating_add(compressed);
-                        s.uncompressed = s.uncompressed.saturating_add(uncompressed);
-                    }
-                    None => sizes.push(ColumnSize { name, compressed, uncompressed }),
-                }
+    fn decode(&self, file: &File, group: &Group, within: usize) -> std::result::Result<Record, Trouble> {
+        let heads = self.heads(file, group)?;
+        let head = heads.get(within).ok_or_else(|| Flaw::new("the row's single values", "none"))?;
+        let layout = &self.rules.layout;
+        let (mut buffer, mut known) = (Vec::new(), KnownLevels::default());
+        let mut io = None;
+        // Until the tokens are read, they are as many as a row may have.
+        let mut most = crate::MAX_ROW_TOKENS;
+        let record = schema::assemble(layout, head, |column| {
+            let index = self.columns.iter().position(|c| *c == column);
+            let page = index.and_then(|i| group.pages.get(i)?.get(within));
+            let page = page.ok_or_else(|| Flaw::new(format!("a page of {}", layout.name(column)), "none"))?;
+            fetch(file, page, &mut buffer).map_err(|e| {
+                let flaw = Flaw::new("bytes that can be read", &e);
+                io = Some(e);
+                flaw
+            })?;
+            let within_column = |flaw: Flaw| Flaw::new(format!("{}: {}", layout.name(column), flaw.expected), flaw.found);
+            let lists = page::lists(&buffer, column.shape(), most, &mut known).map_err(within_column)?;
+            if column == Column::InputIds {
+                most = self.rules.max_entries(lists.words.len());
             }
+            Ok(lists)
+        });
+        match io {
+            Some(e) => Err(Trouble::reading(e)),
+            None => Ok(record?),
         }
-        sizes
     }
 
-    /// Row group of a row, and the row's place in it.
-    fn locate(&self, row: u64) -> Option<(usize, usize)> {
-        if row >= self.rows() {
-            return None;
+    /// The single values of a row group, read once.
+    fn heads<'a>(&self, file: &File, group: &'a Group) -> std::result::Result<&'a [RowHead], Trouble> {
+        if let Some(heads) = group.heads.get() {
+            return Ok(heads);
         }
-        let group = self.group_starts.partition_point(|&start| start <= row).checked_sub(1)?;
-        Some((group, (row - self.group_starts.get(group)?) as usize))
+        let heads = read_heads(file, &self.rules.layout, &self.columns, group)?;
+        Ok(group.heads.get_or_init(|| heads.into_boxed_slice()))
     }
 
-    /// Rows `from..from + rows` of a row group as one batch. Only the pages of those rows are read.
-    fn batch(&self, group: usize, from: usize, rows: usize, mask: ProjectionMask) -> std::result::Result<RecordBatch, Flaw> {
-        let bad = |e: &dyn std::fmt::Display| Flaw::new("pages that decode", e);
-        let selection = RowSelection::from(vec![RowSelector::skip(from), RowSelector::select(rows)]);
-        let mut reader = ParquetRecordBatchReaderBuilder::new_with_metadata(self.bytes.clone(), self.meta.clone())
-            .with_row_groups(vec![group])
-            .with_projection(mask)
-            .with_row_selection(selection)
-            .with_batch_size(rows)
-            .build()
-            .map_err(|e| bad(&e))?;
-        let batch = reader.next().ok_or_else(|| Flaw::new(format!("{rows} rows"), "none"))?.map_err(|e| bad(&e))?;
-        match batch.num_rows() {
-            n if n == rows => Ok(batch),
-            n => Err(Flaw::new(format!("{rows} rows"), n)),
+    /// Row group of a row.
+    fn locate(&self, row: u64) -> Option<(usize, &Group)> {
+        let index = self.groups.partition_point(|group| group.first <= row).checked_sub(1)?;
+        let group = self.groups.get(index)?;
+        (row - group.first < u64::from(group.rows)).then_some((index, group))
+    }
+
+    /// The file, if it still is what was opened first.
+    fn open_again(&self) -> std::result::Result<File, Trouble> {
+        open_file(&self.path, Some(self.bytes)).map(|(file, _)| file)
+    }
+}
+
+/// Why something could not be read, before it is known where.
+pub(crate) enum Trouble {
+    Flaw(Flaw),
+    Io(std::io::Error),
+}
+
+impl From<Flaw> for Trouble {
+    fn from(flaw: Flaw) -> Self {
+        Trouble::Flaw(flaw)
+    }
+}
+
+impl Trouble {
+    /// A read that failed: a file that ends too early is damage, anything else the system's trouble.
+    fn reading(e: std::io::Error) -> Self {
+        match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => Flaw::new("the bytes of a page", "the file's end before them").into(),
+            _ => Trouble::Io(e),
+        }
+    }
+
+    fn at(self, path: &Path, place: &Place) -> Error {
+        match self {
+            Trouble::Flaw(flaw) => flaw.damage(place, None, None),
+            Trouble::Io(e) => Error::io(path)(e),
+        }
+    }
+
+    fn at_group(self, path: &Path, place: &Place, group: u64) -> Error {
+        match self {
+            Trouble::Flaw(flaw) => flaw.damage(place, Some(group), None),
+            io => io.at(path, place),
+        }
+    }
+
+    fn at_row(self, path: &Path, place: &Place, group: u64, row: u64) -> Error {
+        match self {
+            Trouble::Flaw(flaw) => flaw.damage(place, Some(group), Some(row)),
+            io => io.at(path, place),
         }
     }
 }
 
-fn size(stated: i64) -> u64 {
-    u64::try_from(stated).unwrap_or(0)
-}
-
-fn map(path: &Path, expected: &Expected<'_>) -> Result<Bytes> {
-    let damage = |flaw: Flaw| flaw.damage(expected.file, None, None);
-    let info = match std::fs::metadata(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(damage(Flaw::new("this shard", "no such file"))),
-        info => info.map_err(Error::io(path))?,
+/// Opens a plain file that is not empty and, where that is known, of this size.
+fn open_file(path: &Path, bytes: Option<u64>) -> std::result::Result<(File, u64), Trouble> {
+    let file = match File::open(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(Flaw::new("this shard", "no such file").into()),
+        opened => opened.map_err(Trouble::Io)?,
     };
+    let info = file.metadata().map_err(Trouble::Io)?;
     if !info.is_file() {
-        return Err(damage(Flaw::new("a plain file", "something else")));
+        return Err(Flaw::new("a plain file", "something else").into());
     }
-    if let Some(bytes) = expected.bytes
-        && info.len() != bytes
-    {
-        return Err(damage(Flaw::new(format!("{bytes} bytes"), format!("{} bytes", info.len()))));
+    match bytes {
+        Some(bytes) if bytes != info.len() => Err(Flaw::new(format!("{bytes} bytes"), format!("{} bytes", info.len())).into()),
+        _ if info.len() == 0 => Err(Flaw::new("a Parquet file", "0 bytes").into()),
+        _ => Ok((file, info.len())),
     }
-    if info.len() == 0 {
-        return Err(damage(Flaw::new("a Parquet file", "0 bytes")));
-    }
-    let file = File::open(path).map_err(Error::io(path))?;
-    // SAFETY: shards are immutable once they have their name (they appear by rename and no code of this crate opens one for
-    // writing), so the mapped bytes do not change while the map lives.
-    let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
-    // Rows are read in random order; without this the system reads megabytes ahead for each. It is advice: failing is harmless.
-    #[cfg(unix)]
-    let _ = map.advise(memmap2::Advice::Random);
-    Ok(Bytes::from_owner(map))
 }
 
-/// Checks schema, row counts and key-values; gives the row-group starts.
-fn check_footer(meta: &ArrowReaderMetadata, expected: &Expected<'_>) -> std::result::Result<Vec<u64>, Flaw> {
-    let schema = schema::arrow_schema();
-    if meta.schema().fields() != schema.fields() {
-        return Err(Flaw::new("the columns of format version 1", format!("{:?}", names(meta))));
+/// Reads a page into `buffer`.
+fn fetch(file: &File, page: &Span, buffer: &mut Vec<u8>) -> std::io::Result<()> {
+    buffer.resize(page.length as usize, 0);
+    read_exact_at(file, buffer, page.offset)
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset)
+}
+
+#[cfg(not(unix))]
+fn read_exact_at(mut file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+    use std::io::{Read, Seek, SeekFrom};
+    file.seek(SeekFrom::Start(offset))?;
+    file.read_exact(buffer)
+}
+
+/// Where every page lies; refuses pages that do not fall one to a row, or lie outside the file.
+fn groups(meta: &ParquetMetaData, layout: &Layout, columns: &[Column], bytes: u64) -> std::result::Result<Vec<Group>, Flaw> {
+    let mut groups = Vec::with_capacity(meta.num_row_groups());
+    let mut first = 0u64;
+    for (index, group) in meta.row_groups().iter().enumerate() {
+        let rows = u32::try_from(group.num_rows()).map_err(|_| Flaw::new("a row group of few rows", group.num_rows()))?;
+        let indexes = meta.page_index_for_row_group(index);
+        let mut pages = Vec::with_capacity(columns.len());
+        for (number, column) in columns.iter().enumerate() {
+            let locations = indexes.page_locations(number);
+            let locations = locations.ok_or_else(|| Flaw::new("an offset index of every column", "none"))?;
+            let expected = if column.shape() == Shape::Scalar { 1 } else { rows as usize };
+            let named = |what: &str| format!("row group {index}, {}: {what}", layout.name(*column));
+            if locations.len() != expected {
+                return Err(Flaw::new(named(&format!("{expected} pages")), locations.len()));
+            }
+            let spans = locations.iter().enumerate().map(|(row, page)| {
+                let span = u64::try_from(page.offset).ok().zip(u32::try_from(page.compressed_page_size).ok());
+                let inside = span.filter(|(offset, length)| {
+                    *length <= MAX_PAGE_BYTES && offset.checked_add(u64::from(*length)).is_some_and(|end| end <= bytes)
+                });
+                match inside {
+                    Some((offset, length)) if i64::try_from(row) == Ok(page.first_row_index) => Ok(Span { offset, length }),
+                    _ => Err(Flaw::new(named(&format!("page {row} of row {row} inside the file")), format!("{page:?}"))),
+                }
+            });
+            pages.push(spans.collect::<std::result::Result<Box<[Span]>, Flaw>>()?);
+        }
+        groups.push(Group { first, rows, pages, heads: OnceLock::new() });
+        first += u64::from(rows);
     }
-    let mut starts = vec![0u64];
-    let mut end = 0u64;
-    for group in meta.metadata().row_groups() {
-        let rows = u64::try_from(group.num_rows()).ok().filter(|&rows| rows > 0 && rows <= expected.rows);
-        end = end.saturating_add(rows.ok_or_else(|| Flaw::new("row groups of 1 row or more", group.num_rows()))?);
-        starts.push(end);
-    }
-    let file_rows = meta.metadata().file_metadata().num_rows();
-    if end != expected.rows || u64::try_from(file_rows) != Ok(end) {
-        return Err(Flaw::new(format!("{} rows", expected.rows), format!("{file_rows} rows, {end} in its row groups")));
-    }
-    let stored = meta.metadata().file_metadata().key_value_metadata();
-    for (key, value) in &expected.footer {
-        let found = stored.into_iter().flatten().find(|kv| &kv.key == key).and_then(|kv| kv.value.as_deref());
-        if found != Some(value.as_str()) {
-            return Err(Flaw::new(format!("{key} = {value:?} in the footer"), format!("{found:?}")));
+    Ok(groups)
+}
+
+fn column_sizes(meta: &ParquetMetaData) -> Vec<ColumnSize> {
+    let size = |stated: i64| u64::try_from(stated).unwrap_or(0);
+    let mut sizes: Vec<ColumnSize> = Vec::new();
+    for column in meta.row_groups().iter().flat_map(|group| group.columns()) {
+        let name = column.column_path().parts().first().cloned().unwrap_or_default();
+        let (compressed, uncompressed) = (size(column.compressed_size()), size(column.uncompressed_size()));
+        match sizes.iter_mut().find(|s| s.name == name) {
+            Some(s) => {
+                s.compressed = s.compressed.saturating_add(compressed);
+                s.uncompressed = s.uncompressed.saturating_add(uncompressed);
+            }
+            None => sizes.push(ColumnSize { name, compressed, uncompressed }),
         }
     }
-    Ok(starts)
+    sizes
 }
 
-fn names(meta: &ArrowReaderMetadata) -> Vec<&str> {
-    meta.schema().fields().iter().map(|field| field.name().as_str()).collect()
+/// Reads the pages of single values of one row group.
+fn read_heads(file: &File, layout: &Layout, columns: &[Column], group: &Group) -> std::result::Result<Vec<RowHead>, Trouble> {
+    let rows = group.rows as usize;
+    let mut buffer = Vec::new();
+    let mut page = |column: Column| -> std::result::Result<Vec<u8>, Trouble> {
+        let index = columns.iter().position(|c| *c == column);
+        let span = index.and_then(|i| group.pages.get(i)?.first());
+        let span = span.ok_or_else(|| Flaw::new(format!("a page of {}", layout.name(column)), "none"))?;
+        fetch(file, span, &mut buffer).map_err(Trouble::reading)?;
+        let within = |flaw: Flaw| Flaw::new(format!("{}: {}", layout.name(column), flaw.expected), flaw.found);
+        Ok(page::scalars(&buffer, rows, MAX_SCALAR_BYTES, |plain| Ok(plain.to_vec())).map_err(within)?)
+    };
+    let keys = texts(&page(Column::Key)?, rows)?;
+    let selections = texts(&page(Column::Selection)?, rows)?;
+    if let Some(other) = selections.iter().find(|words| words.as_slice() != layout.selection_text.as_bytes()) {
+        let found = String::from_utf8_lossy(other).into_owned();
+        return Err(Flaw::new(format!("selection {:?}", layout.selection_text), format!("{found:?}")).into());
+    }
+    let seq_ids = numbers::<8>(&page(Column::SeqId)?, rows)?;
+    let [ks, sums, maxima, crcs] = [Column::K, Column::CodecKlSum, Column::CodecKlMax, Column::Crc32];
+    let mut words = |column| -> std::result::Result<Vec<u32>, Trouble> {
+        Ok(numbers::<4>(&page(column)?, rows)?.into_iter().map(u32::from_le_bytes).collect())
+    };
+    let (ks, sums, maxima, crcs) = (words(ks)?, words(sums)?, words(maxima)?, words(crcs)?);
+    let mut heads = Vec::with_capacity(rows);
+    for row in 0..rows {
+        let key = RowKey::from_hex(&keys[row]).ok_or_else(|| Flaw::new("a key of 32 hexadecimal digits", "something else"))?;
+        heads.push(RowHead {
+            key,
+            seq_id: u64::from_le_bytes(seq_ids[row]),
+            k: u16::try_from(ks[row]).map_err(|_| Flaw::new("k of 16 bits", ks[row]))?,
+            codec: CodecError { kl_sum: f32::from_bits(sums[row]), kl_max: f32::from_bits(maxima[row]) },
+            crc32: crcs[row],
+        });
+    }
+    Ok(heads)
+}
+
+/// `rows` numbers of `N` bytes.
+fn numbers<const N: usize>(plain: &[u8], rows: usize) -> std::result::Result<Vec<[u8; N]>, Flaw> {
+    match plain.as_chunks::<N>() {
+        (chunks, []) if chunks.len() == rows => Ok(chunks.to_vec()),
+        _ => Err(Flaw::new(format!("{rows} values of {N} bytes"), format!("{} bytes", plain.len()))),
+    }
+}
+
+/// `rows` texts, each with its length before it.
+fn texts(mut plain: &[u8], rows: usize) -> std::result::Result<Vec<Vec<u8>>, Flaw> {
+    let mut texts = Vec::with_capacity(rows);
+    for _ in 0..rows {
+        let split = plain.split_first_chunk::<4>();
+        let text = split.and_then(|(length, rest)| rest.split_at_checked(u32::from_le_bytes(*length) as usize));
+        let (text, rest) = text.ok_or_else(|| Flaw::new(format!("{rows} texts"), "fewer"))?;
+        texts.push(text.to_vec());
+        plain = rest;
+    }
+    match plain {
+        [] => Ok(texts),
+        more => Err(Flaw::new(format!("{rows} texts"), format!("{} bytes more", more.len()))),
+    }
 }

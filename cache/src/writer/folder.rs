@@ -1,9 +1,9 @@
 //! The folder of a cache before anything is appended: whose it is, whether it matches, and what an interrupted run left.
 
 use super::Companion;
-use crate::error::{Difference, Flaw};
+use crate::error::{Difference, Flaw, Place};
 use crate::manifest::{CompanionEntry, MANIFEST_FILE, Manifest};
-use crate::shard::file_name;
+use crate::shard::{file_name, part_name};
 use crate::{Description, Error, Result, durable};
 use std::path::Path;
 
@@ -53,8 +53,8 @@ pub(super) fn compare(dir: &Path, manifest: &Manifest, here: &Description, compa
 pub(super) fn clean(dir: &Path, manifest: &Manifest) -> Result<()> {
     let mut removed = false;
     for name in names(dir)? {
-        let shard = name.starts_with("shard-") && name.ends_with(".parquet");
-        let unnamed = shard && !manifest.shards.iter().any(|entry| entry.file == name);
+        let ours = (name.starts_with("shard-") || name.starts_with("part-")) && name.ends_with(".parquet");
+        let unnamed = ours && !manifest.shards.iter().chain(&manifest.parts).any(|entry| entry.file == name);
         if unnamed || name.ends_with(durable::TMP_SUFFIX) {
             durable::remove(&dir.join(&name))?;
             removed = true;
@@ -66,11 +66,21 @@ pub(super) fn clean(dir: &Path, manifest: &Manifest) -> Result<()> {
     if manifest.complete {
         return Ok(());
     }
+    let misplaced =
+        |expected: String, found: String| Err(Flaw::new(expected, found).damage(&Place::new(dir, MANIFEST_FILE), None, None));
     let rows_per_shard = u64::from(manifest.description.rows_per_shard);
     for (index, entry) in manifest.shards.iter().enumerate() {
         if entry.file != file_name(index) || entry.rows != rows_per_shard {
             let expected = format!("{} with {rows_per_shard} rows", file_name(index));
-            return Err(Flaw::new(expected, format!("{} with {}", entry.file, entry.rows)).damage(MANIFEST_FILE, None, None));
+            return misplaced(expected, format!("{} with {}", entry.file, entry.rows));
+        }
+    }
+    let mut rows = 0;
+    for (part, entry) in manifest.parts.iter().enumerate() {
+        let name = part_name(manifest.shards.len(), part);
+        rows += entry.rows;
+        if entry.file != name || rows > rows_per_shard {
+            return misplaced(format!("{name}, parts of {rows_per_shard} rows at most"), format!("{} and {rows}", entry.file));
         }
     }
     Ok(())

@@ -29,10 +29,15 @@ pub fn description(rows: u64, rows_per_shard: u32, k: u16) -> Description {
         encoding: EncodingFingerprint { max_length: 1024, truncation: "turns".into(), truncated_tokens: 17 },
         selection: Selection::TopK { k },
         mantissa_bits: 7,
+        values: Default::default(),
+        lse_temperatures: Vec::new(),
         zstd_level: 3,
+        id_encoding: Default::default(),
         rows_per_shard,
         vocab_size: VOCAB,
         expected_rows: rows,
+        part: None,
+        derived: Vec::new(),
     }
 }
 
@@ -78,7 +83,7 @@ pub fn record(seq_id: u64, tokens: usize, k: u16) -> Record {
         let (ids, logprobs): (Vec<u32>, Vec<f32>) = pairs.into_iter().unzip();
         targets.push(&ids, &logprobs, (weights[entries] / total).ln() as f32);
     }
-    Record { seq_id, input_ids, positions, targets }
+    Record { seq_id, input_ids, positions, targets, codec: Default::default() }
 }
 
 /// Records of a few lengths, with gaps in their numbers.
@@ -101,7 +106,8 @@ pub fn cache(rows: u64, rows_per_shard: u32, k: u16) -> (tempfile::TempDir, Vec<
     let dir = tempfile::tempdir().unwrap();
     let records = records(rows, k);
     write(dir.path(), &description(rows, rows_per_shard, k), &records);
-    let stored = records.iter().map(|record| potstill_cache::encode(record, 7)).collect();
+    let stored =
+        records.iter().map(|record| potstill_cache::encode(record, &potstill_cache::Preset::Standard.storage())).collect();
     (dir, stored)
 }
 

@@ -7,7 +7,7 @@ use potstill_cache::{Cache, CacheWriter, Companion, Error, ErrorClass, Record, S
 fn one(ids: &[u32], logprobs: &[f32], tail: f32) -> Record {
     let mut targets = SoftTargets::default();
     targets.push(ids, logprobs, tail);
-    Record { seq_id: 0, input_ids: vec![1, 2, 3], positions: vec![0], targets }
+    Record { seq_id: 0, input_ids: vec![1, 2, 3], positions: vec![0], targets, codec: Default::default() }
 }
 
 fn refused(record: &Record) -> String {

@@ -40,7 +40,7 @@ fn ids_above_seventeen_bits_are_kept() {
     let top = VOCAB - 1;
     let mut targets = SoftTargets::default();
     targets.push(&[top, 1 << 17, (1 << 17) + 1, 0], &[-0.5, -2.0, -3.0, -4.0], -3.5);
-    let given = Record { seq_id: 0, input_ids: vec![top, 1 << 17, 5], positions: vec![1], targets };
+    let given = Record { seq_id: 0, input_ids: vec![top, 1 << 17, 5], positions: vec![1], targets, codec: Default::default() };
     made::write(dir.path(), &description(1, 4, 4), std::slice::from_ref(&given));
     // All values have few mantissa bits already, so the record comes back as it was given.
     assert_eq!(Cache::open(dir.path()).unwrap().row(0).unwrap(), given);
@@ -53,7 +53,7 @@ fn equal_stored_values_are_ordered_by_id_and_tails_have_a_floor() {
     // 7 mantissa bits cannot tell -2.0001 from -2.0002, nor 1e-6 above 0 from 0.
     targets.push(&[9, 4, 2], &[-2.0, -2.0001, -2.0002], f32::NEG_INFINITY);
     targets.push(&[3], &[1e-6], -30.0);
-    let given = Record { seq_id: 0, input_ids: vec![1, 2, 3], positions: vec![0, 1], targets };
+    let given = Record { seq_id: 0, input_ids: vec![1, 2, 3], positions: vec![0, 1], targets, codec: Default::default() };
     made::write(dir.path(), &description(1, 4, 3), &[given]);
     let row = Cache::open(dir.path()).unwrap().row(0).unwrap();
     assert_eq!(row.targets.position(0).ids, [2, 4, 9]);

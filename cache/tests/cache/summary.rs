@@ -10,7 +10,7 @@ fn figures_of_two_known_positions() {
     let mut targets = SoftTargets::default();
     targets.push(&[7, 8], &[-0.5, -2.0], -2.0);
     targets.push(&[9], &[-0.25], -4.0);
-    let record = Record { seq_id: 0, input_ids: vec![1, 8, 9], positions: vec![0, 1], targets };
+    let record = Record { seq_id: 0, input_ids: vec![1, 8, 9], positions: vec![0, 1], targets, codec: Default::default() };
     made::write(dir.path(), &description(1, 2, 2), &[record]);
     let cache = Cache::open(dir.path()).unwrap();
     let progress = ScanProgress::default();

@@ -1,0 +1,332 @@
+//! One page: header, levels, values. It owns the bytes of a data page (version 1) as this crate writes it and believes none of its
+//! numbers; it refuses every encoding that is not ours.
+//!
+//! The Arrow reader does the same three times slower, most of it on list levels: a row's lists are runs of equal levels, and only
+//! where a run breaks is there anything to know. It also takes the page header's word for the size of its output.
+//!
+//! ```text
+//! header (Thrift compact) | zstd( repetition levels | definition levels | values )
+//!                                 length u32, runs     the same            byte planes, or plain little-endian
+//! ```
+
+use crate::error::Flaw;
+use crate::layout::Shape;
+use crate::schema::Lists;
+use std::cell::RefCell;
+
+/// Parquet's number of a data page among page types.
+const DATA_PAGE: i64 = 0;
+/// Parquet's numbers of the encodings that pages of ours use.
+const PLAIN: i64 = 0;
+const RLE: i64 = 3;
+const BYTE_STREAM_SPLIT: i64 = 9;
+/// Deepest nesting of a header's structs.
+const MAX_DEPTH: usize = 8;
+
+/// Where a page lies, its header included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) offset: u64,
+    pub(crate) length: u32,
+}
+
+/// What a page's header says.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Header {
+    kind: i64,
+    uncompressed: i64,
+    compressed: i64,
+    values: i64,
+    encoding: i64,
+    definition: i64,
+    repetition: i64,
+    /// Bytes of the header itself.
+    length: usize,
+}
+
+/// Buffers of one thread, used again for every page.
+struct Scratch {
+    zstd: zstd::bulk::Decompressor<'static>,
+    plain: Vec<u8>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Option<Scratch>> = const { RefCell::new(None) };
+}
+
+/// Levels already understood: the columns of one list share theirs.
+#[derive(Debug, Default)]
+pub(crate) struct KnownLevels {
+    bytes: Vec<u8>,
+    values: usize,
+    ends: Vec<u32>,
+}
+
+/// The row in a page of a list column of 32-bit values; at most `max_values` of them are believed.
+pub(crate) fn lists(page: &[u8], shape: Shape, max_values: usize, known: &mut KnownLevels) -> Result<Lists, Flaw> {
+    with_plain(page, max_values, |header, plain| {
+        let levels = count(header.values, "levels")?;
+        let (repetition, rest) = level_block(plain)?;
+        let (definition, values) = level_block(rest)?;
+        let level_bytes = &plain[..plain.len() - values.len()];
+        if known.bytes != level_bytes || known.values != levels {
+            known.ends = match shape {
+                Shape::Nested => nested_ends(repetition, definition, levels)?,
+                _ => flat_ends(repetition, definition, levels)?,
+            };
+            known.bytes.clear();
+            known.bytes.extend_from_slice(level_bytes);
+            known.values = levels;
+        }
+        let n = match shape {
+            Shape::Nested => known.ends.last().copied().unwrap_or(0) as usize,
+            _ => levels,
+        };
+        let words = words(values, header.encoding, n)?;
+        Ok(Lists { words, ends: if shape == Shape::Nested { known.ends.clone() } else { Vec::new() } })
+    })
+}
+
+/// The bytes of a page of single values, one for each of `rows` rows: PLAIN, no levels.
+pub(crate) fn scalars<T>(
+    page: &[u8],
+    rows: usize,
+    max_width: usize,
+    read: impl FnOnce(&[u8]) -> Result<T, Flaw>,
+) -> Result<T, Flaw> {
+    with_plain(page, rows.saturating_mul(max_width), |header, plain| {
+        if header.encoding != PLAIN || usize::try_from(header.values) != Ok(rows) {
+            let found = format!("{} values in encoding {}", header.values, header.encoding);
+            return Err(Flaw::new(format!("a page of {rows} plain values"), found));
+        }
+        read(plain)
+    })
+}
+
+/// Decompresses a page and hands its bytes on.
+fn with_plain<T>(page: &[u8], max_values: usize, read: impl FnOnce(&Header, &[u8]) -> Result<T, Flaw>) -> Result<T, Flaw> {
+    let header = Header::read(page)?;
+    if header.kind != DATA_PAGE || header.definition != RLE || header.repetition != RLE {
+        return Err(Flaw::new("a data page of version 1 with RLE levels", format!("{header:?}")));
+    }
+    let body = page.get(header.length..).unwrap_or_default();
+    if usize::try_from(header.compressed) != Ok(body.len()) {
+        return Err(Flaw::new(format!("a page of {} bytes after its header", body.len()), header.compressed));
+    }
+    // Values, and levels of at most one byte each in two blocks; each list, empty ones too, has a level.
+    let most = max_values.saturating_mul(8).saturating_add(1024);
+    let size = usize::try_from(header.uncompressed).ok().filter(|&size| size <= most);
+    let size = size.ok_or_else(|| Flaw::new(format!("a page of at most {most} bytes uncompressed"), header.uncompressed))?;
+    SCRATCH.with(|scratch| {
+        // Held by a caller further up only if `read` came back here, which it does not; then a fresh one serves.
+        let mut own = None;
+        let mut borrowed = scratch.try_borrow_mut();
+        let slot = borrowed.as_deref_mut().unwrap_or(&mut own);
+        let scratch = match slot {
+            Some(scratch) => scratch,
+            None => slot.insert(Scratch {
+                zstd: zstd::bulk::Decompressor::new().map_err(|e| Flaw::new("a zstd context", e))?,
+                plain: Vec::new(),
+            }),
+        };
+        if scratch.plain.len() < size {
+            scratch.plain.resize(size, 0);
+        }
+        let plain = &mut scratch.plain[..size];
+        match scratch.zstd.decompress_to_buffer(body, plain) {
+            Ok(n) if n == size => read(&header, plain),
+            Ok(n) => Err(Flaw::new(format!("a page of {size} bytes uncompressed"), n)),
+            Err(e) => Err(Flaw::new("a zstd frame", e)),
+        }
+    })
+}
+
+/// A block of levels and what follows it.
+fn level_block(bytes: &[u8]) -> Result<(&[u8], &[u8]), Flaw> {
+    let split = bytes.split_first_chunk::<4>();
+    let block = split.and_then(|(length, rest)| rest.split_at_checked(u32::from_le_bytes(*length) as usize));
+    block.ok_or_else(|| Flaw::new("a block of levels inside its page", format!("{} bytes", bytes.len())))
+}
+
+/// Where each inner list ends among the values. Levels of a list of lists without nulls:
+///
+/// ```text
+/// repetition   0 a row starts   1 an inner list starts   2 it goes on
+/// definition   2 a value        1 the inner list is empty
+/// ```
+fn nested_ends(repetition: &[u8], definition: &[u8], levels: usize) -> Result<Vec<u32>, Flaw> {
+    let starts = exceptions(repetition, 2, levels, 2)?;
+    let empties = exceptions(definition, 2, levels, 2)?;
+    let one_row = starts.first() == Some(&(0, 0)) && starts.iter().skip(1).all(|&(_, level)| level == 1);
+    if !one_row || empties.iter().any(|&(_, level)| level != 1) {
+        return Err(Flaw::new("the levels of one row of lists without nulls", "others"));
+    }
+    let mut ends = Vec::with_capacity(starts.len());
+    let (mut empties, mut skipped) = (empties.into_iter().peekable(), 0u32);
+    for (i, &(start, _)) in starts.iter().enumerate() {
+        let next = starts.get(i + 1).map_or(levels as u32, |&(next, _)| next);
+        if empties.next_if(|&(at, _)| at == start).is_some() {
+            if next != start + 1 {
+                return Err(Flaw::new("an empty list to hold nothing", format!("{} levels", next - start)));
+            }
+            skipped += 1;
+        }
+        ends.push(next - skipped);
+    }
+    match empties.next() {
+        Some((at, _)) => Err(Flaw::new("values in a list that is not empty", format!("a gap at level {at}"))),
+        None => Ok(ends),
+    }
+}
+
+/// A list of one value a token has nothing to say: it starts once and is never empty.
+fn flat_ends(repetition: &[u8], definition: &[u8], levels: usize) -> Result<Vec<u32>, Flaw> {
+    let (starts, empties) = (exceptions(repetition, 1, levels, 1)?, exceptions(definition, 1, levels, 1)?);
+    match starts[..] == [(0, 0)] && empties.is_empty() {
+        true => Ok(Vec::new()),
+        false => Err(Flaw::new("the levels of one list without nulls", "others")),
+    }
+}
+
+/// All levels that are not `usual`, with their places, from Parquet's hybrid of runs and bit-packed groups of 8.
+fn exceptions(mut bytes: &[u8], width: u32, levels: usize, usual: u8) -> Result<Vec<(u32, u8)>, Flaw> {
+    let short = || Flaw::new(format!("{levels} levels"), "fewer");
+    let mask = (1u8 << width) - 1;
+    let mut found = Vec::new();
+    let mut at = 0usize;
+    while at < levels {
+        let header = varint(&mut bytes).ok_or_else(short)? as usize;
+        if header & 1 == 0 {
+            let (&level, rest) = bytes.split_first().ok_or_else(short)?;
+            bytes = rest;
+            let run = (header >> 1).min(levels - at);
+            if run == 0 {
+                return Err(short());
+            }
+            if level != usual {
+                found.extend((at..at + run).map(|i| (i as u32, level)));
+            }
+            at += run;
+            continue;
+        }
+        let packed = (header >> 1).checked_mul(width as usize).and_then(|n| bytes.split_at_checked(n)).ok_or_else(short)?;
+        bytes = packed.1;
+        if packed.0.is_empty() {
+            return Err(short());
+        }
+        // Levels are 1 or 2 bits wide, so they never cross a byte.
+        for &byte in packed.0 {
+            for shift in (0..8).step_by(width as usize) {
+                let level = byte >> shift & mask;
+                if at < levels && level != usual {
+                    found.push((at as u32, level));
+                }
+                at += 1;
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// `n` 32-bit values.
+fn words(bytes: &[u8], encoding: i64, n: usize) -> Result<Vec<u32>, Flaw> {
+    if n.checked_mul(4) != Some(bytes.len()) {
+        return Err(Flaw::new(format!("{n} values of 4 bytes"), format!("{} bytes", bytes.len())));
+    }
+    match encoding {
+        PLAIN => Ok(bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
+        BYTE_STREAM_SPLIT => {
+            let (low, rest) = bytes.split_at(n);
+            let (second, rest) = rest.split_at(n);
+            let (third, high) = rest.split_at(n);
+            let planes = low.iter().zip(second).zip(third).zip(high);
+            Ok(planes.map(|(((a, b), c), d)| u32::from_le_bytes([*a, *b, *c, *d])).collect())
+        }
+        other => Err(Flaw::new("values byte by byte or plain", format!("encoding {other}"))),
+    }
+}
+
+fn count(stated: i64, what: &str) -> Result<usize, Flaw> {
+    u32::try_from(stated).map(|n| n as usize).map_err(|_| Flaw::new(format!("a number of {what}"), stated))
+}
+
+impl Header {
+    /// Reads the header at the start of `page`.
+    fn read(page: &[u8]) -> Result<Self, Flaw> {
+        let mut header = Header::default();
+        let mut bytes = page;
+        let read = read_struct(&mut bytes, &mut Vec::new(), &mut |path, value| {
+            let field = match path {
+                [1] => &mut header.kind,
+                [2] => &mut header.uncompressed,
+                [3] => &mut header.compressed,
+                [5, 1] => &mut header.values,
+                [5, 2] => &mut header.encoding,
+                [5, 3] => &mut header.definition,
+                [5, 4] => &mut header.repetition,
+                _ => return,
+            };
+            *field = value;
+        });
+        read.ok_or_else(|| Flaw::new("a page header", "something else"))?;
+        header.length = page.len() - bytes.len();
+        Ok(header)
+    }
+}
+
+/// Reads a struct of Thrift's compact protocol and hands each integer on with the path of field numbers that leads to it. `None`
+/// where the bytes are no such struct.
+fn read_struct(bytes: &mut &[u8], path: &mut Vec<i64>, found: &mut dyn FnMut(&[i64], i64)) -> Option<()> {
+    if path.len() > MAX_DEPTH {
+        return None;
+    }
+    let mut field = 0i64;
+    loop {
+        let byte = take(bytes, 1)?[0];
+        if byte == 0 {
+            return Some(());
+        }
+        field = match byte >> 4 {
+            0 => zigzag(varint(bytes)?),
+            delta => field.checked_add(i64::from(delta))?,
+        };
+        path.push(field);
+        match byte & 0x0f {
+            // Booleans lie in the type itself.
+            1 | 2 => {}
+            3 => drop(take(bytes, 1)?),
+            4..=6 => found(path, zigzag(varint(bytes)?)),
+            7 => drop(take(bytes, 8)?),
+            8 => {
+                let length = usize::try_from(varint(bytes)?).ok()?;
+                take(bytes, length)?;
+            }
+            12 => read_struct(bytes, path, found)?,
+            // Lists, sets and maps have no place in a page header.
+            _ => return None,
+        }
+        path.pop();
+    }
+}
+
+fn take<'a>(bytes: &mut &'a [u8], n: usize) -> Option<&'a [u8]> {
+    let (taken, rest) = bytes.split_at_checked(n)?;
+    *bytes = rest;
+    Some(taken)
+}
+
+fn varint(bytes: &mut &[u8]) -> Option<u64> {
+    let mut value = 0u64;
+    for shift in (0..64).step_by(7) {
+        let byte = take(bytes, 1)?[0];
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+fn zigzag(value: u64) -> i64 {
+    (value >> 1) as i64 ^ -((value & 1) as i64)
+}
