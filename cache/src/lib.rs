@@ -7,6 +7,8 @@
 mod codec;
 mod durable;
 mod error;
+#[cfg(test)]
+mod faults;
 mod fingerprint;
 mod guard;
 mod layout;

@@ -348,7 +348,7 @@ pub(crate) fn open_shard(path: &Path, dir: &Path, manifest: &Manifest, entry: &S
 pub(crate) fn digest_of(path: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     // Read, not mapped: a file that shrinks meanwhile is an error and not the end of the process.
-    let file = File::open(path).map_err(Error::io(path))?;
+    let file = durable::call(|| File::open(path)).map_err(Error::io(path))?;
     hasher.update_reader(file).map_err(Error::io(path))?;
     Ok(hasher.finalize().to_hex().to_string())
 }
