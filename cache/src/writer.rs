@@ -228,7 +228,10 @@ impl CacheWriter {
     fn write(&mut self, record: Record) -> Result<()> {
         let mut open = match self.open.take() {
             Some(open) => open,
-            None => self.start()?,
+            None => {
+                self.join_full()?;
+                self.start()?
+            }
         };
         count(&mut open.entry, &record);
         open.writer.append(record)?;
@@ -285,6 +288,15 @@ impl CacheWriter {
         let entry = self.publish(whole, name)?;
         self.manifest.shards.push(entry);
         Ok(())
+    }
+
+    /// Makes the shard of pieces that hold all of its rows: a run may have stopped between the last piece and the joining.
+    fn join_full(&mut self) -> Result<()> {
+        if self.part_rows() < u64::from(self.manifest.description.rows_per_shard) {
+            return Ok(());
+        }
+        self.publish_shard(None)?;
+        self.save_and_remove_parts()
     }
 
     /// The rows of all pieces, written again as one shard: the very bytes of a shard that was never cut.
