@@ -10,6 +10,9 @@ mod error;
 #[cfg(test)]
 mod faults;
 mod fingerprint;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod guard;
 mod layout;
 mod manifest;
