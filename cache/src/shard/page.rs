@@ -239,8 +239,17 @@ fn words(bytes: &[u8], encoding: i64, n: usize) -> Result<Vec<u32>, Flaw> {
             let (low, rest) = bytes.split_at(n);
             let (second, rest) = rest.split_at(n);
             let (third, high) = rest.split_at(n);
-            let planes = low.iter().zip(second).zip(third).zip(high);
-            Ok(planes.map(|(((a, b), c), d)| u32::from_le_bytes([*a, *b, *c, *d])).collect())
+            // Rounded values have two planes of zeros, ids one; a plane of zeros needs no looking at value by value.
+            let zero = |plane: &[u8]| plane.iter().fold(0, |bits, byte| bits | byte) == 0;
+            let word = |byte: &u8, place: u32| u32::from(*byte) << (8 * place);
+            Ok(match (zero(low) && zero(second), zero(high)) {
+                (true, _) => third.iter().zip(high).map(|(c, d)| word(c, 2) | word(d, 3)).collect(),
+                (_, true) => low.iter().zip(second).zip(third).map(|((a, b), c)| word(a, 0) | word(b, 1) | word(c, 2)).collect(),
+                _ => {
+                    let planes = low.iter().zip(second).zip(third).zip(high);
+                    planes.map(|(((a, b), c), d)| word(a, 0) | word(b, 1) | word(c, 2) | word(d, 3)).collect()
+                }
+            })
         }
         other => Err(Flaw::new("values byte by byte or plain", format!("encoding {other}"))),
     }
