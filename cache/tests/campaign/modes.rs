@@ -145,7 +145,7 @@ fn push(targets: &mut SoftTargets, description: &Description, random: &mut Rando
     let samples = drawn(&all[kept..], &logprobs[kept..], description.selection.draws().unwrap_or(0), random);
     let outside = |(i, (id, _)): &(usize, &(u32, f32))| *i >= kept && (kept > 0 || !samples.contains_key(id));
     let tail: f64 = all.iter().enumerate().filter(outside).map(|(i, _)| f64::from(logprobs[i]).exp()).sum();
-    let lse = |t: &f64| logprobs.iter().map(|l| (f64::from(*l) / t).exp()).sum::<f64>().ln() as f32;
+    let lse = |t: &f32| logprobs.iter().map(|l| (f64::from(*l) / f64::from(*t)).exp()).sum::<f64>().ln() as f32;
     let (ids, logits): (Vec<u32>, Vec<f32>) = all[..kept].iter().copied().unzip();
     let with_logits = description.values == Values::LogitBf16;
     targets.push_target(&Target {

@@ -99,7 +99,7 @@ impl Pristine {
                 return Some(format!("{name} and {other}"));
             }
             Kind::Doubled => put(&name, &self.files[&one(&shards, random)])?,
-            Kind::Stale => put(&name, &self.earlier[random.below(self.earlier.len().max(1)).min(self.earlier.len() - 1)])?,
+            Kind::Stale => put(&name, &self.earlier[random.below(self.earlier.len())])?,
             Kind::Manifest | Kind::Companion => {
                 let inner = [Kind::Bit, Kind::Byte, Kind::Zeroed, Kind::Noise, Kind::Truncated, Kind::Appended, Kind::Shifted];
                 put(&name, &changed(good, inner[random.below(inner.len())], random))?;
@@ -183,7 +183,6 @@ fn pristine() -> Vec<Pristine> {
 }
 
 /// What a trial found.
-#[derive(Default)]
 struct Found {
     reported: bool,
     unreadable: bool,
@@ -191,11 +190,11 @@ struct Found {
 
 /// Verifies and reads everything, then lets a writer look at it. Panics where a row is wrong.
 fn look(cache: &Pristine, with_writer: bool, what: &str) -> Found {
-    let mut found = Found::default();
-    found.reported = match verify(cache.dir.path(), &ScanProgress::default()) {
+    let reported = match verify(cache.dir.path(), &ScanProgress::default()) {
         Ok(report) => !report.is_good() || report.complete != cache.complete || !report.unlisted.is_empty(),
         Err(_) => true,
     };
+    let mut found = Found { reported, unreadable: false };
     match Cache::open(cache.dir.path()) {
         Err(_) => found.unreadable = true,
         Ok(opened) => {
