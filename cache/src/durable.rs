@@ -2,7 +2,8 @@
 //! else creates, renames or removes files.
 //!
 //! Each call to the system passes [`call`] or [`write_some`], so that the crate's own tests can have any one of them fail
-//! (`faults.rs`). In every other build these two are the call itself.
+//! (`faults.rs`), and what was done is told to those that work out what a cut of power may leave (`power.rs`). In every other
+//! build there is the call itself and nothing else.
 
 use crate::shard::write::Written;
 use crate::{Error, Result};
@@ -18,6 +19,14 @@ pub(crate) fn tmp_of(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_os_string();
     name.push(TMP_SUFFIX);
     PathBuf::from(name)
+}
+
+/// Tells the crate's own tests what was done.
+macro_rules! done {
+    ($($what:tt)*) => {
+        #[cfg(test)]
+        crate::power::note(crate::power::Done::$($what)*);
+    };
 }
 
 /// One call to the system.
@@ -39,16 +48,21 @@ fn write_some(file: &mut File, bytes: &[u8]) -> io::Result<usize> {
 /// Writes `bytes` so that `path` holds either what it held before or all of `bytes`, durably.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let tmp = tmp_of(path);
-    let mut file = HashedFile::new(call(|| File::create(&tmp)).map_err(Error::io(&tmp))?);
+    let file = call(|| File::create(&tmp)).map_err(Error::io(&tmp))?;
+    done!(Created(&tmp, &file));
+    let mut file = HashedFile::new(file);
     file.write_all(bytes).map_err(Error::io(&tmp))?;
     file.finish(&tmp)?;
     call(|| std::fs::rename(&tmp, path)).map_err(Error::io(path))?;
+    done!(Renamed(&tmp, path));
     sync_parent(path)
 }
 
 /// A new file that must not exist yet.
 pub(crate) fn create_new(path: &Path) -> Result<File> {
-    call(|| OpenOptions::new().write(true).create_new(true).open(path)).map_err(Error::io(path))
+    let file = call(|| OpenOptions::new().write(true).create_new(true).open(path)).map_err(Error::io(path))?;
+    done!(Created(path, &file));
+    Ok(file)
 }
 
 /// A file under way whose BLAKE3 and size are known when it is finished, without reading it again.
@@ -66,6 +80,7 @@ impl HashedFile {
     /// Makes the bytes durable.
     pub(crate) fn finish(self, path: &Path) -> Result<Written> {
         call(|| self.file.sync_all()).map_err(Error::io(path))?;
+        done!(Synced(&self.file));
         Ok(Written { bytes: self.bytes, blake3: self.hasher.finalize().to_hex().to_string() })
     }
 }
@@ -73,6 +88,7 @@ impl HashedFile {
 impl Write for HashedFile {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         let written = write_some(&mut self.file, buffer)?;
+        done!(Wrote(&self.file, &buffer[..written]));
         self.hasher.update(&buffer[..written]);
         self.bytes += written as u64;
         Ok(written)
@@ -87,14 +103,19 @@ impl Write for HashedFile {
 pub(crate) fn publish(tmp: &Path, path: &Path) -> Result<()> {
     let file = tempfile::TempPath::try_from_path(tmp).map_err(Error::io(tmp))?;
     call(|| file.persist_noclobber(path).map_err(|e| e.error)).map_err(Error::io(path))?;
+    done!(Renamed(tmp, path));
     sync_parent(path)
 }
 
 /// Removes a file that may not be there.
 pub(crate) fn remove(path: &Path) -> Result<()> {
     match call(|| std::fs::remove_file(path)) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io(path)(e)),
-        _ => Ok(()),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        removed => {
+            removed.map_err(Error::io(path))?;
+            done!(Removed(path));
+            Ok(())
+        }
     }
 }
 
@@ -106,7 +127,10 @@ pub(crate) fn create_folder(dir: &Path) -> Result<()> {
         match call(|| std::fs::create_dir(next)) {
             // Another process was quicker; a file in its place is found when the folder is used.
             Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
-            made => made.map_err(Error::io(next))?,
+            made => {
+                made.map_err(Error::io(next))?;
+                done!(FolderMade(next));
+            }
         }
         sync_parent(next)?;
     }
@@ -130,6 +154,7 @@ pub(crate) fn sync_folder(dir: &Path) -> Result<()> {
     if cfg!(unix) {
         let folder = call(|| File::open(dir)).map_err(Error::io(dir))?;
         call(|| folder.sync_all()).map_err(Error::io(dir))?;
+        done!(FolderSynced(dir));
     }
     Ok(())
 }
@@ -138,6 +163,7 @@ pub(crate) fn sync_folder(dir: &Path) -> Result<()> {
 /// it would let two processes hold locks on two files of the same name.
 pub(crate) fn lock(dir: &Path, path: &Path) -> Result<File> {
     let file = call(|| OpenOptions::new().write(true).create(true).truncate(false).open(path)).map_err(Error::io(path))?;
+    done!(Created(path, &file));
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Error::Locked { dir: dir.to_path_buf() }),

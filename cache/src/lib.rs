@@ -19,6 +19,8 @@ mod guard;
 mod layout;
 mod manifest;
 mod narrow;
+#[cfg(test)]
+mod power;
 mod preset;
 mod progress;
 mod queue;

@@ -1,7 +1,7 @@
 //! The disk runs full for real: a writer that may make no file larger than so much, and one on a file system of so many bytes where
 //! the system lets this test make one. A clean error each time; with room again, the cache is completed byte-identical.
 
-use crate::process::{command, differing, files, mode, reference, wait};
+use crate::process::{command, differing, files, mode, reference, scratch, wait};
 use potstill_cache::{Cache, Error, ScanProgress, verify};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -36,7 +36,7 @@ fn rerun(dir: &Path, number: usize, what: &str) {
 fn a_file_that_cannot_grow_is_a_clean_error() {
     let mut stopped = 0;
     for (number, kib) in [1u64, 2, 3, 4, 5, 6, 7, 8].into_iter().enumerate() {
-        let parent = tempfile::tempdir().unwrap();
+        let parent = scratch();
         let dir = parent.path().join("cache");
         let what = format!("files of at most {kib} KiB, {}", mode(number).name);
         // Without the trap the signal alone would end the process.
@@ -65,7 +65,7 @@ fn a_full_file_system_is_a_clean_error() {
     }
     let mut stopped = 0;
     for (number, kib) in [8u64, 16, 24, 32, 48, 64].into_iter().enumerate() {
-        let parent = tempfile::tempdir().unwrap();
+        let parent = scratch();
         let (dir, small) = (parent.path().join("cache"), parent.path().join("small"));
         std::fs::create_dir(&small).unwrap();
         let what = format!("a file system of {kib} KiB, {}", mode(number).name);

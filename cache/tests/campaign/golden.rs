@@ -1,7 +1,7 @@
 //! Shards of every version of the format, kept for ever: each row is read and compared with its JSON, bit for bit.
 
 use crate::modes::modes;
-use crate::process::{files, options};
+use crate::process::{files, options, scratch};
 use potstill_cache::{Cache, CacheWriter, Record, ScanProgress, SoftTargets, Target, verify};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -148,7 +148,7 @@ fn version_2_is_read() {
 #[test]
 fn json_holds_every_bit() {
     for (number, mode) in modes(7, 3).into_iter().enumerate() {
-        let parent = tempfile::tempdir().unwrap();
+        let parent = scratch();
         let (dir, path) = (parent.path().join("cache"), parent.path().join("rows.json"));
         make(&dir, &path, &mode);
         compare(&dir, &path, potstill_cache::FORMAT_VERSION);

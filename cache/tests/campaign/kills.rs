@@ -2,7 +2,7 @@
 //! durable is lost, and the end is byte-identical to a run that nobody killed.
 
 use crate::modes::Random;
-use crate::process::{command, differing, files, mode, reference, wait};
+use crate::process::{command, differing, files, mode, reference, scratch, wait};
 use crate::{seed, size};
 use potstill_cache::{Cache, Error, ScanProgress, verify};
 use std::os::unix::process::ExitStatusExt;
@@ -15,7 +15,7 @@ const SIGKILL: i32 = 9;
 /// How long a writer runs when it is let alone: the quickest of three.
 fn run_time(number: usize) -> Duration {
     let once = || {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = scratch();
         let since = Instant::now();
         let done = wait(command(ROLE, dir.path(), number).spawn().unwrap(), "an undisturbed writer");
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
@@ -46,7 +46,7 @@ fn a_killed_writer_loses_nothing_and_ends_byte_identical() {
         let number = rounds as usize;
         rounds += 1;
         let (expected, whole) = (reference(number), run_time(number));
-        let parent = tempfile::tempdir().unwrap();
+        let parent = scratch();
         let dir = parent.path().join("cache");
         let mut durable = (0, 0);
         loop {

@@ -2,7 +2,7 @@
 //! is the row that was stored or an error. No panic leaves the fence.
 
 use crate::modes::{Random, modes};
-use crate::process::{complete, files, options};
+use crate::process::{complete, files, options, scratch};
 use crate::{golden, seed, size};
 use potstill_cache::{Cache, CacheWriter, MANIFEST_FILE, Record, ScanProgress, verify};
 use std::collections::BTreeMap;
@@ -146,7 +146,7 @@ fn changed(good: &[u8], kind: Kind, random: &mut Random) -> Vec<u8> {
 fn pristine() -> Vec<Pristine> {
     let mut all = Vec::new();
     for mode in modes(9, 4) {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = scratch();
         let given = mode.given();
         let mut earlier = Vec::new();
         for rows in [0, 3, 4, 8] {
@@ -159,7 +159,7 @@ fn pristine() -> Vec<Pristine> {
         complete(CacheWriter::open(dir.path(), &mode.description, options()).unwrap(), &given).unwrap();
         all.push(Pristine::new(mode.name, dir, mode.stored(), earlier.clone()));
         if mode.name == "top-k" {
-            let dir = tempfile::tempdir().unwrap();
+            let dir = scratch();
             let mut writer = CacheWriter::open(dir.path(), &mode.description, options()).unwrap();
             for record in &given[..7] {
                 writer.append(record).unwrap();
@@ -173,7 +173,7 @@ fn pristine() -> Vec<Pristine> {
             all.push(Pristine::new("top-k, unfinished", dir, stored, earlier[..2].to_vec()));
         }
     }
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     golden::copy(&golden::folder().join("version-1"), dir.path());
     // The older manifests of this one are those of another cache.
     let earlier = all[0].earlier.clone();

@@ -99,6 +99,16 @@ fn writer() {
     }
 }
 
+/// A folder in memory, where there is room for one: what a kill leaves does not depend on the disk, and a sync is quick there.
+/// `TMPDIR` chooses another place.
+pub fn scratch() -> tempfile::TempDir {
+    let memory = match std::env::var_os("TMPDIR") {
+        Some(chosen) => tempfile::tempdir_in(chosen),
+        None => tempfile::Builder::new().prefix("potstill-").tempdir_in("/dev/shm"),
+    };
+    memory.or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 /// Every file of a folder with its bytes.
 pub fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut found = BTreeMap::new();
@@ -121,7 +131,7 @@ pub fn differing(a: &BTreeMap<String, Vec<u8>>, b: &BTreeMap<String, Vec<u8>>) -
 
 /// The files of a cache that nothing interrupted.
 pub fn reference(number: usize) -> BTreeMap<String, Vec<u8>> {
-    let whole = tempfile::tempdir().unwrap();
+    let whole = scratch();
     write(whole.path(), &mode(number)).unwrap();
     files(whole.path())
 }

@@ -1,7 +1,7 @@
 //! Several writers open one folder at once: one gets it, the others are told so. And a reader beside a writer that works.
 
 use crate::modes::Random;
-use crate::process::{command, complete, differing, errand, exit, files, mode, options, reference, wait};
+use crate::process::{command, complete, differing, errand, exit, files, mode, options, reference, scratch, wait};
 use crate::{seed, size};
 use potstill_cache::{Cache, CacheWriter, Error};
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ fn racer() {
 fn of_several_writers_one_writes_and_the_others_say_so() {
     let races = size("RACES", 5);
     for race in 0..races as usize {
-        let parent = tempfile::tempdir().unwrap();
+        let parent = scratch();
         let dir = parent.path().join("cache");
         let mut racers: Vec<_> = (0..RACERS).map(|_| Some(command("races::racer", &dir, race).spawn().unwrap())).collect();
         std::thread::sleep(Duration::from_millis(5));
@@ -86,7 +86,7 @@ fn a_reader_beside_a_writer_sees_whole_rows_only() {
     let (trials, mut random) = (size("READERS", 3), Random(seed() ^ 0x7265_6164));
     let (mut opened, mut read) = (0u64, 0u64);
     for trial in 0..trials as usize {
-        let parent = tempfile::tempdir().unwrap();
+        let parent = scratch();
         let dir = parent.path().join("cache");
         let stored = mode(trial).stored();
         let mut child = command("process::writer", &dir, trial).spawn().unwrap();

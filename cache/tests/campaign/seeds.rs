@@ -1,7 +1,7 @@
 //! First inputs for the fuzz targets, made of caches that are good.
 
 use crate::modes::modes;
-use crate::process::options;
+use crate::process::{options, scratch};
 use potstill_cache::{CacheWriter, MANIFEST_FILE};
 use std::path::Path;
 
@@ -21,7 +21,7 @@ fn write_fuzz_seeds() {
         std::fs::create_dir_all(out.join(target)).unwrap();
     }
     for (number, mode) in modes(3, 4).iter().enumerate() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = scratch();
         let mut writer = CacheWriter::open(dir.path(), &mode.description, options()).unwrap();
         writer.append(&mode.given()[0]).unwrap();
         writer.seal().unwrap();

@@ -2,7 +2,7 @@
 //! The reader is a process of its own, since what is feared is a signal.
 
 use crate::modes::Random;
-use crate::process::{command, errand, files, mode, wait, write};
+use crate::process::{command, errand, files, mode, scratch, wait, write};
 use crate::{seed, size};
 use potstill_cache::{Cache, ScanProgress, verify};
 use std::collections::BTreeMap;
@@ -86,7 +86,7 @@ fn shards_that_change_under_a_reader_are_errors_and_no_crash() {
     let (trials, mut random) = (size("VANDALS", 3), Random(seed() ^ 0x7661_6e64));
     let (mut right, mut wrong, mut disturbed) = (0u64, 0u64, 0u64);
     for trial in 0..trials as usize {
-        let parent = tempfile::tempdir().unwrap();
+        let parent = scratch();
         let dir = parent.path().join("cache");
         write(&dir, &mode(trial)).unwrap();
         let good = files(&dir);
