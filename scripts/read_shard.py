@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Prints one conversation of a shard: each scored token's next-token distribution. Needs pyarrow, nothing of potstill.
 
-It shows what `cache/FORMAT.md` says and checks nothing: damage is what `potstill verify` finds.
+It was written from `cache/FORMAT.md` alone, and checks the row's crc32; its key too where the package blake3 is installed.
 """
 import argparse
 import math
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 try:
@@ -13,6 +15,10 @@ try:
     import pyarrow.parquet as pq
 except ImportError:
     sys.exit("read_shard: pyarrow is not installed; pip install pyarrow")
+try:
+    from blake3 import blake3
+except ImportError:
+    blake3 = None
 
 
 def opened(path):
@@ -39,6 +45,66 @@ def row_of(shard, row):
         if row < rows:
             return shard.read_row_group(group).slice(row, 1).to_pylist()[0]
         row -= rows
+
+
+def scored(one):
+    """The positions whose list is not empty."""
+    return [i for i, entries in enumerate(one.get("topk_ids", one.get("sample_ids"))) if entries]
+
+
+def key_of(one):
+    """The key that tokens and scored positions have."""
+    content = b"potstill row v1\0"
+    for numbers in (one["input_ids"], scored(one)):
+        content += struct.pack(f"<Q{len(numbers)}I", len(numbers), *numbers)
+    return blake3(content).hexdigest()[:32]
+
+
+def crc32_of(one, version):
+    """The checksum that a row's values have: section crc32 of the format."""
+    positions, content = scored(one), bytearray(bytes.fromhex(one["key"]) + struct.pack("<Q", one["seq_id"]))
+    words = lambda numbers: content.extend(struct.pack(f"<{len(numbers)}I", *numbers))
+    floats = lambda numbers: content.extend(struct.pack(f"<{len(numbers)}f", *numbers))
+    at = lambda name: [one[name][i] for i in positions]
+    joined = lambda lists: [x for inner in lists for x in inner]
+
+    def ends(lists):
+        end = 0
+        return [end := end + len(inner) for inner in lists]
+
+    if version >= 2:
+        content += struct.pack("<I", len(one["selection"].encode())) + one["selection"].encode()
+    content += struct.pack("<HQ", one["k"], len(one["input_ids"]))
+    words(one["input_ids"])
+    content += struct.pack("<Q", len(positions))
+    if version == 1:
+        for i in positions:
+            words([i, len(one["topk_ids"][i]), *one["topk_ids"][i]])
+            floats([*one["topk_logprobs"][i], one["tail_logprob"][i]])
+        return zlib.crc32(content)
+    words(positions)
+    if "topk_ids" in one:
+        words(ends(at("topk_ids")))
+        words(joined(at("topk_ids")))
+        floats(joined(at("topk_logits" if "topk_logits" in one else "topk_logprobs")))
+        floats(at("logsumexp") if "logsumexp" in one else [])
+    floats(at("tail_logprob"))
+    if "sample_ids" in one:
+        words(ends(at("sample_ids")))
+        words(joined(at("sample_ids")))
+        words(joined(at("sample_counts")))
+    temperatures = [name for name in one if name.startswith("lse_t")]
+    floats([one[name][i] for i in positions for name in temperatures])
+    floats([one["codec_kl_sum"], one["codec_kl_max"]])
+    return zlib.crc32(content)
+
+
+def check(one, version):
+    """Ends with a sentence where the row is not what was written."""
+    if crc32_of(one, version) != one["crc32"]:
+        sys.exit(f"read_shard: row of seq_id {one['seq_id']}: expected crc32 {one['crc32']:08x}, found values with {crc32_of(one, version):08x}")
+    if blake3 and key_of(one) != one["key"]:
+        sys.exit(f"read_shard: row of seq_id {one['seq_id']}: expected key {one['key']}, found tokens with {key_of(one)}")
 
 
 def distribution(one, i, entries):
@@ -76,6 +142,7 @@ def main():
     print(f"{options.shard}: format version {get('format_version')}, {rows} rows from {get('first_row')}, {get('selection')}, "
           f"k = {get('k')}, {get('value_codec')}, teacher {get('teacher')}")
     one = row_of(shard, options.row)
+    check(one, int(get("format_version")))
     codec = f", codec KL {one['codec_kl_sum']:.2g} in all" if "codec_kl_sum" in one else ""
     print(f"row {options.row}: key {one['key']}, seq_id {one['seq_id']}, {len(one['input_ids'])} tokens{codec}")
     for i in range(len(one["input_ids"]) - 1):
