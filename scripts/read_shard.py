@@ -25,7 +25,8 @@ def opened(path):
     """The shard and its key-values, or a sentence that says what is there instead."""
     if path.is_dir():
         shards = sorted(file.name for file in path.glob("shard-*.parquet"))
-        sys.exit(f"read_shard: {path} is a folder; " + (f"name one of its {len(shards)} shards, such as {path / shards[0]}" if shards else "it holds no shard-*.parquet"))
+        inside = f"name one of its {len(shards)} shards, such as {path / shards[0]}" if shards else "it holds no shard-*.parquet"
+        sys.exit(f"read_shard: {path} is a folder; {inside}")
     if not path.exists():
         sys.exit(f"read_shard: {path}: no such file")
     try:
@@ -101,10 +102,11 @@ def crc32_of(one, version):
 
 def check(one, version):
     """Ends with a sentence where the row is not what was written."""
-    if crc32_of(one, version) != one["crc32"]:
-        sys.exit(f"read_shard: row of seq_id {one['seq_id']}: expected crc32 {one['crc32']:08x}, found values with {crc32_of(one, version):08x}")
+    opening, crc32 = f"read_shard: row of seq_id {one['seq_id']}: expected", crc32_of(one, version)
+    if crc32 != one["crc32"]:
+        sys.exit(f"{opening} crc32 {one['crc32']:08x}, found values with {crc32:08x}")
     if blake3 and key_of(one) != one["key"]:
-        sys.exit(f"read_shard: row of seq_id {one['seq_id']}: expected key {one['key']}, found tokens with {key_of(one)}")
+        sys.exit(f"{opening} key {one['key']}, found tokens with {key_of(one)}")
 
 
 def distribution(one, i, entries):
