@@ -22,7 +22,7 @@ pub struct VerifyReport {
     pub complete: bool,
     /// Shards looked at.
     pub shards: u64,
-    /// Rows the manifest lists.
+    /// Rows the manifest lists, those in pieces of the shard under way included.
     pub rows: u64,
     /// Rows that passed every check.
     pub good_rows: u64,
@@ -88,7 +88,8 @@ struct Seen {
 }
 
 /// Checks the manifest, the companions, every shard's size, BLAKE3, columns and footer, and of every row: its pages, checksum,
-/// key, alignment, order, ids, values and mass; then that row numbers of the data rise and that counts add up.
+/// key, alignment, order, ids, values and mass; then that row numbers of the data rise and that counts add up. The durable pieces
+/// of a shard under way are checked alike.
 ///
 /// Errors only where there is nothing to check: no folder, no manifest, a newer format version. Damage is in the report.
 pub fn verify(dir: &Path, progress: &ScanProgress) -> Result<VerifyReport> {
@@ -100,11 +101,12 @@ pub fn verify(dir: &Path, progress: &ScanProgress) -> Result<VerifyReport> {
         }
         loaded => loaded?,
     };
-    progress.begin(manifest.rows(), manifest.bytes());
+    let pieces = |of: fn(&ShardEntry) -> u64| manifest.parts.iter().map(of).sum::<u64>();
+    let (rows, bytes) = (manifest.rows() + pieces(|part| part.rows), manifest.bytes() + pieces(|part| part.bytes));
+    progress.begin(rows, bytes);
     report.complete = manifest.complete;
     report.shards = manifest.shards.len() as u64;
-    report.rows = manifest.rows();
-    report.bytes = manifest.bytes();
+    (report.rows, report.bytes) = (rows, bytes);
     report.unlisted = unlisted(dir, &manifest)?;
     for companion in &manifest.companions {
         if let Err(error) = reader::read_companion(dir, &manifest, &companion.path) {
@@ -113,8 +115,8 @@ pub fn verify(dir: &Path, progress: &ScanProgress) -> Result<VerifyReport> {
     }
     let mut keys = HashSet::new();
     let mut last_seq_id = None;
-    for (index, entry) in manifest.shards.iter().enumerate() {
-        let shard = check_file(dir, &manifest, index, &mut report);
+    for entry in manifest.shards.iter().chain(&manifest.parts) {
+        let shard = check_file(dir, &manifest, entry, &mut report);
         progress.add_bytes(entry.bytes);
         match shard {
             Some(shard) => check_rows(dir, &shard, entry, &mut keys, &mut last_seq_id, progress, &mut report),
@@ -125,8 +127,7 @@ pub fn verify(dir: &Path, progress: &ScanProgress) -> Result<VerifyReport> {
 }
 
 /// Size, digest, footer and columns of a shard; gives the shard if its rows can be looked at.
-fn check_file(dir: &Path, manifest: &Manifest, index: usize, report: &mut VerifyReport) -> Option<Shard> {
-    let entry = manifest.shards.get(index)?;
+fn check_file(dir: &Path, manifest: &Manifest, entry: &ShardEntry, report: &mut VerifyReport) -> Option<Shard> {
     let opened = reader::open_entry(dir, manifest, entry);
     // A file that is missing or of another size has been named once already when it could not be opened.
     let sized = std::fs::metadata(dir.join(&entry.file)).is_ok_and(|info| info.is_file() && info.len() == entry.bytes);
