@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The campaigns against the cache, at full size. `cargo test` does a small share of each.
 #
-#   scripts/campaign.sh                 kills, faults, mutations, races, readers, a full disk    (some 10 minutes on two cores)
+#   scripts/campaign.sh                 failing calls, cuts of power, kills, mutations, races, readers, a full disk
+#                                       (some 5 minutes on two cores)
 #   scripts/campaign.sh kills faults    only these
 #   scripts/campaign.sh fuzz            the fuzz targets, one after another, MINUTES each
 #
 # Sizes, from the environment:
-#   KILLS=1000  MUTATIONS=20000  RACES=100  READERS=50  VANDALS=50  SEED=1  MINUTES=10
+#   KILLS=1000  CUTS=10000  MUTATIONS=20000  RACES=100  READERS=50  VANDALS=50  SEED=1  MINUTES=10
 #
 # Fuzzing needs a nightly compiler and cargo-fuzz:
 #   rustup toolchain install nightly --profile minimal
@@ -22,12 +23,8 @@ export POTSTILL_CAMPAIGN_READERS=${READERS:-50}
 export POTSTILL_CAMPAIGN_VANDALS=${VANDALS:-50}
 export POTSTILL_CAMPAIGN_SEED=${SEED:-1}
 export POTSTILL_CAMPAIGN_FAULTS=all
+export POTSTILL_CAMPAIGN_CUTS=${CUTS:-10000}
 readonly MINUTES=${MINUTES:-10}
-# What a kill leaves does not depend on the disk, and folders in memory are quicker; TMPDIR chooses another place.
-if [ -z "${TMPDIR:-}" ] && [ -w /dev/shm ]; then
-    export TMPDIR=/dev/shm
-fi
-
 campaign() { # NAME FILTER
     local since=$SECONDS
     printf '\n== %s\n' "$1"
@@ -45,16 +42,17 @@ faults() {
 fuzz() {
     POTSTILL_FUZZ_CORPUS=$PWD/cache/fuzz/corpus \
         cargo test -p potstill-cache --test campaign -- --ignored --exact seeds::write_fuzz_seeds
+    # The shard target writes a shard for every input.
+    scratch=$(mktemp -d -p /dev/shm 2> /dev/null || mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
     cd cache
-    # Its own caches lie in one folder a run.
     local target
     for target in manifest page shard; do
         printf '\n== fuzz %s, %s minutes\n' "$target" "$MINUTES"
         # At most 512 MiB, no single allocation above 256 MiB, no input that takes longer than 10 seconds.
-        cargo +nightly fuzz run "$target" -- -max_total_time=$((MINUTES * 60)) -rss_limit_mb=512 -malloc_limit_mb=256 \
+        TMPDIR=$scratch cargo +nightly fuzz run "$target" -- -max_total_time=$((MINUTES * 60)) -rss_limit_mb=512 -malloc_limit_mb=256 \
             -timeout=10 -max_len=65536 -print_final_stats=1
     done
-    rm -rf "${TMPDIR:-/tmp}"/potstill-fuzz-*
     cd ..
 }
 

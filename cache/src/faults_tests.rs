@@ -223,7 +223,7 @@ fn a_cut_of_power_leaves_what_was_durable() {
             let at = choose(states.len());
             let promised = promises.iter().filter(|(noted, _)| *noted <= at + 1).map(|(_, rows)| *rows).max().unwrap_or(0);
             let left = scratch();
-            states[at].cut(parent.path(), left.path(), &mut choose);
+            states[at].cut(parent.path(), left.path(), &mut choose).unwrap();
             after_a_cut(&left.path().join("of/a/cache"), promised, &expected, &format!("trial {trial}: cut after {at}"));
         }
         eprintln!("cuts of power: {trials} at {} moments, nothing durable lost, 0 differing bytes", states.len());

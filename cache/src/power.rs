@@ -118,7 +118,7 @@ impl Disk {
     }
 
     /// Lays out under `root` what is left of the files below `within`; `choose(n)` gives a number below `n`.
-    pub(crate) fn cut(&self, within: &Path, root: &Path, choose: &mut dyn FnMut(usize) -> usize) {
+    pub(crate) fn cut(&self, within: &Path, root: &Path, choose: &mut dyn FnMut(usize) -> usize) -> std::io::Result<()> {
         let mut names = self.durable.clone();
         for change in &self.pending {
             if choose(2) == 0 {
@@ -136,16 +136,17 @@ impl Disk {
             let there = root.join(inner);
             match entry {
                 Entry::Folder => {
-                    std::fs::create_dir(&there).unwrap();
+                    std::fs::create_dir(&there)?;
                     made.push(path);
                 }
                 Entry::File(body) => {
                     let Body { bytes, synced } = &self.bodies[body];
                     let kept = synced + choose(bytes.len() - synced + 1);
-                    std::fs::write(there, &bytes[..kept]).unwrap();
+                    std::fs::write(there, &bytes[..kept])?;
                 }
             }
         }
+        Ok(())
     }
 }
 
