@@ -14,9 +14,12 @@
 
 mod companion;
 mod folder;
+mod mend;
 
 pub use companion::Companion;
 pub(crate) use folder::{LOCK_FILE, names};
+pub(crate) use mend::{MendedShard, compare};
+pub(crate) use companion::entries as companion_entries;
 
 use crate::error::{Flaw, Place};
 use crate::layout::Layout;
@@ -327,10 +330,14 @@ impl std::fmt::Debug for OpenShard {
 }
 
 /// Adds a stored record to what the manifest will say of its shard.
-fn count(entry: &mut ShardEntry, record: &Record) {
+pub(crate) fn count(entry: &mut ShardEntry, record: &Record) {
     entry.rows += 1;
     entry.tokens += record.input_ids.len() as u64;
     entry.scored += record.positions.len() as u64;
+    if record.codec.kl_sum.is_nan() {
+        // Rows of version 1 do not say what storing them cost; then nothing is known of the shard either.
+        entry.codec = None;
+    }
     if let Some(codec) = &mut entry.codec {
         codec.kl_sum += f64::from(record.codec.kl_sum);
         codec.kl_max = codec.kl_max.max(f64::from(record.codec.kl_max));
@@ -355,7 +362,13 @@ pub(crate) fn digest_of(path: &Path) -> Result<String> {
 
 /// Compares a file with the BLAKE3 that the manifest states.
 pub(crate) fn check_digest(dir: &Path, entry: &ShardEntry) -> Result<()> {
-    match digest_of(&dir.join(&entry.file))? {
+    let found = match digest_of(&dir.join(&entry.file)) {
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Flaw::new("this shard", "no such file").damage(&Place::new(dir, &entry.file), None, None));
+        }
+        found => found?,
+    };
+    match found {
         found if found != entry.blake3 => {
             let flaw = Flaw::new(format!("contents with BLAKE3 {}", entry.blake3), format!("contents with {found}"));
             Err(flaw.damage(&Place::new(dir, &entry.file), None, None))
