@@ -1,11 +1,13 @@
 //! The cache through its public API: what is written comes back, what is damaged is found, what was interrupted continues.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod combine;
 mod damage;
 mod hostile;
 mod layout;
 mod made;
 mod refusal;
+mod repack;
 mod resume;
 mod roundtrip;
 mod summary;
