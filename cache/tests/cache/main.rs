@@ -8,6 +8,8 @@ mod layout;
 mod made;
 mod refusal;
 mod repack;
+mod repair;
 mod resume;
 mod roundtrip;
 mod summary;
+mod verify_modes;
