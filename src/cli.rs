@@ -196,10 +196,10 @@ pub struct Storing {
     pub top_k: Option<u16>,
     /// Keep entries of at least this probability
     #[arg(long, value_name = "P")]
-    pub min_prob: Option<f64>,
+    pub min_prob: Option<f32>,
     /// Keep the fewest entries that make up this mass
     #[arg(long, value_name = "MASS")]
-    pub min_mass: Option<f64>,
+    pub min_mass: Option<f32>,
     /// What is stored of kept entries: logprob or logit-bf16
     #[arg(long, value_name = "VALUES", value_parser = word::<Values>)]
     pub values: Option<Values>,

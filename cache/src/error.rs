@@ -1,5 +1,6 @@
 //! Every way a cache can be wrong, with both sides of each disagreement, and the class that decides an exit code.
 
+use crate::Misalignment;
 use std::path::{Path, PathBuf};
 
 /// What kind of failure an error is; the command line turns it into an exit code.
@@ -66,7 +67,7 @@ pub enum Error {
             file = dir.join(file).display(), place = place(*row_group, *row))]
     Damaged {
         /// The cache's folder.
-        dir: PathBuf,
+        dir: Box<Path>,
         /// The file, relative to the cache's folder.
         file: String,
         /// Row group of the file (0-based), where one is to blame.
@@ -227,6 +228,16 @@ pub enum Error {
         /// The digest in the list.
         found: String,
     },
+    /// A row is not that of the tokens at hand.
+    #[error("{dir}: row {row}: {what}", dir = dir.display())]
+    Misaligned {
+        /// The cache's folder.
+        dir: PathBuf,
+        /// The row (0-based).
+        row: u64,
+        /// What is wrong.
+        what: Box<Misalignment>,
+    },
     /// A row number beyond the end.
     #[error("row {row}: the cache has {rows} rows, numbered from 0")]
     NoRow {
@@ -266,8 +277,10 @@ impl Error {
             | Error::BadKey { .. } => ErrorClass::Usage,
             Error::Damaged { .. } => ErrorClass::Integrity,
             Error::Locked { .. } => ErrorClass::Locked,
-            Error::Mismatch { .. } | Error::NewerFormat { .. } | Error::OlderFormat { .. } => ErrorClass::Mismatch,
             Error::Conflict { .. } | Error::OtherCache { .. } | Error::Unlike { .. } => ErrorClass::Mismatch,
+            Error::Mismatch { .. } | Error::Misaligned { .. } | Error::NewerFormat { .. } | Error::OlderFormat { .. } => {
+                ErrorClass::Mismatch
+            }
         }
     }
 
@@ -318,14 +331,14 @@ impl Flaw {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Place {
     /// The cache's folder.
-    pub(crate) dir: PathBuf,
+    pub(crate) dir: Box<Path>,
     /// The file, relative to it.
     pub(crate) file: String,
 }
 
 impl Place {
     pub(crate) fn new(dir: &Path, file: &str) -> Self {
-        Self { dir: dir.to_path_buf(), file: file.to_string() }
+        Self { dir: dir.into(), file: file.to_string() }
     }
 }
 

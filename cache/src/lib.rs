@@ -4,6 +4,8 @@
 //! finished or partial cache and reads any row by number. `FORMAT.md` describes the bytes.
 #![deny(missing_docs)]
 
+mod alignment;
+mod batches;
 mod codec;
 mod combine;
 mod durable;
@@ -15,6 +17,7 @@ mod manifest;
 mod narrow;
 mod preset;
 mod progress;
+mod queue;
 mod reader;
 mod record;
 mod repack;
@@ -29,6 +32,8 @@ mod targets;
 mod verify;
 mod writer;
 
+pub use alignment::Misalignment;
+pub use batches::Batches;
 pub use codec::{TAIL_FLOOR_LOGPROB, UNSCORED_TAIL_LOGPROB, encode, round_to_mantissa, stored_logprob, stored_tail_logprob};
 pub use combine::{Rewritten, Stored, combine};
 pub use error::{Difference, Error, ErrorClass, Result};
@@ -43,6 +48,7 @@ pub use preset::{
     SelectionKind, Storage, Values,
 };
 pub use progress::ScanProgress;
+pub use queue::WriterQueue;
 pub use reader::Cache;
 pub use record::{CodecError, Record, RowKey};
 pub use repack::{Reshape, repack};

@@ -61,6 +61,8 @@ struct OpenShard {
     writer: ShardWriter,
     tmp: PathBuf,
     entry: ShardEntry,
+    /// The rows' codec errors, summed.
+    kl_sum: f64,
     since: Instant,
 }
 
@@ -119,6 +121,11 @@ impl CacheWriter {
         Ok(keys)
     }
 
+    /// The cache's folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The manifest as it is on disk.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
@@ -134,10 +141,7 @@ impl CacheWriter {
     /// Adds rows as [`append`](Self::append) does, checking and rounding them in parallel. Of a bad record and those after it
     /// nothing is added.
     pub fn extend(&mut self, records: &[Record]) -> Result<()> {
-        self.add(records, |rules, record| {
-            rules.check(record, Form::Given)?;
-            Ok(codec::encode(record, &rules.storage))
-        })
+        self.add(records, Rules::encode)
     }
 
     /// Adds rows that come out of a cache, narrowed already to this one's selection.
@@ -233,7 +237,7 @@ impl CacheWriter {
             Some(open) => open,
             None => self.start()?,
         };
-        count(&mut open.entry, &record);
+        open.count(&record);
         open.writer.append(record)?;
         if self.part_rows() + open.entry.rows < u64::from(self.manifest.description.rows_per_shard) {
             self.open = Some(open);
@@ -260,7 +264,7 @@ impl CacheWriter {
         let writer = ShardWriter::create(&tmp, &footer, description.zstd_level, &self.layout)?;
         let codec = Some(ShardCodec::default());
         let entry = ShardEntry { file, first_row, rows: 0, tokens: 0, scored: 0, bytes: 0, blake3: String::new(), codec };
-        Ok(OpenShard { writer, tmp, entry, since: Instant::now() })
+        Ok(OpenShard { writer, tmp, entry, kl_sum: 0.0, since: Instant::now() })
     }
 
     /// Closes a piece and names it in the manifest.
@@ -297,7 +301,7 @@ impl CacheWriter {
             let shard = reader::open_entry(&self.dir, &self.manifest, part)?;
             for row in 0..shard.rows() {
                 let record = shard.row(row)?;
-                count(&mut whole.entry, &record);
+                whole.count(&record);
                 whole.writer.append(record)?;
             }
         }
@@ -329,19 +333,22 @@ impl std::fmt::Debug for OpenShard {
     }
 }
 
-/// Adds a stored record to what the manifest will say of its shard.
-pub(crate) fn count(entry: &mut ShardEntry, record: &Record) {
+impl OpenShard {
+    /// Adds a stored record to what the manifest will say of its shard.
+    fn count(&mut self, record: &Record) {
+        count(&mut self.entry, &mut self.kl_sum, record);
+    }
+}
+
+/// Adds a stored record to what the manifest will say of its shard; `kl_sum` is the sum of its rows' codec errors.
+pub(crate) fn count(entry: &mut ShardEntry, kl_sum: &mut f64, record: &Record) {
     entry.rows += 1;
     entry.tokens += record.input_ids.len() as u64;
     entry.scored += record.positions.len() as u64;
-    if record.codec.kl_sum.is_nan() {
-        // Rows of version 1 do not say what storing them cost; then nothing is known of the shard either.
-        entry.codec = None;
-    }
-    if let Some(codec) = &mut entry.codec {
-        codec.kl_sum += f64::from(record.codec.kl_sum);
-        codec.kl_max = codec.kl_max.max(f64::from(record.codec.kl_max));
-    }
+    *kl_sum += f64::from(record.codec.kl_sum);
+    let kl_max = entry.codec.map_or(0.0, |codec| codec.kl_max).max(record.codec.kl_max);
+    // Rows that were rewritten from version 1 do not know what storing them cost; then nothing is known of the shard either.
+    entry.codec = (!kl_sum.is_nan()).then_some(ShardCodec { kl_sum: *kl_sum as f32, kl_max });
 }
 
 /// Opens the file `path` as the shard that `entry` describes.

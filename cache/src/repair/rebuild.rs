@@ -55,7 +55,7 @@ fn adopt(dir: &Path, manifest: &Manifest, blank: &ShardEntry, last_seq_id: &mut 
     let Ok(shard) = reader::open_entry(dir, manifest, &ShardEntry { bytes, ..blank.clone() }) else { return Ok(None) };
     let mut entry = ShardEntry { bytes, rows: 0, ..blank.clone() };
     // Row by row into the sums in the order of writing: they are floating-point numbers.
-    let mut last = *last_seq_id;
+    let (mut last, mut kl_sum) = (*last_seq_id, 0.0);
     for start in (0..blank.rows).step_by(BLOCK_ROWS as usize) {
         let block = start..blank.rows.min(start + BLOCK_ROWS);
         let records: Vec<_> = block.into_par_iter().map(|row| shard.row_by_all_rules(row)).collect();
@@ -65,7 +65,7 @@ fn adopt(dir: &Path, manifest: &Manifest, blank: &ShardEntry, last_seq_id: &mut 
                 return Ok(None);
             }
             last = Some(record.seq_id);
-            count(&mut entry, &record);
+            count(&mut entry, &mut kl_sum, &record);
         }
     }
     entry.blake3 = digest_of(&path)?;

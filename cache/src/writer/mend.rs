@@ -1,10 +1,10 @@
 //! Writing a shard again in place of a damaged one: the same steps as for a new shard, but the new file takes the old one's name.
 
-use super::{CacheWriter, OpenShard, WriterOptions, companion, count, folder, open_shard};
+use super::{CacheWriter, OpenShard, WriterOptions, companion, folder, open_shard};
 use crate::error::Flaw;
 use crate::manifest::{Manifest, ShardEntry};
 use crate::rules::{Form, Rules};
-use crate::{Description, Error, Record, Result, codec, durable};
+use crate::{Description, Error, Record, Result, durable};
 use rayon::prelude::*;
 use std::fs::File;
 use std::path::Path;
@@ -43,13 +43,12 @@ impl CacheWriter {
         if let Some(last) = shard.last_seq_id.filter(|last| record.seq_id <= *last) {
             return Err(bad(Flaw::new(format!("a seq_id above {last}, that of the row before"), record.seq_id)));
         }
-        self.rules.check(record, form).map_err(bad)?;
         let record = match form {
-            Form::Given => codec::encode(record, &self.rules.storage),
-            Form::Stored => record.clone(),
+            Form::Given => self.rules.encode(record).map_err(bad)?,
+            Form::Stored => self.rules.check(record, form).map(|()| record.clone()).map_err(bad)?,
         };
         shard.last_seq_id = Some(record.seq_id);
-        count(&mut shard.open.entry, &record);
+        shard.open.count(&record);
         shard.open.writer.append(record)
     }
 

@@ -1,15 +1,18 @@
 //! The cache through its public API: what is written comes back, what is damaged is found, what was interrupted continues.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod alignment;
 mod combine;
 mod damage;
 mod hostile;
 mod layout;
 mod made;
+mod modes;
 mod refusal;
 mod repack;
 mod repair;
 mod resume;
 mod roundtrip;
+mod streams;
 mod summary;
 mod verify_modes;

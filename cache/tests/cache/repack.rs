@@ -46,8 +46,8 @@ fn another_zstd_level_or_cut_changes_nothing_else_and_can_be_taken_back() {
         before.manifest().description.differences(&after.manifest().description).into_iter().map(|d| d.field).collect();
     assert_eq!(differing, ["zstd_level", "rows_per_shard"]);
     let was = |cache: &Cache| cache.manifest().codec_kl().unwrap();
-    // Sums of the same numbers, cut elsewhere: a few units of the last place.
-    assert!((was(&before).0 / was(&after).0 - 1.0).abs() < 1e-12 && was(&before).1 == was(&after).1);
+    // Sums of the same numbers, cut elsewhere; each shard's is rounded to f32.
+    assert!((was(&before).0 / was(&after).0 - 1.0).abs() < 2.0 * f64::from(f32::EPSILON) && was(&before).1 == was(&after).1);
     let back = Reshape { rows_per_shard: Some(4), ..turned(Knobs { zstd_level: Some(3), ..Knobs::default() }) };
     rewritten(out.path(), again.path(), back);
     assert_eq!(files(again.path()), files(dir.path()));
@@ -241,7 +241,7 @@ fn entries_at_the_border_of_a_cutoff_stay_when_only_the_level_changes() {
     let record = Record { seq_id: 0, input_ids: vec![1, 2], positions: vec![0], targets, codec: Default::default() };
     let mut lost = 0;
     for bits in 1..=12 {
-        let selection = Selection::Cutoff { k: 8, rule: Cutoff::MinProb(p) };
+        let selection = Selection::Cutoff { k: 8, rule: Cutoff::MinProb(p as f32) };
         let (dir, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let described = Description { selection, mantissa_bits: bits, ..description(1, 4, 8) };
         made::write(dir.path(), &described, std::slice::from_ref(&record));
