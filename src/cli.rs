@@ -7,8 +7,8 @@
 
 use crate::settings::{self, Section};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
-use potstill_pipeline::adapter::MergeConfig;
 use potstill_cache::{Preset, SelectionKind, Values};
+use potstill_pipeline::adapter::MergeConfig;
 use potstill_pipeline::precompute::{PrecomputeConfig, Share};
 use potstill_pipeline::train::TrainConfig;
 use serde::Serialize;

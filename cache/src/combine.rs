@@ -174,14 +174,7 @@ fn check_folders(inputs: &[Cache], out: &Path) -> Result<()> {
 }
 
 /// What the new cache is.
-fn describe(
-    verb: &str,
-    inputs: &[Cache],
-    merged: &Merged,
-    plan: &Plan,
-    storage: &Storage,
-    rows_per_shard: u32,
-) -> Description {
+fn describe(verb: &str, inputs: &[Cache], merged: &Merged, plan: &Plan, storage: &Storage, rows_per_shard: u32) -> Description {
     let mut description = merged.description(plan.duplicates);
     let had = description.storage();
     let taken = (had.selection, had.values, had.mantissa_bits) != (storage.selection, storage.values, storage.mantissa_bits);

@@ -58,7 +58,5 @@ pub use sampler::{Order, Sampler};
 pub use selection::{Cutoff, MAX_DRAWS, Selection};
 pub use stats::{ColumnBytes, Distributions, RAW_ENTRY_BYTES, Summary};
 pub use targets::{SoftTargets, Target};
-pub use verify::{
-    DamagedRow, MAX_PROBLEMS, ManifestState, Problem, ShardDamage, VerifyMode, VerifyReport, verify, verify_as,
-};
+pub use verify::{DamagedRow, MAX_PROBLEMS, ManifestState, Problem, ShardDamage, VerifyMode, VerifyReport, verify, verify_as};
 pub use writer::{CacheWriter, Companion, WriterOptions};

@@ -134,7 +134,8 @@ impl Repair {
     /// Begins to write a shard anew.
     pub fn mend(&mut self, shard: &ShardRepair) -> Result<Mending<'_>> {
         let manifest = self.writer.manifest();
-        let entry = manifest.shards.get(shard.index).cloned().ok_or(Error::NoRow { row: shard.first_row, rows: manifest.rows() })?;
+        let entry =
+            manifest.shards.get(shard.index).cloned().ok_or(Error::NoRow { row: shard.first_row, rows: manifest.rows() })?;
         let old = open_old(&self.dir, manifest, &entry);
         let new = self.writer.start_mending(&entry)?;
         let recompute = shard.recompute.clone();
@@ -241,12 +242,8 @@ fn unreadable(dir: &Path, manifest: &Manifest, entry: &ShardEntry) -> BTreeSet<u
 
 /// The shards that the list names, each with all rows that are needed.
 fn wanted(dir: &Path, path: &Path, manifest: &Manifest, list: &RepairList) -> Result<Vec<ShardRepair>> {
-    let misfit = |place: String, expected: String, found: String| Error::RepairList {
-        list: path.to_path_buf(),
-        place,
-        expected,
-        found,
-    };
+    let misfit =
+        |place: String, expected: String, found: String| Error::RepairList { list: path.to_path_buf(), place, expected, found };
     let mut shards: Vec<ShardRepair> = Vec::with_capacity(list.shards.len().min(manifest.shards.len()));
     for damage in &list.shards {
         let index = manifest.shards.iter().position(|entry| entry.file == damage.file);

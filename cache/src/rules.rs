@@ -237,9 +237,7 @@ impl Rules {
 fn mass_bound(description: &Description) -> f64 {
     let earlier = description.derived.iter().map(|d| (d.selection, d.mantissa_bits));
     let steps = earlier.chain([(description.selection, description.mantissa_bits)]);
-    let bound = |(selection, bits): (Selection, u8)| {
-        (f64::from(selection.max_entries()) + 1.0).powf(2f64.powi(-i32::from(bits)))
-    };
+    let bound = |(selection, bits): (Selection, u8)| (f64::from(selection.max_entries()) + 1.0).powf(2f64.powi(-i32::from(bits)));
     steps.map(bound).product::<f64>() * (1.0 + MASS_EPSILON)
 }
 

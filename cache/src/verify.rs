@@ -63,11 +63,9 @@ impl VerifyMode {
 
     fn check(&self) -> Result<()> {
         match self {
-            VerifyMode::Sample { number, of } if *number == 0 || number > of => Err(Error::Setting {
-                name: "sample",
-                found: format!("{number}/{of}"),
-                expected: "N/T with N from 1 to T".into(),
-            }),
+            VerifyMode::Sample { number, of } if *number == 0 || number > of => {
+                Err(Error::Setting { name: "sample", found: format!("{number}/{of}"), expected: "N/T with N from 1 to T".into() })
+            }
             _ => Ok(()),
         }
     }
@@ -283,6 +281,8 @@ mod tests {
                 }
             }
         }
-        assert!(VerifyMode::Sample { number: 0, of: 3 }.check().is_err() && VerifyMode::Sample { number: 4, of: 3 }.check().is_err());
+        assert!(
+            VerifyMode::Sample { number: 0, of: 3 }.check().is_err() && VerifyMode::Sample { number: 4, of: 3 }.check().is_err()
+        );
     }
 }

@@ -17,9 +17,9 @@ mod folder;
 mod mend;
 
 pub use companion::Companion;
+pub(crate) use companion::entries as companion_entries;
 pub(crate) use folder::{LOCK_FILE, names};
 pub(crate) use mend::{MendedShard, compare};
-pub(crate) use companion::entries as companion_entries;
 
 use crate::error::{Flaw, Place};
 use crate::layout::Layout;

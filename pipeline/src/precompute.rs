@@ -154,9 +154,8 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
     let description = Description { part, ..describe(config, &model, &tokenizer, &dataset, context)? };
     let kept = WriterOptions { companions: companions(&config.teacher)? };
     let teacher = || Teacher::from_folder(&config.teacher, width, &device, context);
-    let repaired = config.repair.as_ref().map(|list| {
-        repair::run(config, list, (&description, &kept), &dataset.examples, teacher, context)
-    });
+    let repaired =
+        config.repair.as_ref().map(|list| repair::run(config, list, (&description, &kept), &dataset.examples, teacher, context));
     let repair = repaired.transpose()?;
     let mut writer = CacheWriter::open(&config.cache, &description, kept)?;
     let resumed_rows = writer.committed_rows();

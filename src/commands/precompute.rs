@@ -79,12 +79,7 @@ fn write_repair(repair: &RepairReport, out: &mut Out) -> std::io::Result<()> {
             Sameness::Different => "others: the teacher's arithmetic differs",
             Sameness::Unknown => "no manifest to compare with",
         };
-        table.row([
-            shard.file.clone(),
-            print::count(shard.recomputed_rows),
-            print::count(shard.kept_rows),
-            sameness.into(),
-        ]);
+        table.row([shard.file.clone(), print::count(shard.recomputed_rows), print::count(shard.kept_rows), sameness.into()]);
     }
     table.write(out)
 }

@@ -16,8 +16,8 @@ use crate::rules::Rules;
 use crate::schema::{self, RowHead};
 use crate::{Error, Record, Result, RowKey};
 use memmap2::Mmap;
-use rayon::prelude::*;
 use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader};
+use rayon::prelude::*;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 

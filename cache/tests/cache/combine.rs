@@ -59,11 +59,8 @@ impl Bench {
     fn part(&self, number: u32, of: u32, rows: usize) -> PathBuf {
         let part = Part { number, of };
         let range = part.rows(ROWS, PER_SHARD);
-        let described = Description {
-            part: Some(part),
-            expected_rows: range.end - range.start,
-            ..description(ROWS, PER_SHARD, K)
-        };
+        let described =
+            Description { part: Some(part), expected_rows: range.end - range.start, ..description(ROWS, PER_SHARD, K) };
         let mut share = records(ROWS, K)[range.start as usize..range.end as usize].to_vec();
         share.truncate(rows);
         self.write(&format!("part-{number}-of-{of}"), &described, &share)
@@ -105,9 +102,8 @@ fn interrupted_runs_make_their_union() {
     let bench = Bench::new();
     let expected = files(&bench.whole());
     let rows = records(ROWS, K);
-    let prefix = |rows_there: usize| {
-        bench.write(&format!("first-{rows_there}"), &description(ROWS, PER_SHARD, K), &rows[..rows_there])
-    };
+    let prefix =
+        |rows_there: usize| bench.write(&format!("first-{rows_there}"), &description(ROWS, PER_SHARD, K), &rows[..rows_there]);
     let (short, long) = (prefix(8), prefix(16));
     let out = bench.path("union");
     let report = joined(&[short, long.clone()], &out);
@@ -183,7 +179,10 @@ fn other_distributions_or_tokens_of_a_row_are_a_conflict() {
     rows[9].positions = one.positions[..1].to_vec();
     let tokens = bench.write("tokens", &description(ROWS, PER_SHARD, K), &rows);
     let (sentence, class) = refused(&[whole.clone(), tokens], &out);
-    assert!(sentence.contains(&format!("tokens: row 9 (seq_id 19, key {}) has other tokens than row 9 of ", rows[9].key())), "{sentence}");
+    assert!(
+        sentence.contains(&format!("tokens: row 9 (seq_id 19, key {}) has other tokens than row 9 of ", rows[9].key())),
+        "{sentence}"
+    );
     assert!(sentence.contains("whole") && class == ErrorClass::Mismatch, "{sentence}");
 
     let mut rows = records(ROWS, K);
@@ -192,7 +191,10 @@ fn other_distributions_or_tokens_of_a_row_are_a_conflict() {
     rows[17].targets = targets;
     let targets = bench.write("targets", &description(ROWS, PER_SHARD, K), &rows);
     let (sentence, _) = refused(&[whole, targets], &out);
-    assert!(sentence.contains("targets: row 17 (seq_id 35, key ") && sentence.contains("other distributions than row 17"), "{sentence}");
+    assert!(
+        sentence.contains("targets: row 17 (seq_id 35, key ") && sentence.contains("other distributions than row 17"),
+        "{sentence}"
+    );
 }
 
 /// What a single run over two files would say of them, with rows `a` of the first and `b` of the second kept.
@@ -227,7 +229,11 @@ fn other_data_are_put_one_after_another() {
     described.data.skipped =
         [("duplicate of an earlier row".to_string(), 2), ("empty".to_string(), 3), ("tool calls".to_string(), 3)].into();
     described.encoding.truncated_tokens = 17 + 5;
-    let kept = second.iter().enumerate().filter(|(i, _)| *i != 2 && *i != 7).map(|(_, r)| Record { seq_id: r.seq_id + 2 * ROWS, ..r.clone() });
+    let kept = second
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| *i != 2 && *i != 7)
+        .map(|(_, r)| Record { seq_id: r.seq_id + 2 * ROWS, ..r.clone() });
     let single = bench.write("single", &described, &old.iter().cloned().chain(kept).collect::<Vec<_>>());
     assert_files(&out, &files(&single));
 }
@@ -256,7 +262,10 @@ fn caches_that_were_not_made_alike_are_refused_with_both_sides() {
         let other = bench.write(name, &described, &records(ROWS, K));
         let (sentence, class) = refused(&[whole.clone(), other.clone()], &out);
         assert_eq!(class, ErrorClass::Mismatch);
-        assert!(sentence.starts_with(&format!("{}: cannot be combined with {}: ", other.display(), whole.display())), "{sentence}");
+        assert!(
+            sentence.starts_with(&format!("{}: cannot be combined with {}: ", other.display(), whole.display())),
+            "{sentence}"
+        );
         sentence
     };
     let sentence = change("teacher", &|d| d.teacher.weights_blake3 = "c".repeat(64));
@@ -265,7 +274,9 @@ fn caches_that_were_not_made_alike_are_refused_with_both_sides() {
     assert!(change("tokenizer", &|d| d.tokenizer.blake3 = "d".into()).contains("tokenizer.blake3"));
     assert!(change("length", &|d| d.encoding.max_length = 77).contains("encoding.max_length is 1024 there and 77 here"));
     assert!(change("bits", &|d| d.mantissa_bits = 8).contains("mantissa_bits is 7 there and 8 here"));
-    assert!(change("k", &|d| d.selection = potstill_cache::Selection::TopK { k: 5 }).contains("selection.k is 4 there and 5 here"));
+    assert!(
+        change("k", &|d| d.selection = potstill_cache::Selection::TopK { k: 5 }).contains("selection.k is 4 there and 5 here")
+    );
     assert!(change("cut", &|d| d.encoding.truncated_tokens = 3).contains("truncated_tokens is 17 there and 3 here"));
     // Level and cut may differ: the first cache's are taken.
     let other = Description { zstd_level: 9, rows_per_shard: 5, ..description(ROWS, PER_SHARD, K) };

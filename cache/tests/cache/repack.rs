@@ -4,8 +4,8 @@
 use crate::made::{self, description, files, records};
 use potstill_cache::{
     Cache, CacheWriter, Cutoff, Description, Error, ErrorClass, IdEncoding, Knobs, Preset, Record, Reshape, Rewritten,
-    ScanProgress, Selection, SelectionKind, SoftTargets, Storage, Target, Values, repack, round_to_mantissa,
-    stored_tail_logprob, verify,
+    ScanProgress, Selection, SelectionKind, SoftTargets, Storage, Target, Values, repack, round_to_mantissa, stored_tail_logprob,
+    verify,
 };
 use std::path::Path;
 
@@ -96,7 +96,10 @@ fn what_is_dropped_goes_into_the_tail_and_is_said() {
     assert!(dropped_some > 20, "{dropped_some}");
     let description = Cache::open(out.path()).unwrap().manifest().description.clone();
     let [derivation] = &description.derived[..] else { panic!("{:?}", description.derived) };
-    assert_eq!((derivation.verb.as_str(), derivation.selection, derivation.mantissa_bits), ("repack", Selection::TopK { k: K }, 7));
+    assert_eq!(
+        (derivation.verb.as_str(), derivation.selection, derivation.mantissa_bits),
+        ("repack", Selection::TopK { k: K }, 7)
+    );
     assert_eq!(derivation.from, [Cache::open(dir.path()).unwrap().manifest().description.digest()]);
     // Once more: the history grows.
     let third = tempfile::tempdir().unwrap();
@@ -319,4 +322,44 @@ fn a_damaged_source_is_not_rewritten() {
     std::fs::write(dir.path().join("tokenizer/tokenizer.json"), "{}").unwrap();
     let error = repack(dir.path(), out.path(), &Reshape::default(), &ScanProgress::default()).unwrap_err();
     assert_eq!(error.class(), ErrorClass::Integrity, "{error}");
+}
+
+#[test]
+fn version_1_becomes_version_2_and_claims_nothing_about_its_rounding() {
+    let old = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/version-1"));
+    let out = tempfile::tempdir().unwrap();
+    let report = rewritten(old, &out.path().join("new"), Reshape::default());
+    assert_eq!((report.rows, report.codec_kl), (5, None));
+    let (before, after) = (Cache::open(old).unwrap(), Cache::open(&out.path().join("new")).unwrap());
+    assert_eq!((before.manifest().format_version, after.manifest().format_version), (1, 2));
+    assert_eq!(before.manifest().description, after.manifest().description);
+    assert!(after.manifest().shards.iter().all(|shard| shard.codec.is_none()));
+    assert_eq!(before.companion("tokenizer/tokenizer.json").unwrap(), after.companion("tokenizer/tokenizer.json").unwrap());
+    for row in 0..5 {
+        let (a, b) = (before.row(row).unwrap(), after.row(row).unwrap());
+        assert_eq!((a.seq_id, &a.input_ids, &a.positions, &a.targets), (b.seq_id, &b.input_ids, &b.positions, &b.targets));
+        assert!(b.codec.kl_sum.is_nan() && b.codec.kl_max.is_nan());
+    }
+    assert!(verify(after.dir(), &ScanProgress::default()).unwrap().is_good());
+    // Both are the same rows to whoever joins them.
+    let both = [old.to_path_buf(), after.dir().to_path_buf()];
+    let joined = potstill_cache::combine(&both, &out.path().join("both"), &Reshape::default(), &ScanProgress::default()).unwrap();
+    assert_eq!((joined.rows, joined.shared_rows), (5, 5));
+    assert_eq!(files(&out.path().join("both")), files(after.dir()));
+    // An unfinished one cannot be continued as it is, but what it becomes can.
+    let partial = out.path().join("partial");
+    files(old).iter().for_each(|(name, bytes)| {
+        std::fs::create_dir_all(partial.join(name).parent().unwrap()).unwrap();
+        std::fs::write(partial.join(name), bytes).unwrap();
+    });
+    cut(&partial, 2);
+    let described = before.manifest().description.clone();
+    let error = CacheWriter::open(&partial, &described, made::companions()).unwrap_err();
+    assert!(error.to_string().contains("repack what is there"), "{error}");
+    let report = rewritten(&partial, &out.path().join("continued"), Reshape::default());
+    assert_eq!((report.rows, report.complete), (4, false));
+    let mut writer = CacheWriter::open(&out.path().join("continued"), &described, made::companions()).unwrap();
+    writer.append(&before.row(4).unwrap()).unwrap();
+    writer.finish().unwrap();
+    assert_eq!(Cache::open(&out.path().join("continued")).unwrap().row(4).unwrap().targets, before.row(4).unwrap().targets);
 }

@@ -79,7 +79,8 @@ fn random_damage_is_mended_to_the_very_bytes() {
     let mut random = Random(11);
     let (mut recomputed, mut kept, mut rebuilt) = (0, 0, 0);
     for round in 0..60 {
-        let names = ["shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet", "manifest.json", "tokenizer/tokenizer.json"];
+        let names =
+            ["shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet", "manifest.json", "tokenizer/tokenizer.json"];
         let mut what = format!("round {round}");
         for _ in 0..1 + random.below(3) {
             let name = names[random.below(5) as usize];
@@ -166,7 +167,10 @@ fn another_arithmetic_is_said_and_stated() {
     others[75].targets = moved;
     let report = bench.mend(&list, &others);
     assert_eq!(report.shards.len(), 1);
-    assert_eq!((report.shards[0].sameness, report.shards[0].recomputed_rows, report.shards[0].kept_rows), (Sameness::Different, 70, 0));
+    assert_eq!(
+        (report.shards[0].sameness, report.shards[0].recomputed_rows, report.shards[0].kept_rows),
+        (Sameness::Different, 70, 0)
+    );
     assert!(verify(bench.dir.path(), &ScanProgress::default()).unwrap().is_good());
     let cache = Cache::open(bench.dir.path()).unwrap();
     assert_eq!(cache.row(75).unwrap().key(), bench.rows[75].key());
@@ -252,7 +256,10 @@ fn lists_of_other_caches_and_lists_that_do_not_fit_are_refused() {
     let outside = edit("\"damaged\": []", "\"damaged\": [{\"row\": 140, \"seq_id\": null}]");
     let (_, sentence) = refused(&ours, &outside);
     assert!(sentence.contains("shard-00001.parquet: expected rows 70 to 139, found 140"), "{sentence}");
-    let (_, sentence) = refused(&ours, &edit("\"parts\": []", "\"parts\": [{\"file\": \"y\", \"first_row\": 0, \"rows\": 1, \"whole\": true, \"damaged\": []}]"));
+    let (_, sentence) = refused(
+        &ours,
+        &edit("\"parts\": []", "\"parts\": [{\"file\": \"y\", \"first_row\": 0, \"rows\": 1, \"whole\": true, \"damaged\": []}]"),
+    );
     assert!(sentence.contains("expected a piece of the shard under way, found \"y\""), "{sentence}");
     // Another writer has the cache.
     let holder = bench.open(&list).unwrap();

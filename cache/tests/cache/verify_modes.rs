@@ -109,8 +109,7 @@ fn a_shard_that_cannot_be_opened_is_named_once() {
 fn under_way() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let records = made::records(ROWS, K);
-    let mut writer =
-        CacheWriter::open(dir.path(), &made::description(ROWS, PER_SHARD, K), made::companions()).unwrap();
+    let mut writer = CacheWriter::open(dir.path(), &made::description(ROWS, PER_SHARD, K), made::companions()).unwrap();
     for (from, to) in [(0, 8), (8, 11), (11, 14)] {
         writer.extend(&records[from..to]).unwrap();
         writer.seal().unwrap();
@@ -140,7 +139,10 @@ fn a_manifest_that_is_lost_is_damage_and_an_empty_folder_is_no_cache() {
     let digest = potstill_cache::Manifest::load(dir.path()).unwrap().description.digest();
     std::fs::remove_file(dir.path().join("manifest.json")).unwrap();
     let found = report(dir.path(), VerifyMode::Full);
-    assert_eq!((found.manifest, found.problem_count, found.problems[0].file.as_str()), (ManifestState::Missing, 1, "manifest.json"));
+    assert_eq!(
+        (found.manifest, found.problem_count, found.problems[0].file.as_str()),
+        (ManifestState::Missing, 1, "manifest.json")
+    );
     assert_eq!(found.description_blake3, Some(digest.clone()));
     std::fs::write(dir.path().join("manifest.json"), "{").unwrap();
     let found = report(dir.path(), VerifyMode::Full);
@@ -160,7 +162,10 @@ fn a_missing_shard_is_damage_also_for_a_run_that_goes_on() {
         let writer = CacheWriter::open(dir.path(), &made::description(ROWS, PER_SHARD, K), made::companions());
         let error = writer.and_then(|writer| writer.committed_keys()).unwrap_err();
         assert_eq!(error.class(), ErrorClass::Integrity);
-        assert_eq!(error.to_string(), format!("{}: expected this shard, found no such file; the cache is damaged", path.display()));
+        assert_eq!(
+            error.to_string(),
+            format!("{}: expected this shard, found no such file; the cache is damaged", path.display())
+        );
         std::fs::write(&path, bytes).unwrap();
     }
 }

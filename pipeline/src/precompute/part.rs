@@ -51,13 +51,13 @@ impl std::fmt::Display for Share {
 
 /// Leaves the share's conversations in `examples`, and says which part of the data they are: nothing where they are all of it.
 ///
-/// Errors: more shares than there are shards, so that this one would be empty.
+/// Errors: more shares than there are shards, so that some would be empty.
 pub(super) fn cut(examples: &mut Vec<Example>, share: Option<Share>, rows_per_shard: u32) -> Result<Option<Part>> {
     let Some(Share { number, of }) = share.filter(|share| share.of > 1) else { return Ok(None) };
     let part = Part { number, of };
     let rows = part.rows(examples.len() as u64, rows_per_shard);
-    if rows.is_empty() {
-        let shards = (examples.len() as u64).div_ceil(u64::from(rows_per_shard.max(1)));
+    let shards = (examples.len() as u64).div_ceil(u64::from(rows_per_shard.max(1)));
+    if u64::from(of) > shards {
         let expected = format!("at most {shards} parts, for {} conversations make {shards} shards", examples.len());
         return Err(Error::Setting { name: "part", found: format!("{number}/{of}"), expected });
     }
@@ -90,8 +90,10 @@ mod tests {
                 }
                 assert_eq!(all, examples(rows), "{of} parts of {rows} rows, {per_shard} a shard");
             }
-            let error = cut(&mut examples(rows), Some(Share { number: 1, of: shards + 1 }), per_shard).unwrap_err();
-            assert!(error.to_string().contains(&format!("at most {shards} parts")), "{error}");
+            for number in [1, shards + 1] {
+                let error = cut(&mut examples(rows), Some(Share { number, of: shards + 1 }), per_shard).unwrap_err();
+                assert!(error.to_string().contains(&format!("at most {shards} parts")), "{error}");
+            }
         }
     }
 
