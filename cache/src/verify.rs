@@ -232,7 +232,7 @@ pub fn verify_as(dir: &Path, mode: VerifyMode, progress: &ScanProgress) -> Resul
             report.damaged_companions.push(companion.path.clone());
         }
     }
-    Ok(Check::new(dir, &manifest, progress, report).all())
+    Ok(Check::new(dir, &manifest, progress, report)?.all())
 }
 
 /// The report where nothing is known of the rows: what the shards say of themselves is left to a repair.

@@ -4,9 +4,10 @@ use super::{DamagedRow, ShardDamage, VerifyMode, VerifyReport};
 use crate::error::{Flaw, Place};
 use crate::manifest::{Manifest, ShardEntry};
 use crate::progress::ScanProgress;
+use crate::reader::Opener;
 use crate::shard::read::Shard;
 use crate::writer::check_digest;
-use crate::{Result, RowKey, reader};
+use crate::{Result, RowKey};
 use rayon::prelude::*;
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
@@ -16,6 +17,7 @@ pub(super) struct Check<'a> {
     dir: &'a Path,
     manifest: &'a Manifest,
     progress: &'a ScanProgress,
+    opener: Opener,
     mode: VerifyMode,
     report: VerifyReport,
     keys: HashSet<RowKey>,
@@ -38,8 +40,9 @@ struct Found {
 }
 
 impl<'a> Check<'a> {
-    pub(super) fn new(dir: &'a Path, manifest: &'a Manifest, progress: &'a ScanProgress, report: VerifyReport) -> Self {
-        Self { dir, manifest, progress, mode: report.mode, report, keys: HashSet::new(), last_seq_id: None }
+    pub(super) fn new(dir: &'a Path, manifest: &'a Manifest, progress: &'a ScanProgress, report: VerifyReport) -> Result<Self> {
+        let (opener, mode) = (Opener::of(dir, manifest)?, report.mode);
+        Ok(Self { dir, manifest, progress, opener, mode, report, keys: HashSet::new(), last_seq_id: None })
     }
 
     /// Looks at every shard and piece.
@@ -63,7 +66,7 @@ impl<'a> Check<'a> {
 
     /// Columns, footer, size and digest of a file, then its rows. A file that cannot be opened is named once.
     fn file(&mut self, index: u64, entry: &ShardEntry) -> Option<ShardDamage> {
-        let shard = match reader::open_entry(self.dir, self.manifest, entry) {
+        let shard = match self.opener.open(entry) {
             Ok(shard) => shard,
             Err(error) => {
                 self.report.add(&entry.file, error);
