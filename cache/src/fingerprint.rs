@@ -197,6 +197,13 @@ impl Description {
     pub(crate) fn check(&self) -> std::result::Result<(), (&'static str, String, String)> {
         self.selection.check(self.vocab_size)?;
         self.check_values()?;
+        // What was done before widens what a reader allows as rounding; nothing out of range may.
+        for derivation in &self.derived {
+            derivation.selection.check(self.vocab_size).map_err(|(_, expected, found)| ("derived", expected, found))?;
+            if !(1..=23).contains(&derivation.mantissa_bits) {
+                return Err(("derived", "1 to 23 mantissa bits".into(), derivation.mantissa_bits.to_string()));
+            }
+        }
         let ranges = [
             ("mantissa_bits", u64::from(self.mantissa_bits), 1, 23),
             ("rows_per_shard", u64::from(self.rows_per_shard), 1, u64::from(MAX_ROWS_PER_SHARD)),

@@ -85,7 +85,7 @@ mod tests {
                     let mut share = examples(rows);
                     let part = cut(&mut share, Some(Share { number, of }), per_shard).unwrap();
                     assert_eq!(part, (of > 1).then_some(Part { number, of }));
-                    assert!(number == of || share.len() as u64 % u64::from(per_shard) == 0, "{number}/{of} of {rows}");
+                    assert!(number == of || (share.len() as u64).is_multiple_of(u64::from(per_shard)), "{number}/{of} of {rows}");
                     all.extend(share);
                 }
                 assert_eq!(all, examples(rows), "{of} parts of {rows} rows, {per_shard} a shard");
