@@ -46,6 +46,8 @@ pub enum Rule {
     Device,
     /// `latest`, `never` or a checkpoint folder.
     Resume,
+    /// A share `N/T`, N from 1 to T.
+    Share,
 }
 
 /// Names of the tables a config file may hold.
@@ -71,6 +73,7 @@ pub const PRECOMPUTE: Section = Section {
         Setting { key: "rows_per_shard", rule: Rule::Whole(1, 1 << 20) },
         Setting { key: "mantissa_bits", rule: Rule::Whole(1, 23) },
         Setting { key: "zstd_level", rule: Rule::Whole(1, 22) },
+        Setting { key: "part", rule: Rule::Share },
     ],
 };
 
@@ -174,6 +177,7 @@ impl Rule {
             Rule::Switch => "true or false".into(),
             Rule::Device => "auto, cpu, cuda or cuda:N".into(),
             Rule::Resume => "latest, never or a checkpoint folder".into(),
+            Rule::Share => "N/T with N from 1 to T".into(),
         }
     }
 
@@ -194,6 +198,7 @@ impl Rule {
             Rule::Decay => real(&|x| (0.0..1.0).contains(&x)),
             Rule::OneOf(words) => text(&|s| words.contains(&s)),
             Rule::Switch => value.is_bool(),
+            Rule::Share => text(&|s| s.parse::<potstill_pipeline::precompute::Share>().is_ok()),
             Rule::Device => text(&|s| {
                 matches!(s, "auto" | "cpu" | "cuda") || s.strip_prefix("cuda:").is_some_and(|n| n.parse::<u16>().is_ok())
             }),

@@ -107,6 +107,12 @@ pub(crate) fn publish(tmp: &Path, path: &Path) -> Result<()> {
     sync_parent(path)
 }
 
+/// Gives `tmp` the name of the file whose place it takes, durably.
+pub(crate) fn supersede(tmp: &Path, path: &Path) -> Result<()> {
+    std::fs::rename(tmp, path).map_err(Error::io(path))?;
+    sync_parent(path)
+}
+
 /// Removes a file that may not be there.
 pub(crate) fn remove(path: &Path) -> Result<()> {
     match call(|| std::fs::remove_file(path)) {

@@ -14,9 +14,12 @@
 
 mod companion;
 mod folder;
+mod mend;
 
 pub use companion::Companion;
+pub(crate) use companion::entries as companion_entries;
 pub(crate) use folder::{LOCK_FILE, names};
+pub(crate) use mend::{MendedShard, compare};
 
 use crate::error::{Flaw, Place};
 use crate::layout::Layout;
@@ -345,13 +348,19 @@ impl std::fmt::Debug for OpenShard {
 impl OpenShard {
     /// Adds a stored record to what the manifest will say of its shard.
     fn count(&mut self, record: &Record) {
-        self.entry.rows += 1;
-        self.entry.tokens += record.input_ids.len() as u64;
-        self.entry.scored += record.positions.len() as u64;
-        self.kl_sum += f64::from(record.codec.kl_sum);
-        let kl_max = self.entry.codec.map_or(0.0, |codec| codec.kl_max).max(record.codec.kl_max);
-        self.entry.codec = Some(ShardCodec { kl_sum: self.kl_sum as f32, kl_max });
+        count(&mut self.entry, &mut self.kl_sum, record);
     }
+}
+
+/// Adds a stored record to what the manifest will say of its shard; `kl_sum` is the sum of its rows' codec errors.
+pub(crate) fn count(entry: &mut ShardEntry, kl_sum: &mut f64, record: &Record) {
+    entry.rows += 1;
+    entry.tokens += record.input_ids.len() as u64;
+    entry.scored += record.positions.len() as u64;
+    *kl_sum += f64::from(record.codec.kl_sum);
+    let kl_max = entry.codec.map_or(0.0, |codec| codec.kl_max).max(record.codec.kl_max);
+    // Rows that were rewritten from version 1 do not know what storing them cost; then nothing is known of the shard either.
+    entry.codec = (!kl_sum.is_nan()).then_some(ShardCodec { kl_sum: *kl_sum as f32, kl_max });
 }
 
 /// Opens the file `path` as the shard that `entry` describes.
@@ -370,7 +379,13 @@ pub(crate) fn digest_of(path: &Path) -> Result<String> {
 
 /// Compares a file with the BLAKE3 that the manifest states.
 pub(crate) fn check_digest(dir: &Path, entry: &ShardEntry) -> Result<()> {
-    match digest_of(&dir.join(&entry.file))? {
+    let found = match digest_of(&dir.join(&entry.file)) {
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Flaw::new("this shard", "no such file").damage(&Place::new(dir, &entry.file), None, None));
+        }
+        found => found?,
+    };
+    match found {
         found if found != entry.blake3 => {
             let flaw = Flaw::new(format!("contents with BLAKE3 {}", entry.blake3), format!("contents with {found}"));
             Err(flaw.damage(&Place::new(dir, &entry.file), None, None))

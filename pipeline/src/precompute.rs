@@ -5,6 +5,11 @@
 //! there are its own first rows, and progress has an end. Packs never cross a shard, so a resumed run repeats the very same
 //! products and its bytes are those of a run that was never stopped.
 
+mod part;
+mod repair;
+
+pub use part::Share;
+
 use crate::data::pack::{self, Pack, Sequence};
 use crate::data::{self, BadRoles, ChatTokenizer, DataError, DataOptions, Dataset, Example, Truncation};
 use crate::model::ModelError;
@@ -14,8 +19,8 @@ use crate::run::{RUN_AGAIN, RunContext};
 use crate::teacher::Teacher;
 use crate::{Error, Result, bounded, device};
 use potstill_cache::{
-    CacheWriter, Companion, Description, EncodingFingerprint, Manifest, Record, RowKey, Selection, TeacherFingerprint,
-    WriterOptions,
+    CacheWriter, Companion, Description, EncodingFingerprint, Manifest, Record, RepairReport, RowKey, Selection,
+    TeacherFingerprint, WriterOptions,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -67,6 +72,12 @@ pub struct PrecomputeConfig {
     pub mantissa_bits: u8,
     /// zstd level of the shards.
     pub zstd_level: i32,
+    /// The share of the conversations to be scored, where it is not all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub part: Option<Share>,
+    /// A list of damaged rows, written by a check, that are to be scored again first. No setting of the cache.
+    #[serde(skip)]
+    pub repair: Option<PathBuf>,
 }
 
 impl Default for PrecomputeConfig {
@@ -85,6 +96,8 @@ impl Default for PrecomputeConfig {
             rows_per_shard: DEFAULT_ROWS_PER_SHARD,
             mantissa_bits: DEFAULT_MANTISSA_BITS,
             zstd_level: DEFAULT_ZSTD_LEVEL,
+            part: None,
+            repair: None,
         }
     }
 }
@@ -112,6 +125,9 @@ pub struct PrecomputeReport {
     pub seconds: f64,
     /// Tokens that went through the teacher in this run.
     pub scored_tokens: u64,
+    /// What was mended first, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repair: Option<RepairReport>,
 }
 
 /// Runs stage one: scores every conversation that the cache does not hold yet.
@@ -133,16 +149,22 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
         return Err(Error::Setting { name: "top_k", found: config.top_k.to_string(), expected });
     }
     let options = DataOptions { max_length: config.max_length, truncation: config.truncate, on_bad_roles: config.on_bad_roles };
-    let dataset = data::load(&config.data, &tokenizer, &options, context)?;
-    let description = describe(config, &model, &tokenizer, &dataset, context)?;
-    let mut writer = CacheWriter::open(&config.cache, &description, WriterOptions { companions: companions(&config.teacher)? })?;
+    let mut dataset = data::load(&config.data, &tokenizer, &options, context)?;
+    let part = part::cut(&mut dataset.examples, config.part, config.rows_per_shard)?;
+    let description = Description { part, ..describe(config, &model, &tokenizer, &dataset, context)? };
+    let kept = WriterOptions { companions: companions(&config.teacher)? };
+    let teacher = || Teacher::from_folder(&config.teacher, width, &device, context);
+    let repaired =
+        config.repair.as_ref().map(|list| repair::run(config, list, (&description, &kept), &dataset.examples, teacher, context));
+    let repair = repaired.transpose()?;
+    let mut writer = CacheWriter::open(&config.cache, &description, kept)?;
     let resumed_rows = writer.committed_rows();
     check_committed(&writer, &dataset.examples, &config.cache)?;
 
-    let mut report = PrecomputeReport { resumed_rows, ..PrecomputeReport::default() };
+    let mut report = PrecomputeReport { resumed_rows, repair, ..PrecomputeReport::default() };
     let remaining = &dataset.examples[resumed_rows as usize..];
     if !remaining.is_empty() {
-        let teacher = Teacher::from_folder(&config.teacher, width, &device, context)?;
+        let teacher = teacher()?;
         let tokens = remaining.iter().map(|e| e.input_ids.len() as u64).sum();
         let started = Instant::now();
         context.progress.begin("scoring", "tokens", tokens);

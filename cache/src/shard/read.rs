@@ -20,6 +20,7 @@ use parquet::arrow::ArrowSchemaConverter;
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader};
 use parquet::schema::types::SchemaDescriptor;
+use rayon::prelude::*;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -194,6 +195,33 @@ impl Shard {
             keys.extend::<Vec<RowKey>>(flat.map_err(|trouble| trouble.at_group(&self.path, &self.place, index as u64))?);
         }
         Ok(keys)
+    }
+
+    /// Number and key of every row, in order: not covered by the rows' checksums here.
+    pub(crate) fn labels(&self) -> Result<Vec<(u64, RowKey)>> {
+        if self.arrow.is_some() {
+            let label = |row| self.row(row).map(|record| (record.seq_id, record.key()));
+            return (0..self.rows).into_par_iter().map(label).collect();
+        }
+        let mut labels = Vec::with_capacity(usize::try_from(self.rows).unwrap_or_default().min(1 << 20));
+        for index in 0..self.groups.len() {
+            labels.extend(self.group_heads(index)?.iter().map(|head| (head.seq_id, head.key)));
+        }
+        Ok(labels)
+    }
+
+    /// What the single values of a row say is its number in the data, if they can be read.
+    pub(crate) fn stated_seq_id(&self, row: u64) -> Option<u64> {
+        let (index, group) = self.locate(row).filter(|_| self.arrow.is_none())?;
+        let heads = self.group_heads(index).ok()?;
+        heads.get((row - group.first) as usize).map(|head| head.seq_id)
+    }
+
+    fn group_heads(&self, index: usize) -> Result<&[RowHead]> {
+        let group = &self.groups[index];
+        let read = || self.open_again().and_then(|file| self.heads(&file, group));
+        let flat = fenced(read).unwrap_or_else(|panic| Err(Flaw::new("pages that decode", panic).into()));
+        flat.map_err(|trouble| trouble.at_group(&self.path, &self.place, index as u64))
     }
 
     fn decode(&self, file: &File, group: &Group, within: usize) -> std::result::Result<Record, Trouble> {

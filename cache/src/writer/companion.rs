@@ -14,7 +14,7 @@ pub struct Companion {
 }
 
 /// What the manifest says of these files. Refuses unsafe and repeated paths.
-pub(super) fn entries(companions: &[Companion]) -> Result<Vec<CompanionEntry>> {
+pub(crate) fn entries(companions: &[Companion]) -> Result<Vec<CompanionEntry>> {
     let mut entries: Vec<CompanionEntry> = Vec::with_capacity(companions.len());
     for companion in companions {
         let path = companion.path.clone();
