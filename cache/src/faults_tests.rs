@@ -9,8 +9,8 @@ use super::{Fault, Lasting, with};
 use crate::fingerprint::tests_description;
 use crate::power::{noted, recorded};
 use crate::{
-    Cache, CacheWriter, Companion, Description, ErrorClass, Manifest, Record, Result, ScanProgress, Selection, SoftTargets,
-    Values, WriterOptions, verify,
+    Cache, CacheWriter, Companion, Description, ErrorClass, Manifest, Record, Repair, RepairList, Result, ScanProgress,
+    Selection, SoftTargets, Values, WriterOptions, verify,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -179,6 +179,59 @@ fn any_call_of_a_resumed_run_may_fail() {
             };
             let calls = sweep(&begun, share() * 2 - 1);
             assert!(calls > 50, "{calls} calls");
+        }
+    });
+}
+
+/// Verifies the cache and repairs what is listed.
+fn repair(dir: &Path, list: &Path) -> Result<()> {
+    let report = verify(dir, &ScanProgress::default())?;
+    RepairList::of(&report).save(list)?;
+    let options = WriterOptions { companions: vec![Companion { path: "a/b.json".into(), bytes: vec![7; 40] }] };
+    let mut repair = Repair::open(dir, &description(), &options, list)?;
+    let records = records();
+    for shard in repair.shards().to_vec() {
+        let mut mending = repair.mend(&shard)?;
+        for &row in &shard.recompute {
+            mending.extend(&records[row as usize..=row as usize])?;
+        }
+        mending.finish()?;
+    }
+    repair.finish().map(|_| ())
+}
+
+#[test]
+fn any_call_of_a_repair_may_fail() {
+    alone(|| {
+        let whole = scratch();
+        run(whole.path()).unwrap();
+        let expected = files(whole.path());
+        let list = scratch();
+        let list = list.path().join("repair.json");
+        for (i, fault) in Fault::ALL.into_iter().enumerate() {
+            for lasting in [Lasting::Once, Lasting::FromThenOn] {
+                let mut at = 1 + i as u64 % share();
+                loop {
+                    let dir = scratch();
+                    run(dir.path()).unwrap();
+                    // A byte of a row's pages in one shard; all of another.
+                    let mut bytes = expected["shard-00001.parquet"].clone();
+                    bytes[200] ^= 4;
+                    std::fs::write(dir.path().join("shard-00001.parquet"), bytes).unwrap();
+                    std::fs::remove_file(dir.path().join("shard-00002.parquet")).unwrap();
+                    let what = format!("call {at} of a repair: {fault:?} {lasting:?}");
+                    let (_, calls) = with(at, fault, lasting, || repair(dir.path(), &list));
+                    repair(dir.path(), &list).unwrap_or_else(|error| panic!("{what}: the next one failed: {error}"));
+                    let found = files(dir.path());
+                    let names = expected.keys().chain(found.keys());
+                    let differing: Vec<&String> = names.filter(|n| expected.get(*n) != found.get(*n)).collect();
+                    assert!(differing.is_empty(), "{what}: {differing:?} differ from the cache before the damage");
+                    if calls < at {
+                        break;
+                    }
+                    at += share();
+                }
+            }
         }
     });
 }
