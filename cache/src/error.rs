@@ -66,7 +66,7 @@ pub enum Error {
             file = dir.join(file).display(), place = place(*row_group, *row))]
     Damaged {
         /// The cache's folder.
-        dir: PathBuf,
+        dir: Box<Path>,
         /// The file, relative to the cache's folder.
         file: String,
         /// Row group of the file (0-based), where one is to blame.
@@ -253,14 +253,14 @@ impl Flaw {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Place {
     /// The cache's folder.
-    pub(crate) dir: PathBuf,
+    pub(crate) dir: Box<Path>,
     /// The file, relative to it.
     pub(crate) file: String,
 }
 
 impl Place {
     pub(crate) fn new(dir: &Path, file: &str) -> Self {
-        Self { dir: dir.to_path_buf(), file: file.to_string() }
+        Self { dir: dir.into(), file: file.to_string() }
     }
 }
 

@@ -36,7 +36,7 @@ pub struct Description {
     pub values: Values,
     /// Temperatures T at which ln Σ p^(1/T) is kept, rising, none of them 1.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub lse_temperatures: Vec<f64>,
+    pub lse_temperatures: Vec<f32>,
     /// zstd level of the pages (1 to 22).
     pub zstd_level: i32,
     /// How ids are laid out in a page.
@@ -216,7 +216,7 @@ impl Description {
             return Err(("values", expected, format!("logit-bf16, {} and {} bits", self.selection, self.mantissa_bits)));
         }
         let rising = self.lse_temperatures.windows(2).all(|pair| pair[0] < pair[1]);
-        let allowed = |t: &f64| *t > 0.0 && t.is_finite() && *t != 1.0;
+        let allowed = |t: &f32| *t > 0.0 && t.is_finite() && *t != 1.0;
         if !rising || !self.lse_temperatures.iter().all(allowed) || self.lse_temperatures.len() > MAX_LSE_TEMPERATURES {
             let expected = format!("at most {MAX_LSE_TEMPERATURES} rising temperatures above 0, none of them 1");
             return Err(("lse_temperatures", expected, format!("{:?}", self.lse_temperatures)));
@@ -239,11 +239,16 @@ impl DataFingerprint {
 
 /// These types hold only strings, whole numbers and lists of them: turning them into JSON cannot fail.
 fn value_of<T: Serialize>(value: &T) -> Value {
-    serde_json::to_value(value).unwrap_or(Value::Null)
+    // By way of text, so that 32-bit numbers show their shortest digits.
+    serde_json::from_str(&text_of(value)).unwrap_or(Value::Null)
+}
+
+fn text_of<T: Serialize>(value: &T) -> String {
+    serde_json::to_string(value).unwrap_or_default()
 }
 
 fn digest_of<T: Serialize>(value: &T) -> String {
-    blake3::hash(value_of(value).to_string().as_bytes()).to_hex().to_string()
+    blake3::hash(text_of(value).as_bytes()).to_hex().to_string()
 }
 
 fn collect(path: &str, cache: &Value, here: &Value, found: &mut Vec<Difference>) {

@@ -78,7 +78,7 @@ pub(crate) struct Layout {
     /// The selection in words, as rows state it.
     pub(crate) selection_text: String,
     values: Values,
-    temperatures: Vec<f64>,
+    temperatures: Vec<f32>,
     ids: IdEncoding,
 }
 

@@ -4,6 +4,7 @@
 //! finished or partial cache and reads any row by number. `FORMAT.md` describes the bytes.
 #![deny(missing_docs)]
 
+mod batches;
 mod codec;
 mod durable;
 mod error;
@@ -14,6 +15,7 @@ mod manifest;
 mod narrow;
 mod preset;
 mod progress;
+mod queue;
 mod reader;
 mod record;
 mod rules;
@@ -26,6 +28,7 @@ mod targets;
 mod verify;
 mod writer;
 
+pub use batches::Batches;
 pub use codec::{TAIL_FLOOR_LOGPROB, UNSCORED_TAIL_LOGPROB, encode, round_to_mantissa, stored_logprob, stored_tail_logprob};
 pub use error::{Difference, Error, ErrorClass, Result};
 pub use fingerprint::{
@@ -39,6 +42,7 @@ pub use preset::{
     SelectionKind, Storage, Values,
 };
 pub use progress::ScanProgress;
+pub use queue::WriterQueue;
 pub use reader::Cache;
 pub use record::{CodecError, Record, RowKey};
 pub use rules::{LOGPROB_EPSILON, MASS_EPSILON, MAX_ROW_ENTRIES, MAX_ROW_TOKENS};

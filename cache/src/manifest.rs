@@ -74,9 +74,9 @@ pub struct ShardEntry {
 #[serde(deny_unknown_fields)]
 pub struct ShardCodec {
     /// Summed over scored positions.
-    pub kl_sum: f64,
+    pub kl_sum: f32,
     /// The largest of one position.
-    pub kl_max: f64,
+    pub kl_max: f32,
 }
 
 impl Eq for ShardCodec {}
@@ -124,8 +124,8 @@ impl Manifest {
     pub fn codec_kl(&self) -> Option<(f64, f64)> {
         let codecs: Option<Vec<ShardCodec>> = self.shards.iter().map(|shard| shard.codec).collect();
         let codecs = codecs.filter(|_| self.scored() > 0)?;
-        let mean = codecs.iter().map(|codec| codec.kl_sum).sum::<f64>() / self.scored() as f64;
-        Some((mean, codecs.iter().map(|codec| codec.kl_max).fold(0.0, f64::max)))
+        let mean = codecs.iter().map(|codec| f64::from(codec.kl_sum)).sum::<f64>() / self.scored() as f64;
+        Some((mean, codecs.iter().map(|codec| f64::from(codec.kl_max)).fold(0.0, f64::max)))
     }
 
     /// Reads and checks the manifest of the cache in `dir`.

@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 /// Default number of kept entries, k.
 pub const DEFAULT_TOP_K: u16 = 64;
 /// Default probability from which preset `compact` and selection `cutoff` keep.
-pub const DEFAULT_MIN_PROB: f64 = 1e-5;
+pub const DEFAULT_MIN_PROB: f32 = 1e-5;
 /// Default mass that preset `small` keeps.
-pub const DEFAULT_MIN_MASS: f64 = 0.999;
+pub const DEFAULT_MIN_MASS: f32 = 0.999;
 /// Default number of draws.
 pub const DEFAULT_DRAWS: u16 = 50;
 /// Mantissa bits of a bfloat16, which hold the logits of a bf16 head exactly.
@@ -84,9 +84,9 @@ pub struct Knobs {
     /// Most entries kept exactly.
     pub top_k: Option<u16>,
     /// Keep entries of at least this probability. Makes a top-k selection a cutoff.
-    pub min_prob: Option<f64>,
+    pub min_prob: Option<f32>,
     /// Keep the fewest entries that make up this mass. Makes a top-k selection a cutoff.
-    pub min_mass: Option<f64>,
+    pub min_mass: Option<f32>,
     /// Draws at each position.
     pub draws: Option<u16>,
     /// Seed of the draws.

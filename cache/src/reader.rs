@@ -54,6 +54,24 @@ impl Cache {
         shard.row(within)
     }
 
+    /// Asks the system to fetch the pages of row `row`, without waiting. A row that is not there is passed over.
+    pub fn will_need(&self, row: u64) {
+        if let Ok((shard, within)) = self.locate(row) {
+            shard.will_need(within);
+        }
+    }
+
+    /// Bytes that a read of row `row` fetches, once the single values of its row group are known; 0 for a row that is not there.
+    pub fn row_bytes(&self, row: u64) -> u64 {
+        self.locate(row).map_or(0, |(shard, within)| shard.row_bytes(within))
+    }
+
+    /// The same row through the Arrow reader: several times slower, and an independent witness of what [`row`](Self::row) decodes.
+    pub fn row_by_arrow(&self, row: u64) -> Result<Record> {
+        let (shard, within) = self.locate(row)?;
+        shard.row_by_arrow(within)
+    }
+
     /// Key of row `row`, checked like the row itself.
     pub fn key(&self, row: u64) -> Result<RowKey> {
         self.row(row).map(|record| record.key())

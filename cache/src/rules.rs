@@ -46,7 +46,7 @@ impl Rules {
     /// Every rule: shape, alignment, ids, order, values and mass.
     pub(crate) fn check(&self, record: &Record, form: Form) -> Result<(), Flaw> {
         self.check_shape(record)?;
-        let bound = self.mass_bound(form);
+        let bound = self.mass_bound();
         // One bit for each id of the vocabulary, set while a position is looked at: finds repeated ids in one pass.
         let mut seen = vec![0u64; (self.vocab_size as usize).div_ceil(64)];
         for (i, &position) in record.positions.iter().enumerate() {
@@ -209,12 +209,10 @@ impl Rules {
     ///
     /// With d = 2^-(bits + 1) a stored log-probability is at least l (1 + d) and at most l (1 - d), so p becomes at most
     /// p^(1 - d) and at least p^(1 + d). Over n = k + 1 outcomes with sum 1, the sum of p^(1 - d) is largest and that of p^(1 + d)
-    /// smallest where all are equal: n^d and n^-d. Rows that were rewritten were rounded twice, hence the double.
-    fn mass_bound(&self, form: Form) -> f64 {
-        let d = match form {
-            Form::Given => 0.0,
-            Form::Stored => 2f64.powi(-i32::from(self.storage.mantissa_bits)),
-        };
+    /// smallest where all are equal: n^d and n^-d. Rows that were rewritten were rounded twice, hence the double. Given values get
+    /// the same room: they may have been rounded by whoever made them.
+    fn mass_bound(&self) -> f64 {
+        let d = 2f64.powi(-i32::from(self.storage.mantissa_bits));
         (f64::from(self.storage.selection.max_entries()) + 1.0).powf(d) * (1.0 + MASS_EPSILON)
     }
 }

@@ -50,9 +50,9 @@ pub enum Selection {
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Cutoff {
     /// Tokens with at least this probability (above 0, below 1).
-    MinProb(f64),
+    MinProb(f32),
     /// The fewest tokens whose probabilities add up to at least this (above 0, below 1).
-    MinMass(f64),
+    MinMass(f32),
 }
 
 impl Cutoff {
@@ -60,13 +60,13 @@ impl Cutoff {
     pub fn kept(&self, logprobs: &[f32]) -> usize {
         let kept = match self {
             Cutoff::MinProb(p) => {
-                let least = p.ln();
+                let least = f64::from(*p).ln();
                 logprobs.partition_point(|&l| f64::from(l) >= least)
             }
             Cutoff::MinMass(mass) => {
                 let mut sum = 0.0;
                 let below = logprobs.iter().take_while(|&&l| {
-                    let open = sum < *mass;
+                    let open = sum < f64::from(*mass);
                     sum += f64::from(l).exp();
                     open
                 });

@@ -58,6 +58,8 @@ struct OpenShard {
     writer: ShardWriter,
     tmp: PathBuf,
     entry: ShardEntry,
+    /// The rows' codec errors, summed.
+    kl_sum: f64,
     since: Instant,
 }
 
@@ -114,6 +116,11 @@ impl CacheWriter {
             keys.extend(reader::open_entry(&self.dir, &self.manifest, entry)?.keys()?);
         }
         Ok(keys)
+    }
+
+    /// The cache's folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// The manifest as it is on disk.
@@ -230,7 +237,7 @@ impl CacheWriter {
             Some(open) => open,
             None => self.start()?,
         };
-        count(&mut open.entry, &record);
+        open.count(&record);
         open.writer.append(record)?;
         if self.part_rows() + open.entry.rows < u64::from(self.manifest.description.rows_per_shard) {
             self.open = Some(open);
@@ -257,7 +264,7 @@ impl CacheWriter {
         let writer = ShardWriter::create(&tmp, &footer, description.zstd_level, &self.layout)?;
         let codec = Some(ShardCodec::default());
         let entry = ShardEntry { file, first_row, rows: 0, tokens: 0, scored: 0, bytes: 0, blake3: String::new(), codec };
-        Ok(OpenShard { writer, tmp, entry, since: Instant::now() })
+        Ok(OpenShard { writer, tmp, entry, kl_sum: 0.0, since: Instant::now() })
     }
 
     /// Closes a piece and names it in the manifest.
@@ -294,7 +301,7 @@ impl CacheWriter {
             let shard = reader::open_entry(&self.dir, &self.manifest, part)?;
             for row in 0..shard.rows() {
                 let record = shard.row(row)?;
-                count(&mut whole.entry, &record);
+                whole.count(&record);
                 whole.writer.append(record)?;
             }
         }
@@ -326,14 +333,15 @@ impl std::fmt::Debug for OpenShard {
     }
 }
 
-/// Adds a stored record to what the manifest will say of its shard.
-fn count(entry: &mut ShardEntry, record: &Record) {
-    entry.rows += 1;
-    entry.tokens += record.input_ids.len() as u64;
-    entry.scored += record.positions.len() as u64;
-    if let Some(codec) = &mut entry.codec {
-        codec.kl_sum += f64::from(record.codec.kl_sum);
-        codec.kl_max = codec.kl_max.max(f64::from(record.codec.kl_max));
+impl OpenShard {
+    /// Adds a stored record to what the manifest will say of its shard.
+    fn count(&mut self, record: &Record) {
+        self.entry.rows += 1;
+        self.entry.tokens += record.input_ids.len() as u64;
+        self.entry.scored += record.positions.len() as u64;
+        self.kl_sum += f64::from(record.codec.kl_sum);
+        let kl_max = self.entry.codec.map_or(0.0, |codec| codec.kl_max).max(record.codec.kl_max);
+        self.entry.codec = Some(ShardCodec { kl_sum: self.kl_sum as f32, kl_max });
     }
 }
 

@@ -6,10 +6,10 @@ use potstill_cache::{Cache, Record, ScanProgress, SoftTargets, Summary};
 #[test]
 fn figures_of_two_known_positions() {
     let dir = tempfile::tempdir().unwrap();
-    // Powers of two times -1 have no mantissa bits to lose, so nothing is rounded.
+    // Numbers of few mantissa bits, so nothing is rounded.
     let mut targets = SoftTargets::default();
-    targets.push(&[7, 8], &[-0.5, -2.0], -2.0);
-    targets.push(&[9], &[-0.25], -4.0);
+    targets.push(&[7, 8], &[-0.5, -1.5], -1.75);
+    targets.push(&[9], &[-0.25], -1.5);
     let record = Record { seq_id: 0, input_ids: vec![1, 8, 9], positions: vec![0, 1], targets, codec: Default::default() };
     made::write(dir.path(), &description(1, 2, 2), &[record]);
     let cache = Cache::open(dir.path()).unwrap();
@@ -21,19 +21,19 @@ fn figures_of_two_known_positions() {
     let file = std::fs::metadata(dir.path().join("shard-00000.parquet")).unwrap().len();
     assert_eq!(summary.bytes, file);
     assert_eq!(summary.columns.iter().map(|c| c.compressed).sum::<u64>() + summary.other_bytes, file);
-    assert_eq!(summary.columns.len(), 8);
+    assert_eq!(summary.columns.len(), 11);
     assert_eq!(summary.bytes_per_scored, Some(file as f64 / 2.0));
     let figures = summary.distributions.unwrap();
     let e = |x: f64| x.exp();
     // f64 sums of a handful of terms near 1: 1e-12 leaves room for a thousand roundings.
     let near = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-12, "{found} against {expected}");
     near(figures.mean_top1, (e(-0.5) + e(-0.25)) / 2.0);
-    near(figures.mean_kept_mass, (e(-0.5) + e(-2.0) + e(-0.25)) / 2.0);
-    near(figures.mean_tail_mass, (e(-2.0) + e(-4.0)) / 2.0);
-    near(figures.mean_entropy, (0.5 * e(-0.5) + 2.0 * 2.0 * e(-2.0) + 0.25 * e(-0.25) + 4.0 * e(-4.0)) / 2.0);
+    near(figures.mean_kept_mass, (e(-0.5) + e(-1.5) + e(-0.25)) / 2.0);
+    near(figures.mean_tail_mass, (e(-1.75) + e(-1.5)) / 2.0);
+    near(figures.mean_entropy, (0.5 * e(-0.5) + 1.5 * e(-1.5) + 1.75 * e(-1.75) + 0.25 * e(-0.25) + 1.5 * e(-1.5)) / 2.0);
     // Position 0 predicts token 1, which is 8: kept, second. Position 1 predicts 9: the first.
     assert_eq!((figures.top1_is_next, figures.next_is_kept), (0.5, 1.0));
-    near(figures.perplexity_where_kept.unwrap(), e((2.0 + 0.25) / 2.0));
+    near(figures.perplexity_where_kept.unwrap(), e((1.5 + 0.25) / 2.0));
     // The lower of two values, to half a bin of 1/4096.
     assert!((figures.median_top1 - e(-0.5)).abs() <= 1.0 / 8192.0);
 }
