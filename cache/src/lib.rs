@@ -48,7 +48,7 @@ pub use record::{CodecError, Record, RowKey};
 pub use rules::{LOGPROB_EPSILON, MASS_EPSILON, MAX_ROW_ENTRIES, MAX_ROW_TOKENS};
 pub use sampler::{Order, Sampler};
 pub use selection::{Cutoff, MAX_DRAWS, Selection};
-pub use stats::{ColumnBytes, Distributions, RAW_ENTRY_BYTES, Summary};
+pub use stats::{ColumnBytes, Distributions, Drawn, Kept, RAW_ENTRY_BYTES, Summary};
 pub use targets::{SoftTargets, Target};
 pub use verify::{MAX_PROBLEMS, Problem, VerifyReport, verify};
 pub use writer::{CacheWriter, Companion, WriterOptions};

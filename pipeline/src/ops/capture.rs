@@ -28,7 +28,7 @@ pub struct Capture {
     /// What their numbers are.
     pub values: Values,
     /// Temperatures T at which ln Σ p^(1/T) is kept.
-    pub lse_temperatures: Vec<f64>,
+    pub lse_temperatures: Vec<f32>,
 }
 
 impl Capture {
@@ -38,7 +38,7 @@ impl Capture {
     }
 
     /// What rows stored as `storage` says need.
-    pub fn of(storage: &Storage, lse_temperatures: &[f64]) -> Self {
+    pub fn of(storage: &Storage, lse_temperatures: &[f32]) -> Self {
         Self { selection: storage.selection, values: storage.values, lse_temperatures: lse_temperatures.to_vec() }
     }
 
@@ -114,7 +114,8 @@ impl Capture {
 
     /// ln Σ p^(1/T) with ln p = (z − max) − ln W.
     fn lse_at_temperatures(&self, z: &[f32], max: f64, log_total: f64) -> Vec<f32> {
-        let at = |t: &f64| {
+        let at = |t: &f32| {
+            let t = f64::from(*t);
             let sum: f64 = z.iter().map(|v| ((f64::from(*v) - max) / t).exp()).sum();
             (sum.ln() - log_total / t) as f32
         };

@@ -111,8 +111,8 @@ impl PrecomputeConfig {
         let knobs = Knobs {
             selection: self.selection,
             top_k: self.top_k,
-            min_prob: self.min_prob,
-            min_mass: self.min_mass,
+            min_prob: self.min_prob.map(|p| p as f32),
+            min_mass: self.min_mass.map(|mass| mass as f32),
             draws: self.draws,
             sample_seed: self.sample_seed,
             values: self.values,
@@ -126,6 +126,11 @@ impl PrecomputeConfig {
     /// How long rows of a shard under way may stay undurable.
     pub fn seal_interval(&self) -> Duration {
         Duration::try_from_secs_f64(self.seal_minutes.clamp(0.0, MAX_SEAL_MINUTES) * 60.0).unwrap_or_default()
+    }
+
+    /// The temperatures as the cache declares them.
+    pub fn temperatures(&self) -> Vec<f32> {
+        self.lse_temperatures.iter().map(|t| *t as f32).collect()
     }
 
     fn check(&self) -> Result<()> {
@@ -144,16 +149,17 @@ impl PrecomputeConfig {
             }
         }
         for (name, value) in [("min_prob", self.min_prob), ("min_mass", self.min_mass)] {
-            if let Some(value) = value.filter(|value| !(*value > 0.0 && *value < 1.0)) {
+            // As the cache keeps them: numbers next to 0 and 1 become 0 and 1 there.
+            if let Some(value) = value.filter(|value| !(*value as f32 > 0.0 && (*value as f32) < 1.0)) {
                 return refuse(name, value.to_string(), "a number above 0 and below 1".into());
             }
         }
         if !(0.0..=MAX_SEAL_MINUTES).contains(&self.seal_minutes) {
             return refuse("seal_minutes", self.seal_minutes.to_string(), format!("0 to {MAX_SEAL_MINUTES} minutes"));
         }
-        let temperatures = &self.lse_temperatures;
+        let temperatures = self.temperatures();
         let rising = temperatures.windows(2).all(|pair| pair[0] < pair[1]);
-        let allowed = |t: &f64| *t > 0.0 && t.is_finite() && *t != 1.0;
+        let allowed = |t: &f32| *t > 0.0 && t.is_finite() && *t != 1.0;
         if !rising || !temperatures.iter().all(allowed) || temperatures.len() > MAX_LSE_TEMPERATURES {
             let expected = format!("at most {MAX_LSE_TEMPERATURES} rising temperatures above 0, none of them 1");
             return refuse("lse_temperatures", format!("{temperatures:?}"), expected);

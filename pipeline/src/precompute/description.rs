@@ -37,7 +37,7 @@ pub(super) fn describe(
         selection: storage.selection,
         mantissa_bits: storage.mantissa_bits,
         values: storage.values,
-        lse_temperatures: config.lse_temperatures.clone(),
+        lse_temperatures: config.temperatures(),
         zstd_level: storage.zstd_level,
         id_encoding: storage.id_encoding,
         rows_per_shard: config.rows_per_shard,

@@ -17,7 +17,7 @@ use crate::ops::capture::Capture;
 use crate::run::{RUN_AGAIN, RunContext};
 use crate::teacher::Teacher;
 use crate::{Error, Result, device};
-use potstill_cache::{CacheWriter, Manifest, Record, RowKey, WriterOptions};
+use potstill_cache::{CacheWriter, Manifest, Record, RowKey, WriterOptions, WriterQueue};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -79,29 +79,33 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
     let packs = packs(&dataset.examples, resumed_rows as usize, config);
     if !packs.is_empty() {
         let teacher = Teacher::from_folder(&config.teacher, width, &device, context)?;
-        let capture = Capture::of(&storage, &config.lse_temperatures);
+        let capture = Capture::of(&storage, &config.temperatures());
         let tokens_of = |examples: &[Example]| examples.iter().map(|e| e.input_ids.len() as u64).sum::<u64>();
+        // Encoding and compressing go on beside the teacher, which waits only where they are slower than it for long.
+        let mut queue = WriterQueue::start(writer, config.seal_interval())?;
         let started = Instant::now();
         report.scored_tokens = packs.iter().map(|pack| tokens_of(&dataset.examples[pack.clone()])).sum();
         context.progress.begin("scoring", "tokens", report.scored_tokens);
         for pack in packs {
             if context.stopping() {
+                let mut writer = queue.close()?;
                 writer.seal()?;
                 let kept = format!("{} of {} rows are durable", writer.committed_rows(), dataset.examples.len());
                 return Err(Error::Interrupted { kept, again: RUN_AGAIN });
             }
             let examples = &dataset.examples[pack.clone()];
-            let records = score(&teacher, examples, &capture, config.head_chunk as usize).map_err(|source| Error::Scoring {
+            let mut records = score(&teacher, examples, &capture, config.head_chunk as usize).map_err(|source| Error::Scoring {
                 first: examples.first().map_or(0, |e| e.seq_id),
                 last: examples.last().map_or(0, |e| e.seq_id),
                 source: Box::new(source),
             })?;
             // Where a resumed run was given other packs, one may begin before the first row that is missing.
-            writer.extend(&records[(resumed_rows as usize).saturating_sub(pack.start)..])?;
-            writer.seal_after(config.seal_interval())?;
+            records.drain(..(resumed_rows as usize).saturating_sub(pack.start));
+            queue.send(records)?;
             context.progress.add(tokens_of(examples));
-            context.progress.note(format!("row {} of {}", writer.rows(), dataset.examples.len()));
+            context.progress.note(format!("row {} of {}", pack.end, dataset.examples.len()));
         }
+        writer = queue.close()?;
         context.progress.end();
         report.seconds = started.elapsed().as_secs_f64();
     }

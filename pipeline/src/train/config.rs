@@ -218,7 +218,7 @@ impl TrainConfig {
             return Err(Error::Setting { name: "kd_alpha", found: "0, and kd_ce_alpha 0".into(), expected });
         }
         for (name, value) in [("min_prob", self.min_prob), ("min_mass", self.min_mass)] {
-            if let Some(value) = value.filter(|value| !(*value > 0.0 && *value < 1.0)) {
+            if let Some(value) = value.filter(|value| !(*value as f32 > 0.0 && (*value as f32) < 1.0)) {
                 let expected = "a number above 0 and below 1".into();
                 return Err(Error::Setting { name, found: value.to_string(), expected });
             }

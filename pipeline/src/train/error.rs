@@ -75,6 +75,12 @@ pub enum TrainError {
         /// The student's context.
         found: usize,
     },
+    /// The thread that reads batches ended though more were wanted: a defect, not the cache's fault.
+    #[error("{cache}: the thread that reads it ended before the training did", cache = cache.display())]
+    ReaderGone {
+        /// The cache.
+        cache: PathBuf,
+    },
     /// A loss that drawn tokens give no unbiased gradient of.
     #[error(
         "{cache}: tokens were drawn ({selection}), which can be trained on with forward KL at temperature 1 alone: found {found}",

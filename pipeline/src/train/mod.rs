@@ -30,9 +30,9 @@ use candle_core::Tensor;
 use checkpoint::{Progress, RunFolder};
 use metrics::{Metrics, StepMetrics};
 use optimizer::AdamW;
-use potstill_cache::{Cache, Order, Record, Sampler, SoftTargets};
-use rayon::prelude::*;
+use potstill_cache::{Batches, Cache, Order, Record, Sampler, SoftTargets};
 use reading::Reading;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Name of the folder of the finished adapter within `out`.
@@ -62,13 +62,17 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     folder.write_settings(config)?;
     let mut metrics = Metrics::open(folder.path(), progress.step)?;
     let sampler = Sampler::new(cache.len(), config.seed, if config.shuffle { Order::Seeded } else { Order::Sequential });
+    let mut batches = Batches::start(Arc::new(cache), sampler, progress.step, u64::from(config.batch_size))
+        .map_err(|source| TrainError::Io { path: config.cache.clone(), source })?;
     let rate = |step: u64| config.schedule.rate(step, total, config.warmup_steps, config.lr);
 
     let (started, first_step, first_tokens) = (Instant::now(), progress.step, progress.tokens);
     let mut saved = progress.step;
     context.progress.begin_at("training", "steps", total, first_step);
     while progress.step < total {
-        let records = batch(&cache, &sampler, progress.step, u64::from(config.batch_size))?;
+        let Some(records) = batches.next().transpose()? else {
+            return Err(TrainError::ReaderGone { cache: config.cache.clone() }.into());
+        };
         let step = accumulate(&student, &records, config, (&loss, &reading), context)?;
         let stopping = step.is_none();
         if let Some(mut step) = step {
@@ -155,15 +159,6 @@ fn open_cache(config: &TrainConfig) -> Result<Cache> {
         return Err(TrainError::Short { student: student_folder, cache: cache_folder, expected, found }.into());
     }
     Ok(cache)
-}
-
-/// The rows of a step, read in parallel, in order. A pass over the cache follows the other; each has its own order.
-fn batch(cache: &Cache, sampler: &Sampler, step: u64, size: u64) -> Result<Vec<Record>> {
-    let rows = cache.len();
-    let numbers = (step * size..(step + 1) * size).map(|i| sampler.row(i / rows, i % rows));
-    let numbers: Vec<u64> = numbers.collect();
-    let records: Vec<potstill_cache::Result<Record>> = numbers.par_iter().map(|row| cache.row(*row)).collect();
-    Ok(records.into_iter().collect::<potstill_cache::Result<_>>()?)
 }
 
 /// What the packs of a step add up to.

@@ -79,7 +79,7 @@ impl Reading {
 /// Where the cache's ln Σ p^(1/T) for this temperature stands.
 fn temperature(description: &Description, temperature: f64) -> Option<(usize, usize)> {
     let declared = &description.lse_temperatures;
-    declared.iter().position(|t| *t == temperature).map(|at| (at, declared.len()))
+    declared.iter().position(|t| *t == temperature as f32).map(|at| (at, declared.len()))
 }
 
 /// What the settings ask to be read of a cache of this selection; `None` for all of it.
@@ -89,8 +89,8 @@ fn narrower(config: &TrainConfig, has: &Selection) -> Result<Option<Selection>> 
             let (found, expected) = (mass.to_string(), "either min_prob or min_mass".into());
             return Err(Error::Setting { name: "min_mass", found, expected });
         }
-        (Some(p), None) => Some(Cutoff::MinProb(p)),
-        (None, Some(mass)) => Some(Cutoff::MinMass(mass)),
+        (Some(p), None) => Some(Cutoff::MinProb(p as f32)),
+        (None, Some(mass)) => Some(Cutoff::MinMass(mass as f32)),
         (None, None) => None,
     };
     if config.top_k.is_none() && rule.is_none() {
