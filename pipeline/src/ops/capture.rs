@@ -197,7 +197,7 @@ fn largest<'a>(ids: &'a mut Vec<u32>, z: &[f32], k: usize) -> &'a [u32] {
     if k == 0 {
         return &[];
     }
-    let larger = |a: &u32, b: &u32| -> Ordering { z[*b as usize].total_cmp(&z[*a as usize]).then(a.cmp(b)) };
+    let larger = |a: &u32, b: &u32| falling(z[*a as usize], z[*b as usize]).then(a.cmp(b));
     if k < ids.len() {
         ids.select_nth_unstable_by(k - 1, larger);
     }
