@@ -1,5 +1,6 @@
 //! Every way a cache can be wrong, with both sides of each disagreement, and the class that decides an exit code.
 
+use crate::Misalignment;
 use std::path::{Path, PathBuf};
 
 /// What kind of failure an error is; the command line turns it into an exit code.
@@ -164,6 +165,16 @@ pub enum Error {
         /// What was asked for.
         asked: String,
     },
+    /// A row is not that of the tokens at hand.
+    #[error("{dir}: row {row}: {what}", dir = dir.display())]
+    Misaligned {
+        /// The cache's folder.
+        dir: PathBuf,
+        /// The row (0-based).
+        row: u64,
+        /// What is wrong.
+        what: Box<Misalignment>,
+    },
     /// A row number beyond the end.
     #[error("row {row}: the cache has {rows} rows, numbered from 0")]
     NoRow {
@@ -202,7 +213,9 @@ impl Error {
             | Error::BadKey { .. } => ErrorClass::Usage,
             Error::Damaged { .. } => ErrorClass::Integrity,
             Error::Locked { .. } => ErrorClass::Locked,
-            Error::Mismatch { .. } | Error::NewerFormat { .. } | Error::OlderFormat { .. } => ErrorClass::Mismatch,
+            Error::Mismatch { .. } | Error::Misaligned { .. } | Error::NewerFormat { .. } | Error::OlderFormat { .. } => {
+                ErrorClass::Mismatch
+            }
         }
     }
 

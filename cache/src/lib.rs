@@ -4,6 +4,7 @@
 //! finished or partial cache and reads any row by number. `FORMAT.md` describes the bytes.
 #![deny(missing_docs)]
 
+mod alignment;
 mod batches;
 mod codec;
 mod durable;
@@ -28,6 +29,7 @@ mod targets;
 mod verify;
 mod writer;
 
+pub use alignment::Misalignment;
 pub use batches::Batches;
 pub use codec::{TAIL_FLOOR_LOGPROB, UNSCORED_TAIL_LOGPROB, encode, round_to_mantissa, stored_logprob, stored_tail_logprob};
 pub use error::{Difference, Error, ErrorClass, Result};

@@ -5,12 +5,15 @@ use crate::manifest::{Manifest, ShardEntry};
 use crate::shard::read::Shard;
 use crate::{Error, Record, Result, RowKey};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// An open cache, finished or partial. Cheap to share: every method takes `&self`, and rows may be read from many threads.
 pub struct Cache {
     dir: PathBuf,
     manifest: Manifest,
     shards: Vec<Shard>,
+    /// Every row by its key, rising, then by its number: 24 bytes a row, made when somebody first asks.
+    by_key: OnceLock<Box<[(RowKey, u64)]>>,
 }
 
 impl Cache {
@@ -20,7 +23,7 @@ impl Cache {
     pub fn open(dir: &Path) -> Result<Self> {
         let manifest = Manifest::load(dir)?;
         let shards = manifest.shards.iter().map(|entry| open_entry(dir, &manifest, entry)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { dir: dir.to_path_buf(), manifest, shards })
+        Ok(Self { dir: dir.to_path_buf(), manifest, shards, by_key: OnceLock::new() })
     }
 
     /// Rows in the cache.
@@ -77,17 +80,27 @@ impl Cache {
         self.row(row).map(|record| record.key())
     }
 
-    /// The first row with this key. Reads the key column of each shard, and the row found.
+    /// The first row with this key. The first call reads the key column of every shard; each call reads the row found.
     pub fn find(&self, key: &RowKey) -> Result<Option<u64>> {
-        let mut first = 0;
-        for shard in &self.shards {
-            if let Some(within) = shard.keys()?.iter().position(|k| k == key) {
-                shard.row(within as u64)?;
-                return Ok(Some(first + within as u64));
-            }
-            first += shard.rows();
+        let rows = self.by_key()?;
+        let first = rows.partition_point(|(other, _)| other < key);
+        match rows.get(first) {
+            // A key column says nothing about damage; the row does.
+            Some(&(found, row)) if found == *key => self.row(row).map(|_| Some(row)),
+            _ => Ok(None),
         }
-        Ok(None)
+    }
+
+    fn by_key(&self) -> Result<&[(RowKey, u64)]> {
+        if let Some(rows) = self.by_key.get() {
+            return Ok(rows);
+        }
+        let mut rows = Vec::new();
+        for shard in &self.shards {
+            rows.extend(shard.keys()?.into_iter().zip(rows.len() as u64..));
+        }
+        rows.sort_unstable();
+        Ok(self.by_key.get_or_init(|| rows.into_boxed_slice()))
     }
 
     /// A companion file's bytes, checked against the manifest.

@@ -1,7 +1,7 @@
 //! What a record must obey to be a row: before it is written and when it is verified, so nothing enters a cache that `verify` would
 //! refuse, and nothing leaves it that a trainer would trip over.
 
-use crate::codec::{mass, round_to_mantissa, stored_tail_logprob, tail_bits};
+use crate::codec::{self, round_to_mantissa, stored_tail_logprob, tail_bits};
 use crate::error::Flaw;
 use crate::layout::Layout;
 use crate::{Description, Record, Storage, Target};
@@ -30,12 +30,13 @@ pub(crate) struct Rules {
     pub(crate) layout: Layout,
     pub(crate) storage: Storage,
     vocab_size: u32,
+    mass_bound: f64,
 }
 
 impl Rules {
     pub(crate) fn of(description: &Description, version: u32) -> Self {
         let (layout, storage) = (Layout::of(description, version), description.storage());
-        Self { layout, storage, vocab_size: description.vocab_size }
+        Self { layout, storage, vocab_size: description.vocab_size, mass_bound: mass_bound(&storage) }
     }
 
     /// Most tokens and list entries that a row can have: what a reader believes of a page's size.
@@ -43,10 +44,29 @@ impl Rules {
         tokens.saturating_mul(usize::from(self.storage.selection.max_entries()).max(self.draws())).min(MAX_ROW_ENTRIES)
     }
 
+    /// The record in stored form, every rule checked: before it is encoded, and what encoding it shows of its mass.
+    pub(crate) fn encode(&self, record: &Record) -> Result<Record, Flaw> {
+        self.check_but_mass(record, Form::Given)?;
+        let (stored, masses) = codec::encode_measured(record, &self.storage);
+        let position = |i: usize| record.positions.get(i).copied().unwrap_or_default();
+        masses.into_iter().try_for_each(|(i, mass)| self.check_mass(position(i), mass)).map(|()| stored)
+    }
+
     /// Every rule: shape, alignment, ids, order, values and mass.
     pub(crate) fn check(&self, record: &Record, form: Form) -> Result<(), Flaw> {
+        self.check_but_mass(record, form)?;
+        // Of drawn entries no probability is known.
+        if !self.layout.has_head() {
+            return Ok(());
+        }
+        record.positions.iter().enumerate().try_for_each(|(i, &position)| {
+            let target = record.targets.position(i);
+            self.check_mass(position, codec::mass(target.logprobs, target.tail_logprob))
+        })
+    }
+
+    fn check_but_mass(&self, record: &Record, form: Form) -> Result<(), Flaw> {
         self.check_shape(record)?;
-        let bound = self.mass_bound();
         // One bit for each id of the vocabulary, set while a position is looked at: finds repeated ids in one pass.
         let mut seen = vec![0u64; (self.vocab_size as usize).div_ceil(64)];
         for (i, &position) in record.positions.iter().enumerate() {
@@ -55,7 +75,6 @@ impl Rules {
             self.check_lists(&target).map_err(at)?;
             self.check_once(&target, &mut seen).map_err(at)?;
             self.check_values(&target, form).map_err(at)?;
-            self.check_mass(&target, bound).map_err(at)?;
         }
         Ok(())
     }
@@ -66,9 +85,8 @@ impl Rules {
         self.check_shape(record)?;
         let targets = &record.targets;
         // Over all positions at once; a row in which something is wrong is gone through again to say where.
-        let largest = targets.ids().iter().chain(targets.sample_ids()).fold(0, |a, &id| a.max(id));
-        let fine = |values: &[f32]| values.iter().fold(true, |ok, l| ok & (*l <= 0.0) & (*l > f32::NEG_INFINITY));
-        if largest < self.vocab_size && fine(targets.logprobs()) && fine(targets.tail_logprobs()) {
+        let ids = below(targets.ids(), self.vocab_size) && below(targets.sample_ids(), self.vocab_size);
+        if ids && at_most_zero(targets.logprobs()) && at_most_zero(targets.tail_logprobs()) {
             return Ok(());
         }
         self.check(record, Form::Stored).and(Err(Flaw::new("ids of the vocabulary and log-probabilities at most 0", "others")))
@@ -145,27 +163,29 @@ impl Rules {
 
     /// Each id once, all of them ids of the vocabulary.
     fn check_once(&self, target: &Target<'_>, seen: &mut [u64]) -> Result<(), Flaw> {
-        let mut flaw = None;
-        let ids = || target.ids.iter().chain(target.sample_ids);
-        for &id in ids() {
-            let bit = 1u64 << (id % 64);
-            match seen.get_mut((id / 64) as usize) {
-                Some(word) if id < self.vocab_size && *word & bit == 0 => *word |= bit,
-                Some(_) if id < self.vocab_size => flaw = Some(Flaw::new("each id once", format!("id {id} twice"))),
-                _ => flaw = Some(Flaw::new(format!("ids below the vocabulary size {}", self.vocab_size), id)),
-            }
+        let lists = [target.ids, target.sample_ids];
+        let ids = || lists.into_iter().flatten().copied();
+        if !lists.iter().all(|ids| below(ids, self.vocab_size)) {
+            let id = ids().find(|id| *id >= self.vocab_size).unwrap_or_default();
+            return Err(Flaw::new(format!("ids below the vocabulary size {}", self.vocab_size), id));
         }
-        for &id in ids() {
-            if let Some(word) = seen.get_mut((id / 64) as usize) {
-                *word = 0;
+        let mut twice = None;
+        for id in ids() {
+            let (word, bit) = (&mut seen[(id / 64) as usize], 1u64 << (id % 64));
+            if *word & bit != 0 {
+                twice = Some(id);
             }
+            *word |= bit;
         }
-        flaw.map_or(Ok(()), Err)
+        ids().for_each(|id| seen[(id / 64) as usize] = 0);
+        twice.map_or(Ok(()), |id| Err(Flaw::new("each id once", format!("id {id} twice"))))
     }
 
     /// Finite numbers in range, rounded where they are stored.
     fn check_values(&self, target: &Target<'_>, form: Form) -> Result<(), Flaw> {
-        if let Some(l) = target.logprobs.iter().find(|l| !l.is_finite() || **l > LOGPROB_EPSILON) {
+        if !at_most_zero(target.logprobs)
+            && let Some(l) = target.logprobs.iter().find(|l| !l.is_finite() || **l > LOGPROB_EPSILON)
+        {
             return Err(Flaw::new("finite log-probabilities of at most 0", l));
         }
         let others = target.logits.iter().chain(target.lse_t).chain(target.logsumexp.as_ref());
@@ -195,26 +215,42 @@ impl Rules {
         Ok(())
     }
 
-    /// Kept and tail probability make up 1. Of drawn entries no probability is known.
-    fn check_mass(&self, target: &Target<'_>, bound: f64) -> Result<(), Flaw> {
-        let mass = mass(target.logprobs, target.tail_logprob);
-        let least = if self.layout.has_head() { 1.0 / bound } else { 0.0 };
-        match mass >= least && mass <= bound {
-            true => Ok(()),
-            false => Err(Flaw::new(format!("kept and tail probability of {least:.4} to {bound:.4}"), format!("{mass:.4}"))),
+    /// Kept and tail probability of a position make up 1.
+    fn check_mass(&self, position: u32, mass: f64) -> Result<(), Flaw> {
+        let bound = self.mass_bound;
+        let least = 1.0 / bound;
+        if mass >= least && mass <= bound {
+            return Ok(());
         }
+        let expected = format!("position {position}: kept and tail probability of {least:.4} to {bound:.4}");
+        Err(Flaw::new(expected, format!("{mass:.4}")))
     }
+}
 
-    /// Largest mass that rounding alone can make of a distribution; its inverse bounds the smallest.
-    ///
-    /// With d = 2^-(bits + 1) a stored log-probability is at least l (1 + d) and at most l (1 - d), so p becomes at most
-    /// p^(1 - d) and at least p^(1 + d). Over n = k + 1 outcomes with sum 1, the sum of p^(1 - d) is largest and that of p^(1 + d)
-    /// smallest where all are equal: n^d and n^-d. Rows that were rewritten were rounded twice, hence the double. Given values get
-    /// the same room: they may have been rounded by whoever made them.
-    fn mass_bound(&self) -> f64 {
-        let d = 2f64.powi(-i32::from(self.storage.mantissa_bits));
-        (f64::from(self.storage.selection.max_entries()) + 1.0).powf(d) * (1.0 + MASS_EPSILON)
-    }
+/// Largest mass that rounding alone can make of a distribution; its inverse bounds the smallest.
+///
+/// With d = 2^-(bits + 1) a stored log-probability is at least l (1 + d) and at most l (1 - d), so p becomes at most p^(1 - d) and at
+/// least p^(1 + d). Over n = k + 1 outcomes with sum 1, the sum of p^(1 - d) is largest and that of p^(1 + d) smallest where all are
+/// equal: n^d and n^-d. Rows that were rewritten were rounded twice, hence the double. Given values get the same room: they may have
+/// been rounded by whoever made them.
+fn mass_bound(storage: &Storage) -> f64 {
+    let d = 2f64.powi(-i32::from(storage.mantissa_bits));
+    (f64::from(storage.selection.max_entries()) + 1.0).powf(d) * (1.0 + MASS_EPSILON)
+}
+
+/// Whether all ids are below `bound`. Signed comparisons become vectors on every machine; ids beyond them show in their top bit.
+fn below(ids: &[u32], bound: u32) -> bool {
+    let (largest, bits) = ids.iter().fold((0i32, 0u32), |(largest, bits), &id| (largest.max(id as i32), bits | id));
+    bits <= i32::MAX as u32 && (largest as u32) < bound || ids.is_empty()
+}
+
+/// Whether all values are finite and at most 0: their bits are 0, or those of a negative number below minus infinity's.
+fn at_most_zero(values: &[f32]) -> bool {
+    const NEG_INFINITY: i32 = f32::NEG_INFINITY.to_bits() as i32;
+    values.iter().fold(true, |fine, l| {
+        let bits = l.to_bits() as i32;
+        fine & ((bits < NEG_INFINITY) | (bits == 0))
+    })
 }
 
 fn check_positions(record: &Record) -> Result<(), Flaw> {
@@ -239,6 +275,13 @@ fn at_floor(tail: f32, bits: u8) -> bool {
 }
 
 fn check_order(ids: &[u32], values: &[f32]) -> Result<(), Flaw> {
+    // Looked at as a whole first, without branches; where something is wrong, again to say what.
+    let n = values.len().min(ids.len());
+    let (Some(next), Some(next_ids)) = (values[..n].get(1..), ids[..n].get(1..)) else { return Ok(()) };
+    let pairs = values.iter().zip(next).zip(ids.iter().zip(next_ids));
+    if pairs.fold(true, |ok, ((a, b), (i, j))| ok & ((a > b) | (a == b) & (i <= j))) {
+        return Ok(());
+    }
     for (values, ids) in values.windows(2).zip(ids.windows(2)) {
         if let (&[a, b], &[i, j]) = (values, ids)
             && (a < b || (a == b && i > j))

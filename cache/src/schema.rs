@@ -8,9 +8,9 @@ use crate::codec::{UNSCORED_TAIL_LOGPROB, row_checksum};
 use crate::error::Flaw;
 use crate::layout::{Column, Layout, Shape, element};
 use crate::{CodecError, Record, RowKey, SoftTargets};
-use arrow_array::{ArrayRef, Float32Array, ListArray, StringArray, UInt16Array, UInt32Array, UInt64Array};
-use arrow_buffer::{OffsetBuffer, ScalarBuffer};
-use arrow_schema::{ArrowError, DataType};
+use arrow_array::{Array, ArrayRef, Float32Array, ListArray, StringArray, UInt16Array, UInt32Array, UInt64Array};
+use arrow_buffer::OffsetBuffer;
+use arrow_schema::ArrowError;
 use std::sync::Arc;
 
 /// A list column's part of one row.
@@ -49,74 +49,64 @@ pub(crate) fn array_of(layout: &Layout, column: Column, records: &[Record]) -> R
 
 /// The array of a list column.
 fn lists_of(column: Column, records: &[Record]) -> Result<ArrayRef, ArrowError> {
-    let mut words = Vec::new();
-    let mut rows = vec![0i32];
-    let mut tokens = vec![0i32];
-    for record in records {
-        let lists = words_of(column, record);
-        let start = words.len() as i32;
-        words.extend_from_slice(&lists.words);
-        tokens.extend(lists.ends.iter().map(|&end| start + end as i32));
-        rows.push(if column.shape() == Shape::Nested { tokens.len() as i32 - 1 } else { words.len() as i32 });
-    }
-    let values: ArrayRef = match column.data_type() {
-        DataType::Float32 => Arc::new(Float32Array::from_iter_values(words.into_iter().map(f32::from_bits))),
-        DataType::UInt16 => Arc::new(UInt16Array::from_iter_values(words.into_iter().map(|w| w as u16))),
-        _ => Arc::new(UInt32Array::from(words)),
+    let targets = || records.iter().map(|record| &record.targets);
+    let values: ArrayRef = match column {
+        Column::InputIds => Arc::new(UInt32Array::from(joined(records.iter().map(|r| r.input_ids.as_slice())))),
+        Column::TopkIds => Arc::new(UInt32Array::from(joined(targets().map(SoftTargets::ids)))),
+        Column::SampleIds => Arc::new(UInt32Array::from(joined(targets().map(SoftTargets::sample_ids)))),
+        Column::SampleCounts => Arc::new(UInt16Array::from(joined(targets().map(SoftTargets::sample_counts)))),
+        Column::TopkLogprobs => Arc::new(Float32Array::from(joined(targets().map(SoftTargets::logprobs)))),
+        Column::TopkLogits => Arc::new(Float32Array::from(joined(targets().map(SoftTargets::logits)))),
+        Column::Logsumexp => Arc::new(spread(records, |t, i| t.logsumexps().get(i))),
+        Column::TailLogprob => Arc::new(spread(records, |t, i| t.tail_logprobs().get(i))),
+        Column::LseT(number) => Arc::new(spread(records, |t, i| t.lse_t().get(i * t.temperatures() + number))),
+        _ => return Err(ArrowError::SchemaError(format!("{column:?} is no list column"))),
     };
-    let offsets = |list| OffsetBuffer::new(ScalarBuffer::from(list));
+    let tokens = || records.iter().map(|record| record.input_ids.len());
     let values: ArrayRef = match column.shape() {
-        Shape::Nested => Arc::new(ListArray::try_new(element(column.data_type()), offsets(tokens), values, None)?),
+        Shape::Nested => {
+            let samples = matches!(column, Column::SampleIds | Column::SampleCounts);
+            let offsets = |t: &SoftTargets| if samples { t.sample_offsets().to_vec() } else { t.offsets().to_vec() };
+            let lengths = records.iter().flat_map(|record| lengths_of(record, &offsets(&record.targets)));
+            Arc::new(ListArray::try_new(element(column.data_type()), OffsetBuffer::from_lengths(lengths), values, None)?)
+        }
         _ => values,
     };
-    Ok(Arc::new(ListArray::try_new(element(values.data_type().clone()), offsets(rows), values, None)?))
+    let rows = OffsetBuffer::from_lengths(tokens());
+    Ok(Arc::new(ListArray::try_new(element(values.data_type().clone()), rows, values, None)?))
 }
 
-/// A record's part of a list column.
-fn words_of(column: Column, record: &Record) -> Lists {
-    let (t, n) = (&record.targets, record.targets.len());
-    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
-    let nested = |words, offsets| Lists { words, ends: ends_of(record, offsets) };
-    let flat = |words| Lists { words, ends: Vec::new() };
-    match column {
-        Column::InputIds => flat(record.input_ids.clone()),
-        Column::TopkIds => nested(t.ids().to_vec(), t.offsets()),
-        Column::TopkLogprobs => nested(bits(t.logprobs()), t.offsets()),
-        Column::TopkLogits => nested(bits(t.logits()), t.offsets()),
-        Column::SampleIds => nested(t.sample_ids().to_vec(), t.sample_offsets()),
-        Column::SampleCounts => nested(t.sample_counts().iter().map(|&c| u32::from(c)).collect(), t.sample_offsets()),
-        Column::Logsumexp => flat(spread(record, t.logsumexps().iter().copied())),
-        Column::TailLogprob => flat(spread(record, t.tail_logprobs().iter().copied())),
-        Column::LseT(i) => {
-            let m = t.temperatures();
-            flat(spread(record, (0..n).map(|p| t.lse_t().get(p * m + i).copied().unwrap_or_default())))
+/// Slices end to end.
+fn joined<'a, T: Copy + 'a>(slices: impl Iterator<Item = &'a [T]> + Clone) -> Vec<T> {
+    let mut all = Vec::with_capacity(slices.clone().map(<[T]>::len).sum());
+    slices.for_each(|slice| all.extend_from_slice(slice));
+    all
+}
+
+/// Length of each token's list, from where each scored position's ends.
+fn lengths_of(record: &Record, offsets: &[u32]) -> Vec<usize> {
+    let mut lengths = vec![0; record.input_ids.len()];
+    for (&position, bounds) in record.positions.iter().zip(offsets.windows(2)) {
+        if let Some(length) = lengths.get_mut(position as usize) {
+            *length = (bounds[1] - bounds[0]) as usize;
         }
-        _ => Lists::default(),
     }
-}
-
-/// Where each token's list ends, from where each scored position's does.
-fn ends_of(record: &Record, offsets: &[u32]) -> Vec<u32> {
-    let mut ends = Vec::with_capacity(record.input_ids.len());
-    let mut end = 0;
-    for (&position, &next) in record.positions.iter().zip(offsets.iter().skip(1)) {
-        ends.resize(position as usize, end);
-        end = next;
-        ends.push(end);
-    }
-    ends.resize(record.input_ids.len(), end);
-    ends
+    lengths
 }
 
 /// One value a token, from one value a scored position.
-fn spread(record: &Record, values: impl Iterator<Item = f32>) -> Vec<u32> {
-    let mut words = vec![UNSCORED_TAIL_LOGPROB.to_bits(); record.input_ids.len()];
-    for (&position, value) in record.positions.iter().zip(values) {
-        if let Some(word) = words.get_mut(position as usize) {
-            *word = value.to_bits();
+fn spread<'a>(records: &'a [Record], value: impl Fn(&'a SoftTargets, usize) -> Option<&'a f32>) -> Float32Array {
+    let mut values = Vec::with_capacity(records.iter().map(|r| r.input_ids.len()).sum());
+    for record in records {
+        let start = values.len();
+        values.resize(start + record.input_ids.len(), UNSCORED_TAIL_LOGPROB);
+        for (i, &position) in record.positions.iter().enumerate() {
+            if let (Some(to), Some(value)) = (values.get_mut(start + position as usize), value(&record.targets, i)) {
+                *to = *value;
+            }
         }
     }
-    words
+    Float32Array::from(values)
 }
 
 /// The record that these values are, with checksum, key and alignment checked. `lists` delivers a list column's part of the row.

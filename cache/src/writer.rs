@@ -138,10 +138,7 @@ impl CacheWriter {
     /// Adds rows as [`append`](Self::append) does, checking and rounding them in parallel. Of a bad record and those after it
     /// nothing is added.
     pub fn extend(&mut self, records: &[Record]) -> Result<()> {
-        self.add(records, |rules, record| {
-            rules.check(record, Form::Given)?;
-            Ok(codec::encode(record, &rules.storage))
-        })
+        self.add(records, Rules::encode)
     }
 
     /// Adds rows that come out of a cache, narrowed already to this one's selection.

@@ -14,72 +14,107 @@ const LANES: usize = 8;
 /// Beyond this |δ| the series is left for the exponential itself (few mantissa bits only).
 const SERIES_BELOW: f32 = 0.5;
 
-/// KL(given, stored) in nats: falling log-probabilities of the same entries, and the tail's before and after.
-pub(super) fn kl(given: &[f32], stored: &[f32], (tail, stored_tail): (f32, f32)) -> f64 {
-    let (mut sum, mut a, mut r) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
-    let mut chunks = given.chunks_exact(LANES).zip(stored.chunks_exact(LANES));
-    for (given, stored) in &mut chunks {
-        for lane in 0..LANES {
-            let p = exp(given[lane].min(0.0));
-            let delta = given[lane] - stored[lane];
-            sum[lane] += p;
-            a[lane] += p * delta;
-            r[lane] += p * excess(delta);
+/// A position's measure.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Measure {
+    /// KL(given, stored) in nats.
+    pub(super) kl: f64,
+    /// Given probability of the kept entries and the tail together.
+    pub(super) mass: f64,
+}
+
+/// Buffers of one record's measures, used again for every position.
+#[derive(Debug, Default)]
+pub(super) struct Measurer {
+    p: Vec<f32>,
+    delta: Vec<f32>,
+    excess: Vec<f32>,
+}
+
+impl Measurer {
+    /// Measures falling log-probabilities of the same entries and the tail's, before and after. Given values above 0 count as 0.
+    ///
+    /// Value by value into buffers, which becomes vector instructions, and then sums of those.
+    pub(super) fn measure(&mut self, given: &[f32], stored: &[f32], (tail, stored_tail): (f32, f32)) -> Measure {
+        refill(&mut self.p, given.iter().map(|l| exp(l.min(0.0))));
+        refill(&mut self.delta, given.iter().zip(stored).map(|(given, stored)| given - stored));
+        refill(&mut self.excess, self.delta.iter().map(|&delta| series(delta)));
+        for (excess, &delta) in self.excess.iter_mut().zip(&self.delta) {
+            if delta.abs() > SERIES_BELOW {
+                *excess = excess_beyond(delta);
+            }
         }
+        let (mut mass, mut a, mut r) = (sum(&self.p), dot(&self.p, &self.delta), dot(&self.p, &self.excess));
+        if tail.is_finite() {
+            let (p, delta) = (f64::from(tail).exp(), tail - stored_tail);
+            mass += p;
+            a += p * f64::from(delta);
+            r += p * f64::from(if delta.abs() > SERIES_BELOW { excess_beyond(delta) } else { series(delta) });
+        } else {
+            // Nothing became the least that is stored.
+            r += f64::from(stored_tail).exp();
+        }
+        if mass <= 0.0 {
+            return Measure { kl: 0.0, mass };
+        }
+        let (a, r) = (a / mass, r / mass);
+        Measure { kl: (a + (r - a).ln_1p()).max(0.0), mass }
     }
-    let whole = given.len() / LANES * LANES;
-    let (mut sum, mut a, mut r) = (total(&sum), total(&a), total(&r));
-    for (&given, &stored) in given[whole..].iter().zip(&stored[whole..]) {
-        let (p, delta) = (f64::from(exp(given.min(0.0))), given - stored);
-        sum += p;
-        a += p * f64::from(delta);
-        r += p * f64::from(excess(delta));
-    }
-    if tail.is_finite() {
-        let (p, delta) = (f64::from(tail).exp(), tail - stored_tail);
-        sum += p;
-        a += p * f64::from(delta);
-        r += p * f64::from(excess(delta));
-    } else {
-        // Nothing became the least that is stored.
-        r += f64::from(stored_tail).exp();
-    }
-    if sum <= 0.0 {
-        return 0.0;
-    }
-    let (a, r) = (a / sum, r / sum);
-    let u = r - a;
-    (a + u.ln_1p()).max(0.0)
 }
 
 /// Probability of the kept entries and the tail together.
 pub(crate) fn mass(logprobs: &[f32], tail: f32) -> f64 {
-    let mut lanes = [0f32; LANES];
-    let mut chunks = logprobs.chunks_exact(LANES);
-    for chunk in &mut chunks {
-        for (lane, &l) in lanes.iter_mut().zip(chunk) {
-            *lane += exp(l.min(0.0));
+    let mut p = Vec::new();
+    refill(&mut p, logprobs.iter().map(|l| exp(l.min(0.0))));
+    sum(&p) + f64::from(tail).exp()
+}
+
+fn refill(buffer: &mut Vec<f32>, values: impl Iterator<Item = f32>) {
+    buffer.clear();
+    buffer.extend(values);
+}
+
+/// Σ a, in [`LANES`] fixed lanes.
+fn sum(a: &[f32]) -> f64 {
+    let mut sums = [0f32; LANES];
+    let (lanes, rest) = a.as_chunks::<LANES>();
+    for lane in lanes {
+        for i in 0..LANES {
+            sums[i] += lane[i];
         }
     }
-    let rest: f64 = chunks.remainder().iter().map(|&l| f64::from(l).exp()).sum();
-    total(&lanes) + rest + f64::from(tail).exp()
+    total(&sums) + rest.iter().map(|&x| f64::from(x)).sum::<f64>()
+}
+
+/// Σ a b, in the same lanes.
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    let mut sums = [0f32; LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..LANES {
+            sums[i] += a[i] * b[i];
+        }
+    }
+    total(&sums) + a_rest.iter().zip(b_rest).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>()
 }
 
 fn total(lanes: &[f32; LANES]) -> f64 {
     lanes.iter().map(|&lane| f64::from(lane)).sum()
 }
 
-/// exp(−δ) − 1 + δ without cancellation: δ²/2 (1 − δ/3 (1 − δ/4 (… (1 − δ/8)))).
+/// exp(−δ) − 1 + δ for |δ| up to [`SERIES_BELOW`], without cancellation: δ²/2 (1 − δ/3 (1 − δ/4 (… (1 − δ/8)))).
 #[inline(always)]
-fn excess(delta: f32) -> f32 {
-    if delta.abs() > SERIES_BELOW {
-        return ((-f64::from(delta)).exp_m1() + f64::from(delta)) as f32;
-    }
+fn series(delta: f32) -> f32 {
     let mut series = 1.0;
-    for n in [8.0, 7.0, 6.0, 5.0, 4.0, 3.0] {
-        series = 1.0 - delta / n * series;
+    for n in [8.0, 7.0, 6.0, 5.0, 4.0, 3.0f32] {
+        series = 1.0 - delta * n.recip() * series;
     }
     0.5 * delta * delta * series
+}
+
+/// The same beyond it.
+fn excess_beyond(delta: f32) -> f32 {
+    ((-f64::from(delta)).exp_m1() + f64::from(delta)) as f32
 }
 
 /// 1.5 · 2²³: adding it rounds an f32 of moderate size to the nearest integer, kept in the low bits.
@@ -101,7 +136,8 @@ fn exp(x: f32) -> f32 {
         series = series * r + coefficient;
     }
     let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
-    if x < SMALLEST { 0.0 } else { series * power }
+    let normal = 0u32.wrapping_sub(u32::from(x >= SMALLEST));
+    f32::from_bits((series * power).to_bits() & normal)
 }
 
 #[cfg(test)]
@@ -120,6 +156,7 @@ mod tests {
 
     #[test]
     fn agrees_with_the_definition_at_every_width() {
+        let mut measurer = Measurer::default();
         for bits in 1..=12u8 {
             for entries in [1usize, 2, 7, 8, 9, 64] {
                 let weights: Vec<f64> = (0..=entries).map(|i| (-(i as f64).sqrt() * 1.7).exp()).collect();
@@ -129,15 +166,15 @@ mod tests {
                 let tail = (weights[entries] / total).ln() as f32;
                 for tail in [tail, f32::NEG_INFINITY] {
                     let tail = (tail, stored_tail_logprob(tail, bits));
-                    let (ours, exact) = (kl(&given, &stored, tail), by_definition(&given, &stored, tail));
+                    let (ours, exact) = (measurer.measure(&given, &stored, tail).kl, by_definition(&given, &stored, tail));
                     // Terms of R are f32, a few units of 2^-24 each; where nearly all mass is one entry, KL is far below R.
                     let r: f64 = given.iter().zip(&stored).map(|(g, s)| f64::from(g.exp()) * f64::from(g - s).powi(2)).sum();
                     let bound = 1e-5 * exact + 1e-6 * r + 1e-13;
                     assert!((ours - exact).abs() <= bound, "{bits} bits, {entries}: {ours:e} {exact:e}");
-                    assert_eq!(kl(&stored, &stored, (tail.1, tail.1)), 0.0);
+                    assert_eq!(measurer.measure(&stored, &stored, (tail.1, tail.1)).kl, 0.0);
                 }
-                let sum = mass(&given, tail);
-                assert!((sum - 1.0).abs() < 1e-5, "{sum}");
+                let sums = [mass(&given, tail), measurer.measure(&given, &stored, (tail, tail)).mass];
+                assert!(sums.iter().all(|sum| (sum - 1.0).abs() < 1e-5), "{sums:?}");
             }
         }
     }

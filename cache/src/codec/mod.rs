@@ -37,6 +37,12 @@ pub(crate) fn value_codec_name(storage: &Storage) -> String {
 ///
 /// Which entries are there is the selection's business and not changed; entries must come by falling value, as the rules demand.
 pub fn encode(record: &Record, storage: &Storage) -> Record {
+    encode_measured(record, storage).0
+}
+
+/// The record as stored, and the least and the largest given probability of all that a position keeps, with its number: 1 each
+/// where nothing is kept exactly.
+pub(crate) fn encode_measured(record: &Record, storage: &Storage) -> (Record, [(usize, f64); 2]) {
     let given = &record.targets;
     let tails: Vec<f32> = given.tail_logprobs().iter().map(|&l| stored_tail_logprob(l, tail_bits(storage))).collect();
     let mut ids = given.ids().to_vec();
@@ -49,13 +55,19 @@ pub fn encode(record: &Record, storage: &Storage) -> Record {
     };
     order_ties(&mut ids, if exact { &logits } else { &logprobs }, given.offsets());
     let mut codec = CodecError::default();
-    if !exact && storage.selection.head() > 0 {
+    let mut masses = [(0, 1.0); 2];
+    if storage.selection.head() > 0 {
+        let mut measurer = divergence::Measurer::default();
+        let stored = if exact { given.logprobs() } else { &logprobs };
         for (i, bounds) in given.offsets().windows(2).enumerate() {
             let range = bounds[0] as usize..bounds[1] as usize;
             let tail = (given.tail_logprobs()[i], tails[i]);
-            let kl = divergence::kl(&given.logprobs()[range.clone()], &logprobs[range], tail) as f32;
-            codec.kl_sum += kl;
-            codec.kl_max = codec.kl_max.max(kl);
+            let measure = measurer.measure(&given.logprobs()[range.clone()], &stored[range], tail);
+            masses = widened(masses, (i, measure.mass));
+            if !exact {
+                codec.kl_sum += measure.kl as f32;
+                codec.kl_max = codec.kl_max.max(measure.kl as f32);
+            }
         }
     }
     let targets = SoftTargets::from_parts(
@@ -66,18 +78,29 @@ pub fn encode(record: &Record, storage: &Storage) -> Record {
         given.lse_t().to_vec(),
     );
     let codec = CodecError { kl_sum: record.codec.kl_sum + codec.kl_sum, kl_max: record.codec.kl_max + codec.kl_max };
-    Record { seq_id: record.seq_id, input_ids: record.input_ids.clone(), positions: record.positions.clone(), targets, codec }
+    let (input_ids, positions) = (record.input_ids.clone(), record.positions.clone());
+    (Record { seq_id: record.seq_id, input_ids, positions, targets, codec }, masses)
+}
+
+/// Least and largest with one more.
+fn widened([least, largest]: [(usize, f64); 2], mass: (usize, f64)) -> [(usize, f64); 2] {
+    [if mass.1 < least.1 { mass } else { least }, if mass.1 > largest.1 { mass } else { largest }]
 }
 
 /// Sorts ids inside runs of equal values. Rounding keeps falling values falling, so nothing else can be out of order.
 fn order_ties(ids: &mut [u32], values: &[f32], offsets: &[u32]) {
     for bounds in offsets.windows(2) {
-        let (mut start, end) = (bounds[0] as usize, bounds[1] as usize);
-        while start < end {
-            let value = values[start];
-            let run = values[start..end].iter().take_while(|v| **v == value).count().max(1);
-            ids[start..start + run].sort_unstable();
-            start += run;
+        let range = bounds[0] as usize..bounds[1] as usize;
+        let (values, ids) = (&values[range.clone()], &mut ids[range]);
+        let mut start = 0;
+        for end in 1..=values.len() {
+            if end < values.len() && values[end].to_bits() == values[start].to_bits() {
+                continue;
+            }
+            if end - start > 1 {
+                ids[start..end].sort_unstable();
+            }
+            start = end;
         }
     }
 }

@@ -2,8 +2,11 @@
 
 pub(crate) mod arrow;
 pub(crate) mod footer;
+mod header;
+mod heads;
 pub(crate) mod page;
 pub(crate) mod read;
+mod table;
 pub(crate) mod write;
 
 /// Rows in a row group: few, because a random read handles its row group's whole list of pages.

@@ -9,6 +9,7 @@
 //!                                 length u32, runs     the same            byte planes, or plain little-endian
 //! ```
 
+use super::header::{Header, varint};
 use crate::error::Flaw;
 use crate::layout::Shape;
 use crate::schema::Lists;
@@ -20,28 +21,12 @@ const DATA_PAGE: i64 = 0;
 const PLAIN: i64 = 0;
 const RLE: i64 = 3;
 const BYTE_STREAM_SPLIT: i64 = 9;
-/// Deepest nesting of a header's structs.
-const MAX_DEPTH: usize = 8;
 
 /// Where a page lies, its header included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Span {
     pub(crate) offset: u64,
     pub(crate) length: u32,
-}
-
-/// What a page's header says.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Header {
-    kind: i64,
-    uncompressed: i64,
-    compressed: i64,
-    values: i64,
-    encoding: i64,
-    definition: i64,
-    repetition: i64,
-    /// Bytes of the header itself.
-    length: usize,
 }
 
 /// Buffers of one thread, used again for every page.
@@ -239,8 +224,17 @@ fn words(bytes: &[u8], encoding: i64, n: usize) -> Result<Vec<u32>, Flaw> {
             let (low, rest) = bytes.split_at(n);
             let (second, rest) = rest.split_at(n);
             let (third, high) = rest.split_at(n);
-            let planes = low.iter().zip(second).zip(third).zip(high);
-            Ok(planes.map(|(((a, b), c), d)| u32::from_le_bytes([*a, *b, *c, *d])).collect())
+            // Rounded values have two planes of zeros, ids one; a plane of zeros needs no looking at value by value.
+            let zero = |plane: &[u8]| plane.iter().fold(0, |bits, byte| bits | byte) == 0;
+            let word = |byte: &u8, place: u32| u32::from(*byte) << (8 * place);
+            Ok(match (zero(low) && zero(second), zero(high)) {
+                (true, _) => third.iter().zip(high).map(|(c, d)| word(c, 2) | word(d, 3)).collect(),
+                (_, true) => low.iter().zip(second).zip(third).map(|((a, b), c)| word(a, 0) | word(b, 1) | word(c, 2)).collect(),
+                _ => {
+                    let planes = low.iter().zip(second).zip(third).zip(high);
+                    planes.map(|(((a, b), c), d)| word(a, 0) | word(b, 1) | word(c, 2) | word(d, 3)).collect()
+                }
+            })
         }
         other => Err(Flaw::new("values byte by byte or plain", format!("encoding {other}"))),
     }
@@ -250,83 +244,71 @@ fn count(stated: i64, what: &str) -> Result<usize, Flaw> {
     u32::try_from(stated).map(|n| n as usize).map_err(|_| Flaw::new(format!("a number of {what}"), stated))
 }
 
-impl Header {
-    /// Reads the header at the start of `page`.
-    fn read(page: &[u8]) -> Result<Self, Flaw> {
-        let mut header = Header::default();
-        let mut bytes = page;
-        let read = read_struct(&mut bytes, &mut Vec::new(), &mut |path, value| {
-            let field = match path {
-                [1] => &mut header.kind,
-                [2] => &mut header.uncompressed,
-                [3] => &mut header.compressed,
-                [5, 1] => &mut header.values,
-                [5, 2] => &mut header.encoding,
-                [5, 3] => &mut header.definition,
-                [5, 4] => &mut header.repetition,
-                _ => return,
-            };
-            *field = value;
-        });
-        read.ok_or_else(|| Flaw::new("a page header", "something else"))?;
-        header.length = page.len() - bytes.len();
-        Ok(header)
-    }
-}
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use proptest::prelude::*;
 
-/// Reads a struct of Thrift's compact protocol and hands each integer on with the path of field numbers that leads to it. `None`
-/// where the bytes are no such struct.
-fn read_struct(bytes: &mut &[u8], path: &mut Vec<i64>, found: &mut dyn FnMut(&[i64], i64)) -> Option<()> {
-    if path.len() > MAX_DEPTH {
-        return None;
-    }
-    let mut field = 0i64;
-    loop {
-        let byte = take(bytes, 1)?[0];
-        if byte == 0 {
-            return Some(());
-        }
-        field = match byte >> 4 {
-            0 => zigzag(varint(bytes)?),
-            delta => field.checked_add(i64::from(delta))?,
-        };
-        path.push(field);
-        match byte & 0x0f {
-            // Booleans lie in the type itself.
-            1 | 2 => {}
-            3 => drop(take(bytes, 1)?),
-            4..=6 => found(path, zigzag(varint(bytes)?)),
-            7 => drop(take(bytes, 8)?),
-            8 => {
-                let length = usize::try_from(varint(bytes)?).ok()?;
-                take(bytes, length)?;
+    /// Levels one by one, from runs and packed groups as Parquet's specification defines them.
+    fn all_levels(bytes: &[u8], width: u32, levels: usize) -> Option<Vec<u8>> {
+        let (mut at, mut found) = (0, Vec::new());
+        while found.len() < levels {
+            let mut header = 0usize;
+            for shift in (0..63).step_by(7) {
+                let byte = *bytes.get(at)?;
+                at += 1;
+                header |= usize::from(byte & 0x7f) << shift;
+                if byte < 0x80 {
+                    break;
+                }
             }
-            12 => read_struct(bytes, path, found)?,
-            // Lists, sets and maps have no place in a page header.
-            _ => return None,
+            if header & 1 == 0 {
+                found.extend(std::iter::repeat_n(*bytes.get(at)?, (header >> 1).min(levels)));
+                at += 1;
+            } else {
+                let bits = (header >> 1).min(bytes.len()) * 8 * width as usize;
+                for bit in (0..bits).step_by(width as usize) {
+                    found.push(*bytes.get(at + bit / 8)? >> (bit % 8) & ((1 << width) - 1));
+                }
+                at += bits / 8;
+            }
         }
-        path.pop();
+        found.truncate(levels);
+        Some(found)
     }
-}
 
-fn take<'a>(bytes: &mut &'a [u8], n: usize) -> Option<&'a [u8]> {
-    let (taken, rest) = bytes.split_at_checked(n)?;
-    *bytes = rest;
-    Some(taken)
-}
+    #[test]
+    fn exceptions_are_the_levels_that_differ() {
+        // A run of nine 2s, a packed group of 8, a run of three 1s: 20 levels of 2 bits.
+        let bytes = [18, 2, 3, 0b10_01_10_00, 0b10_10_01_10, 6, 1];
+        for levels in [1, 9, 12, 17, 20] {
+            let all = all_levels(&bytes, 2, levels).unwrap();
+            let expected: Vec<(u32, u8)> = (0..).zip(all).filter(|(_, level)| *level != 2).collect();
+            assert_eq!(exceptions(&bytes, 2, levels, 2).unwrap(), expected, "{levels}");
+        }
+        assert!(exceptions(&bytes, 2, 21, 2).is_err());
+    }
 
-fn varint(bytes: &mut &[u8]) -> Option<u64> {
-    let mut value = 0u64;
-    for shift in (0..64).step_by(7) {
-        let byte = take(bytes, 1)?[0];
-        value |= u64::from(byte & 0x7f) << shift;
-        if byte & 0x80 == 0 {
-            return Some(value);
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_alike_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..40), levels in 0usize..300) {
+            for width in [1, 2] {
+                // Endless headers and runs longer than any page are refused earlier here than by the definition.
+                if let (Ok(found), Some(all)) = (exceptions(&bytes, width, levels, 1), all_levels(&bytes[..], width, levels)) {
+                    let expected: Vec<(u32, u8)> = (0..).zip(all).filter(|(_, level)| *level != 1).collect();
+                    prop_assert_eq!(found, expected);
+                }
+            }
+        }
+
+        #[test]
+        fn no_page_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), shape in 0usize..2) {
+            let shape = [Shape::List, Shape::Nested][shape];
+            let _ = lists(&bytes, shape, 1000, &mut KnownLevels::default());
+            let _ = scalars(&bytes, 3, 100, |plain| Ok(plain.len()));
+            let _ = nested_ends(&bytes, &bytes, bytes.len());
+            let _ = flat_ends(&bytes, &bytes, bytes.len());
         }
     }
-    None
-}
-
-fn zigzag(value: u64) -> i64 {
-    (value >> 1) as i64 ^ -((value & 1) as i64)
 }

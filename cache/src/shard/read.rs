@@ -6,23 +6,19 @@
 //! costs a twentieth of a row's decoding. The file is opened for each row: a thousand shards would be a thousand open files.
 
 use super::arrow::{self, ArrowShard};
+use super::heads;
 use super::page::{self, KnownLevels, Span};
+use super::table::{Group, groups};
 use crate::error::{Flaw, Place};
 use crate::guard::fenced;
-use crate::layout::{Column, Layout, Shape};
+use crate::layout::{Column, Shape};
 use crate::rules::Rules;
 use crate::schema::{self, RowHead};
-use crate::{CodecError, Error, Record, Result, RowKey};
+use crate::{Error, Record, Result, RowKey};
 use memmap2::Mmap;
 use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-
-/// Most bytes of one page: what a row's page can be at the very most.
-const MAX_PAGE_BYTES: u32 = 1 << 30;
-/// Longest value of a column of single values: the words of a selection.
-const MAX_SCALAR_BYTES: usize = 128;
 
 /// What a shard has to be.
 pub(crate) struct Expected {
@@ -58,15 +54,6 @@ pub(crate) struct Shard {
     rules: Rules,
     /// Set where pages are of an older version, whose tokens only the Arrow reader decodes.
     arrow: Option<ArrowShard>,
-}
-
-/// A row group: where its pages lie, and its single values once somebody asked for them.
-struct Group {
-    first: u64,
-    rows: u32,
-    /// For each column of the layout: a page a row, or one page where the column holds single values.
-    pages: Vec<Box<[Span]>>,
-    heads: OnceLock<Box<[RowHead]>>,
 }
 
 impl Shard {
@@ -225,7 +212,7 @@ impl Shard {
         if let Some(heads) = group.heads.get() {
             return Ok(heads);
         }
-        let heads = read_heads(file, &self.rules.layout, &self.columns, group)?;
+        let heads = heads::read(file, &self.rules.layout, &self.columns, group)?;
         Ok(group.heads.get_or_init(|| heads.into_boxed_slice()))
     }
 
@@ -256,7 +243,7 @@ impl From<Flaw> for Trouble {
 
 impl Trouble {
     /// A read that failed: a file that ends too early is damage, anything else the system's trouble.
-    fn reading(e: std::io::Error) -> Self {
+    pub(super) fn reading(e: std::io::Error) -> Self {
         match e.kind() {
             std::io::ErrorKind::UnexpectedEof => Flaw::new("the bytes of a page", "the file's end before them").into(),
             _ => Trouble::Io(e),
@@ -303,7 +290,7 @@ fn open_file(path: &Path, bytes: Option<u64>) -> std::result::Result<(File, u64)
 }
 
 /// Reads a page into `buffer`.
-fn fetch(file: &File, page: &Span, buffer: &mut Vec<u8>) -> std::io::Result<()> {
+pub(super) fn fetch(file: &File, page: &Span, buffer: &mut Vec<u8>) -> std::io::Result<()> {
     buffer.resize(page.length as usize, 0);
     read_exact_at(file, buffer, page.offset)
 }
@@ -318,40 +305,6 @@ fn read_exact_at(mut file: &File, buffer: &mut [u8], offset: u64) -> std::io::Re
     use std::io::{Read, Seek, SeekFrom};
     file.seek(SeekFrom::Start(offset))?;
     file.read_exact(buffer)
-}
-
-/// Where every page lies; refuses pages that do not fall one to a row, or lie outside the file.
-fn groups(meta: &ParquetMetaData, layout: &Layout, columns: &[Column], bytes: u64) -> std::result::Result<Vec<Group>, Flaw> {
-    let mut groups = Vec::with_capacity(meta.num_row_groups());
-    let mut first = 0u64;
-    for (index, group) in meta.row_groups().iter().enumerate() {
-        let rows = u32::try_from(group.num_rows()).map_err(|_| Flaw::new("a row group of few rows", group.num_rows()))?;
-        let indexes = meta.page_index_for_row_group(index);
-        let mut pages = Vec::with_capacity(columns.len());
-        for (number, column) in columns.iter().enumerate() {
-            let locations = indexes.page_locations(number);
-            let locations = locations.ok_or_else(|| Flaw::new("an offset index of every column", "none"))?;
-            let expected = if column.shape() == Shape::Scalar { 1 } else { rows as usize };
-            let named = |what: &str| format!("row group {index}, {}: {what}", layout.name(*column));
-            if locations.len() != expected {
-                return Err(Flaw::new(named(&format!("{expected} pages")), locations.len()));
-            }
-            let spans = locations.iter().enumerate().map(|(row, page)| {
-                let span = u64::try_from(page.offset).ok().zip(u32::try_from(page.compressed_page_size).ok());
-                let inside = span.filter(|(offset, length)| {
-                    *length <= MAX_PAGE_BYTES && offset.checked_add(u64::from(*length)).is_some_and(|end| end <= bytes)
-                });
-                match inside {
-                    Some((offset, length)) if i64::try_from(row) == Ok(page.first_row_index) => Ok(Span { offset, length }),
-                    _ => Err(Flaw::new(named(&format!("page {row} of row {row} inside the file")), format!("{page:?}"))),
-                }
-            });
-            pages.push(spans.collect::<std::result::Result<Box<[Span]>, Flaw>>()?);
-        }
-        groups.push(Group { first, rows, pages, heads: OnceLock::new() });
-        first += u64::from(rows);
-    }
-    Ok(groups)
 }
 
 fn column_sizes(meta: &ParquetMetaData) -> Vec<ColumnSize> {
@@ -369,66 +322,4 @@ fn column_sizes(meta: &ParquetMetaData) -> Vec<ColumnSize> {
         }
     }
     sizes
-}
-
-/// Reads the pages of single values of one row group.
-fn read_heads(file: &File, layout: &Layout, columns: &[Column], group: &Group) -> std::result::Result<Vec<RowHead>, Trouble> {
-    let rows = group.rows as usize;
-    let mut buffer = Vec::new();
-    let mut page = |column: Column| -> std::result::Result<Vec<u8>, Trouble> {
-        let index = columns.iter().position(|c| *c == column);
-        let span = index.and_then(|i| group.pages.get(i)?.first());
-        let span = span.ok_or_else(|| Flaw::new(format!("a page of {}", layout.name(column)), "none"))?;
-        fetch(file, span, &mut buffer).map_err(Trouble::reading)?;
-        let within = |flaw: Flaw| Flaw::new(format!("{}: {}", layout.name(column), flaw.expected), flaw.found);
-        Ok(page::scalars(&buffer, rows, MAX_SCALAR_BYTES, |plain| Ok(plain.to_vec())).map_err(within)?)
-    };
-    let keys = texts(&page(Column::Key)?, rows)?;
-    let selections = texts(&page(Column::Selection)?, rows)?;
-    if let Some(other) = selections.iter().find(|words| words.as_slice() != layout.selection_text.as_bytes()) {
-        let found = String::from_utf8_lossy(other).into_owned();
-        return Err(Flaw::new(format!("selection {:?}", layout.selection_text), format!("{found:?}")).into());
-    }
-    let seq_ids = numbers::<8>(&page(Column::SeqId)?, rows)?;
-    let [ks, sums, maxima, crcs] = [Column::K, Column::CodecKlSum, Column::CodecKlMax, Column::Crc32];
-    let mut words = |column| -> std::result::Result<Vec<u32>, Trouble> {
-        Ok(numbers::<4>(&page(column)?, rows)?.into_iter().map(u32::from_le_bytes).collect())
-    };
-    let (ks, sums, maxima, crcs) = (words(ks)?, words(sums)?, words(maxima)?, words(crcs)?);
-    let mut heads = Vec::with_capacity(rows);
-    for row in 0..rows {
-        let key = RowKey::from_hex(&keys[row]).ok_or_else(|| Flaw::new("a key of 32 hexadecimal digits", "something else"))?;
-        heads.push(RowHead {
-            key,
-            seq_id: u64::from_le_bytes(seq_ids[row]),
-            k: u16::try_from(ks[row]).map_err(|_| Flaw::new("k of 16 bits", ks[row]))?,
-            codec: CodecError { kl_sum: f32::from_bits(sums[row]), kl_max: f32::from_bits(maxima[row]) },
-            crc32: crcs[row],
-        });
-    }
-    Ok(heads)
-}
-
-/// `rows` numbers of `N` bytes.
-fn numbers<const N: usize>(plain: &[u8], rows: usize) -> std::result::Result<Vec<[u8; N]>, Flaw> {
-    match plain.as_chunks::<N>() {
-        (chunks, []) if chunks.len() == rows => Ok(chunks.to_vec()),
-        _ => Err(Flaw::new(format!("{rows} values of {N} bytes"), format!("{} bytes", plain.len()))),
-    }
-}
-
-/// `rows` texts, each with its length before it.
-fn texts(mut plain: &[u8], rows: usize) -> std::result::Result<Vec<Vec<u8>>, Flaw> {
-    let mut texts = Vec::with_capacity(rows);
-    for _ in 0..rows {
-        let split = plain.split_first_chunk::<4>();
-        let text = split.and_then(|(length, rest)| rest.split_at_checked(u32::from_le_bytes(*length) as usize));
-        let (text, rest) = text.ok_or_else(|| Flaw::new(format!("{rows} texts"), "fewer"))?;
-        texts.push(text.to_vec());
-        plain = rest;
-    }
-    match plain {
-        [] => Ok(texts),
-        more => Err(Flaw::new(format!("{rows} texts"), format!("{} bytes more", more.len()))),
-    }
 }

@@ -1,6 +1,7 @@
 //! The cache through its public API: what is written comes back, what is damaged is found, what was interrupted continues.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod alignment;
 mod damage;
 mod hostile;
 mod layout;
