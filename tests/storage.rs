@@ -93,7 +93,8 @@ fn a_run_stopped_inside_a_shard_goes_on_there_and_ends_as_the_same_bytes() {
         let whole = files(&bench.path(&whole));
         assert_eq!(whole.keys().filter(|name| name.starts_with("shard-")).count(), 2);
         let mut in_time = 0;
-        for (signal, piece) in [("-KILL", "part-00000-001.parquet"), ("-TERM", "part-00000-000.parquet"), ("-KILL", "shard-00000.parquet")]
+        for (signal, piece) in
+            [("-KILL", "part-00000-001.parquet"), ("-TERM", "part-00000-000.parquet"), ("-KILL", "shard-00000.parquet")]
         {
             let name = format!("cut-{preset}{signal}-{piece}");
             let mut child = bench.command(&precompute(&name, &more)).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -185,14 +186,25 @@ fn what_a_cache_cannot_give_is_refused_before_weights_are_read() {
     let linear = "sampled: tokens were drawn (sampled 50 seed 0), which can be trained on with forward KL at temperature 1 alone: \
                   found forward KL at temperature 2";
     says(2, &train("sampled", "out", "1", &["--temperature", "2"]), linear);
-    says(2, &train("sampled", "out", "1", &["--top-k", "4"]), "selection: the cache has sampled 50 seed 0, which cannot become top-k 4");
+    says(
+        2,
+        &train("sampled", "out", "1", &["--top-k", "4"]),
+        "selection: the cache has sampled 50 seed 0, which cannot become top-k 4",
+    );
     says(2, &train("k8", "out", "1", &["--top-k", "9"]), "selection: the cache has top-k 8, which cannot become top-k 9");
-    says(2, &train("k8", "out", "1", &["--min-prob", "0.1", "--min-mass", "0.5"]), "min_mass = 0.5: expected either min_prob or min_mass");
+    says(
+        2,
+        &train("k8", "out", "1", &["--min-prob", "0.1", "--min-mass", "0.5"]),
+        "min_mass = 0.5: expected either min_prob or min_mass",
+    );
     assert!(!bench.path("out").exists());
     for (flags, sentence) in [
         (&["--draws", "5"][..], "draws = 5: expected nothing, for the selection is top-k"),
         (&["--preset", "sampled", "--top-k", "3"], "top_k = 3: expected nothing, for the selection is sampled"),
-        (&["--preset", "sampled", "--values", "logit-bf16"], "values = logit-bf16: expected logprob, for the selection is sampled"),
+        (
+            &["--preset", "sampled", "--values", "logit-bf16"],
+            "values = logit-bf16: expected logprob, for the selection is sampled",
+        ),
         (&["--preset", "exact", "--mantissa-bits", "5"], "mantissa_bits = 5: expected 7, for the values are bf16 logits"),
         (&["--lse-temperatures", "2,1.5"], "lse_temperatures = [2.0, 1.5]: expected at most 8 rising temperatures"),
         (&["--lse-temperatures", "1"], "lse_temperatures = [1.0]: expected at most 8 rising temperatures"),

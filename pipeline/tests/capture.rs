@@ -6,6 +6,7 @@
 
 use candle_core::{Device, Tensor};
 use potstill_cache::{Cutoff, RowKey, Selection, SoftTargets, Storage, Values};
+use potstill_pipeline::loss::{self, LossSettings, Tail};
 use potstill_pipeline::ops::capture::Capture;
 use potstill_pipeline::ops::draw::Place;
 
@@ -100,7 +101,8 @@ fn kept_entries_tail_and_log_sum_exps_equal_the_twin() {
             let targets = capture.targets(&tensor(&rows), &places(rows.len())).unwrap();
             for (r, given) in rows.iter().enumerate() {
                 let what = format!("{values:?}, {selection}, row {r}");
-                let z: Vec<f32> = if values == Values::LogitBf16 { given.iter().map(|z| bf16(*z)).collect() } else { given.clone() };
+                let z: Vec<f32> =
+                    if values == Values::LogitBf16 { given.iter().map(|z| bf16(*z)).collect() } else { given.clone() };
                 let (order, ln_p, target) = (sorted(&z), ln_p(&z), targets.position(r));
                 let kept = kept_by(&selection, &order, &ln_p);
                 assert_eq!(target.ids, &order[..kept], "{what}");
@@ -133,7 +135,9 @@ fn kept_entries_tail_and_log_sum_exps_equal_the_twin() {
 fn small_rows_by_hand() {
     let top = |row: &[f32], k: u16| {
         let capture = Capture::top_k(k);
-        capture.targets(&tensor(&[row.to_vec()]), &places(1)).map(|t| (t.ids().to_vec(), t.logprobs().to_vec(), t.tail_logprobs()[0]))
+        capture
+            .targets(&tensor(&[row.to_vec()]), &places(1))
+            .map(|t| (t.ids().to_vec(), t.logprobs().to_vec(), t.tail_logprobs()[0]))
     };
     assert_eq!(top(&[1.0, 3.0, 3.0, -2.0, 0.5], 2).unwrap().0, [1, 2]);
     assert_eq!(top(&[0.0; 5], 2).unwrap().0, [0, 1], "ties go to the smaller id");
@@ -239,7 +243,11 @@ fn draws_follow_the_distribution_without_bias() {
     // Estimates, averaged, are the probabilities: a mean of n estimates has the deviation sqrt(p (1 - p) / draws / n).
     let estimate = targets.estimate();
     let mut means = vec![0.0; p.len()];
-    estimate.ids().iter().zip(estimate.logprobs()).for_each(|(id, l)| means[*id as usize] += f64::from(*l).exp() / POSITIONS as f64);
+    estimate
+        .ids()
+        .iter()
+        .zip(estimate.logprobs())
+        .for_each(|(id, l)| means[*id as usize] += f64::from(*l).exp() / POSITIONS as f64);
     for (mean, p) in means.iter().zip(&p) {
         assert!((mean - p).abs() < 6.0 * (p * (1.0 - p) / all).sqrt(), "{mean} against {p}");
     }
@@ -270,6 +278,35 @@ fn draws_beside_a_head_follow_the_tail() {
         // The stored f32 tail: relative 6e-8.
         assert!((estimate / (tail * f64::from(target.sample_counts[at]) / f64::from(draws)) - 1.0).abs() < 1e-6);
     }
+}
+
+#[test]
+fn gradients_of_draws_average_to_that_of_the_whole_distribution() {
+    const POSITIONS: usize = 4000;
+    let (teacher, student) = (&rows(1, 40)[0], &rows(2, 40)[1]);
+    let p: Vec<f64> = ln_p(teacher).iter().map(|l| l.exp()).collect();
+    let mean = |selection, tail, positions: usize| -> Vec<f64> {
+        let (_, _, targets) = tally(&Capture { selection, ..Capture::top_k(1) }, teacher, positions);
+        let targets = if selection.draws().is_some() { targets.estimate() } else { targets };
+        let mut logits = vec![student.clone(); positions].concat();
+        let settings = LossSettings { tail, ..LossSettings::default() };
+        let labels = vec![0; positions];
+        loss::rows(&mut logits, 40, &labels, Some(&targets), None, &settings, 1.0).unwrap();
+        (0..40).map(|id| logits.iter().skip(id).step_by(40).map(|g| f64::from(*g)).sum::<f64>() / positions as f64).collect()
+    };
+    let whole = mean(Selection::TopK { k: 40 }, Tail::Bucket, 1);
+    for (selection, draws) in
+        [(Selection::Sampled { draws: 50, seed: 5 }, 50.0), (Selection::Hybrid { k: 6, draws: 20, seed: 5 }, 20.0)]
+    {
+        for ((found, whole), p) in mean(selection, Tail::StudentFull, POSITIONS).iter().zip(&whole).zip(&p) {
+            // An estimate's deviation is at most that of counts drawn from the whole; f32 gradients leave 1e-7.
+            let deviation = (p * (1.0 - p) / draws / POSITIONS as f64).sqrt();
+            assert!((found - whole).abs() < 6.0 * deviation + 1e-7, "{selection}: {found} against {whole}");
+        }
+    }
+    // Kept entries alone, renormalised, are off by far more.
+    let renormalised = mean(Selection::TopK { k: 6 }, Tail::StudentFull, 1);
+    assert!(renormalised.iter().zip(&whole).any(|(a, b)| (a - b).abs() > 0.01), "{renormalised:?} {whole:?}");
 }
 
 #[test]

@@ -152,8 +152,7 @@ impl Distribution {
             let chance = if k.probability < 0.0005 { "<0.1%".into() } else { format!("{:.1}%", k.probability * 100.0) };
             (k.id, k.token.as_str(), chance)
         });
-        let drawn =
-            self.drawn.iter().map(|d| (d.id, d.token.as_str(), format!("×{} ~{:.1}%", d.count, d.estimate * 100.0)));
+        let drawn = self.drawn.iter().map(|d| (d.id, d.token.as_str(), format!("×{} ~{:.1}%", d.count, d.estimate * 100.0)));
         kept.chain(drawn)
     }
 }

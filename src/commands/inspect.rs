@@ -150,7 +150,8 @@ fn identity(cache: &Cache) -> Table {
     match cache.manifest().codec_kl() {
         // Counts are exact; what drawing costs is variance and no divergence of the stored from the given.
         Some((mean, largest)) if what.selection.head() > 0 => {
-            let cost = if largest == 0.0 { "none".into() } else { format!("KL {mean:.1e} nats on average, {largest:.1e} at most") };
+            let cost =
+                if largest == 0.0 { "none".into() } else { format!("KL {mean:.1e} nats on average, {largest:.1e} at most") };
             table.fact("rounding", cost);
         }
         _ => {}

@@ -61,9 +61,8 @@ impl Capture {
         }
         with_f32(logits, |values| {
             let rows = values.par_chunks(vocab.max(1)).zip(places).enumerate();
-            let rows: Vec<Result<Row>> = rows
-                .map_init(Scratch::default, |scratch, (number, (z, place))| self.row(scratch, number, z, *place))
-                .collect();
+            let rows: Vec<Result<Row>> =
+                rows.map_init(Scratch::default, |scratch, (number, (z, place))| self.row(scratch, number, z, *place)).collect();
             let mut targets = SoftTargets::with_capacity(n, head);
             for row in rows {
                 targets.push_target(&row?.target());

@@ -44,11 +44,7 @@ pub fn sorted_uniforms(seed: u64, place: Place, draws: u16) -> Vec<f64> {
 /// u · `total`, where `total` is the sum of the weights added in the same order. One walk: O(ids + draws).
 ///
 /// An id is drawn with probability weight / total, to within the rounding of the sum (ids · 2^-53); one of weight 0 never is.
-pub fn counts(
-    weights: impl IntoIterator<Item = (u32, f64)>,
-    total: f64,
-    sorted_uniforms: &[f64],
-) -> (Vec<u32>, Vec<u16>) {
+pub fn counts(weights: impl IntoIterator<Item = (u32, f64)>, total: f64, sorted_uniforms: &[f64]) -> (Vec<u32>, Vec<u16>) {
     let (mut ids, mut counts) = (Vec::new(), Vec::new());
     let mut left = sorted_uniforms;
     let mut sum = 0.0;
@@ -82,7 +78,9 @@ mod tests {
         let base = sorted_uniforms(1, place(2, 3), 40);
         assert!(base.windows(2).all(|w| w[0] <= w[1]) && base.iter().all(|u| (0.0..1.0).contains(u)));
         assert_eq!(base, sorted_uniforms(1, place(2, 3), 40));
-        for other in [sorted_uniforms(2, place(2, 3), 40), sorted_uniforms(1, place(3, 3), 40), sorted_uniforms(1, place(2, 4), 40)] {
+        for other in
+            [sorted_uniforms(2, place(2, 3), 40), sorted_uniforms(1, place(3, 3), 40), sorted_uniforms(1, place(2, 4), 40)]
+        {
             assert!(base.iter().all(|u| !other.contains(u)));
         }
         assert!(sorted_uniforms(1, place(2, 3), 7).iter().all(|u| base.contains(u)));

@@ -94,11 +94,12 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
                 return Err(Error::Interrupted { kept, again: RUN_AGAIN });
             }
             let examples = &dataset.examples[pack.clone()];
-            let mut records = score(&teacher, examples, &capture, config.head_chunk as usize).map_err(|source| Error::Scoring {
-                first: examples.first().map_or(0, |e| e.seq_id),
-                last: examples.last().map_or(0, |e| e.seq_id),
-                source: Box::new(source),
-            })?;
+            let mut records =
+                score(&teacher, examples, &capture, config.head_chunk as usize).map_err(|source| Error::Scoring {
+                    first: examples.first().map_or(0, |e| e.seq_id),
+                    last: examples.last().map_or(0, |e| e.seq_id),
+                    source: Box::new(source),
+                })?;
             // Where a resumed run was given other packs, one may begin before the first row that is missing.
             records.drain(..(resumed_rows as usize).saturating_sub(pack.start));
             queue.send(records)?;
