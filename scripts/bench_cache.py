@@ -93,7 +93,8 @@ def numpy_map(data, folder, reads, k=64):
     n = data.length
     read = lambda s: [np.array(array[s * n : (s + 1) * n]) for array in mapped]
     note = "no tokens, no tail, no checks"
-    return [row("numpy memory map, i32 + f16", k, size / data.positions, divergence(logprobs, tail, half), read_time(read, data.sequences, reads), note)]
+    micros = read_time(read, data.sequences, reads)
+    return [row("numpy memory map, i32 + f16", k, size / data.positions, divergence(logprobs, tail, half), micros, note)]
 
 
 def hugging_face(data, folder, reads, k=64):
@@ -188,10 +189,55 @@ def distillkit(name, data, folder, reads, k, exact, terms):
     return [row(name, k, size, kl, micros, note)]
 
 
+def angles(data, sharpness, vocabulary=151_936):
+    """Degrees between the gradient of full distillation and that of what is kept, for a student whose distributions are the teacher's
+    to the power `sharpness`. The gradient is that of the output layer's bias, summed over all positions: what an unbiased estimate
+    adds in noise averages out there, and what is biased stays. Mass that the data does not name is spread over the vocabulary."""
+    generator = np.random.default_rng(0)
+    sums = {}
+
+    def add(name, ids, named, unnamed):
+        total = sums.setdefault(name, np.zeros(vocabulary))
+        total += np.bincount(ids.ravel(), named.ravel(), minlength=vocabulary) + unnamed.sum() / vocabulary
+
+    def drawn(name, ids, p, q, head, draws):
+        tail = p[:, head:].sum(1, keepdims=True)
+        share = p[:, head:] / tail
+        counts = generator.multinomial(draws, share / share.sum(1, keepdims=True))
+        estimate = np.concatenate([p[:, :head], tail * counts / draws], 1)
+        add(name, ids, q[:, :-1] - estimate[:, :-1], q[:, -1])
+        # Draws of unnamed mass fall on any id.
+        weights = np.repeat(tail[:, 0] / draws, counts[:, -1])
+        sums[name] -= np.bincount(generator.integers(0, vocabulary, len(weights)), weights, minlength=vocabulary)
+
+    for start in range(0, data.positions, data.length):
+        part = slice(start, start + data.length)
+        p = np.concatenate([np.exp(data.logprobs[part]), data.rest[part, None]], 1)
+        p /= p.sum(1, keepdims=True)
+        q = p**sharpness
+        q /= q.sum(1, keepdims=True)
+        ids = data.ids[part].astype(np.int64)
+        add("full", ids, (q - p)[:, :-1], (q - p)[:, -1])
+        for k in (12, 50, 64):
+            alone = np.where(np.arange(p.shape[1]) < k, p, 0)
+            alone /= alone.sum(1, keepdims=True)
+            add(f"top {k}, renormalised", ids, (q - alone)[:, :-1], (q - alone)[:, -1])
+            # One outcome for the rest: the student's own shares of it are left as they are.
+            bucket = p.copy()
+            bucket[:, k:] = p[:, k:].sum(1, keepdims=True) * q[:, k:] / q[:, k:].sum(1, keepdims=True)
+            add(f"top {k} and the tail", ids, (q - bucket)[:, :-1], (q - bucket)[:, -1])
+        drawn("sampled, 50 draws", ids, p, q, 0, 50)
+        drawn("hybrid, 16 + 32 draws", ids, p, q, 16, 32)
+    full = sums.pop("full")
+    cosine = lambda g: g @ full / np.linalg.norm(g) / np.linalg.norm(full)
+    return {name: float(np.degrees(np.arccos(np.clip(cosine(g), -1, 1)))) for name, g in sums.items()}
+
+
 def potstill(options):
     """The cache's own figures, from the example `measure`."""
-    command = [str(options.measure), "--data", str(options.data), "--json", "--repeat", str(options.repeat), "--tries", str(options.tries)]
-    command += ["--reads", str(options.reads), "--shards", str(options.shards)]
+    command = [str(options.measure), "--data", str(options.data), "--json"]
+    for name in ("repeat", "tries", "reads", "shards"):
+        command += [f"--{name}", str(getattr(options, name))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"{options.measure} failed with exit code {done.returncode}")
@@ -200,17 +246,20 @@ def potstill(options):
     for s in report["storages"]:
         kl = None if s["kl_mean"] is None else (s["kl_mean"], s["kl_max"])
         note = f"{s['selection']}; Arrow reader {s['arrow_us']['p50']:.0f} us"
-        rows.append(row(f"potstill {s['name']}", s["entries"] or "drawn", s["bytes"], kl, s["read_us"]["p50"], note, s["write_per_cpu_s"]))
+        kept, micros = s["entries"] or "drawn", s["read_us"]["p50"]
+        rows.append(row(f"potstill {s['name']}", kept, s["bytes"], kl, micros, note, s["write_per_cpu_s"]))
     return rows, report
 
 
 def table(rows):
-    lines = ["| format | kept | B/position | KL mean | KL max | read, us | write, k/s | |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
+    lines = ["| format | kept | B/position | KL mean | KL max | read, us | write, k/s | |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
     for r in rows:
         kl = ["-", "-"] if r["kl"] is None else ["0" if x == 0 else f"{x:.1e}" for x in r["kl"]]
         kept = r["kept"] if isinstance(r["kept"], str) else f"{r['kept']:.4g}"
         write = "" if r["write"] is None else f"{r['write'] / 1e3:.0f}"
-        lines.append(f"| {r['name']} | {kept} | {r['bytes']:.1f} | {kl[0]} | {kl[1]} | {r['read_us']:,.0f} | {write} | {r['note']} |")
+        size, micros = f"{r['bytes']:.1f}", f"{r['read_us']:,.0f}"
+        lines.append(f"| {r['name']} | {kept} | {size} | {kl[0]} | {kl[1]} | {micros} | {write} | {r['note']} |")
     return "\n".join(lines)
 
 
@@ -228,7 +277,8 @@ def main():
     if not options.data.is_file():
         sys.exit(f"bench_cache: {options.data}: no such file")
     if not options.measure.is_file():
-        sys.exit(f"bench_cache: {options.measure}: not there; build it with\n  cargo build --release -p potstill-cache --example measure")
+        how = "cargo build --release -p potstill-cache --example measure"
+        sys.exit(f"bench_cache: {options.measure}: not there; build it with\n  {how}")
     try:
         data = Data(options.data)
         rows, report = potstill(options)
@@ -238,24 +288,32 @@ def main():
     peers = [
         ("numpy", lambda folder: numpy_map(data, folder, options.reads)),
         ("Hugging Face datasets", lambda folder: hugging_face(data, folder, options.reads)),
-        ("DistillKit's layout, recommended", lambda folder: distillkit("DistillKit's layout, recommended", data, folder, options.reads, 128, 16, [0, 1, 2, 3, 4, "sqrt"])),
-        ("DistillKit's layout, budget", lambda folder: distillkit("DistillKit's layout, budget", data, folder, options.reads, 50, 1, [0, 1, "sqrt"])),
     ]
+    for setting, *how in (("recommended", 128, 16, [0, 1, 2, 3, 4, "sqrt"]), ("budget", 50, 1, [0, 1, "sqrt"])):
+        name = f"DistillKit's layout, {setting}"
+        peers.append((name, lambda folder, name=name, how=how: distillkit(name, data, folder, options.reads, *how)))
     for name, measure in peers:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 rows += measure(Path(folder))
             except (ImportError, ValueError, OSError, pa.ArrowException) as e:
                 left_out.append(f"{name}: {e}")
-    print(f"{data.sequences} sequences of {data.length} positions, in potstill's caches {options.repeat} times. KL in nats over kept entries and tail.\n")
+    print(f"{data.sequences} sequences of {data.length} positions, in potstill's caches {options.repeat} times. "
+          "KL in nats over kept entries and tail.\n")
     print(table(rows))
+    flat, sharp = angles(data, 0.5), angles(data, 2.0)
+    print(f"\nAngle to the gradient of full distillation, of the output layer's bias over {data.positions:,} positions.\n")
+    print("| kept | student half as sharp | student twice as sharp |\n| --- | ---: | ---: |")
+    for name, angle in flat.items():
+        print(f"| {name} | {angle:.1f}° | {sharp[name]:.1f}° |")
     for reason in left_out:
         print(f"\nLeft out: {reason}")
     shards = report["open_shards"]
     if shards:
-        print(f"\n{shards['shards']} open shards of {shards['rows']} rows: {shards['after'] / 2**20:.0f} MiB resident, {shards['open']:.0f} us to open one.")
+        print(f"\n{shards['shards']} open shards of {shards['rows']} rows: {shards['after'] / 2**20:.0f} MiB resident, "
+              f"{shards['open']:.0f} us to open one.")
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "left_out": left_out, "measure": report}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"rows": rows, "angles": [flat, sharp], "left_out": left_out, "measure": report}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

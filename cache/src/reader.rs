@@ -2,9 +2,10 @@
 
 use crate::error::{Flaw, Place};
 use crate::manifest::{Manifest, ShardEntry};
-use crate::shard::read::Shard;
+use crate::shard::read::{Expected, Family, Shard};
 use crate::{Error, Record, Result, RowKey};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::OnceLock;
 
 /// An open cache, finished or partial. Cheap to share: every method takes `&self`, and rows may be read from many threads.
@@ -22,7 +23,8 @@ impl Cache {
     /// Errors: no such folder, no manifest, a damaged manifest or shard, a newer format version.
     pub fn open(dir: &Path) -> Result<Self> {
         let manifest = Manifest::load(dir)?;
-        let shards = manifest.shards.iter().map(|entry| open_entry(dir, &manifest, entry)).collect::<Result<Vec<_>>>()?;
+        let opener = Opener::of(dir, &manifest)?;
+        let shards = manifest.shards.iter().map(|entry| opener.open(entry)).collect::<Result<Vec<_>>>()?;
         Ok(Self { dir: dir.to_path_buf(), manifest, shards, by_key: OnceLock::new() })
     }
 
@@ -129,9 +131,34 @@ impl std::fmt::Debug for Cache {
     }
 }
 
+/// What the shards of one cache have in common, worked out once.
+pub(crate) struct Opener {
+    dir: PathBuf,
+    family: Arc<Family>,
+}
+
+impl Opener {
+    pub(crate) fn of(dir: &Path, manifest: &Manifest) -> Result<Self> {
+        let family = Family::of(&manifest.description, manifest.format_version);
+        let family = family.map_err(|source| Error::Parquet { path: dir.to_path_buf(), source })?;
+        Ok(Self { dir: dir.to_path_buf(), family: Arc::new(family) })
+    }
+
+    /// Opens a shard, or a piece of one.
+    pub(crate) fn open(&self, entry: &ShardEntry) -> Result<Shard> {
+        self.open_at(&self.dir.join(&entry.file), entry)
+    }
+
+    /// Opens the file `path` as the shard that `entry` describes.
+    pub(crate) fn open_at(&self, path: &Path, entry: &ShardEntry) -> Result<Shard> {
+        let expected = Expected { first_row: entry.first_row, rows: entry.rows, bytes: Some(entry.bytes) };
+        Shard::open(path, expected, Place::new(&self.dir, &entry.file), self.family.clone())
+    }
+}
+
 /// Opens a shard, or a piece of one, of the cache in `dir`.
 pub(crate) fn open_entry(dir: &Path, manifest: &Manifest, entry: &ShardEntry) -> Result<Shard> {
-    crate::writer::open_shard(&dir.join(&entry.file), dir, manifest, entry)
+    Opener::of(dir, manifest)?.open(entry)
 }
 
 /// Reads and checks the companion `path`.

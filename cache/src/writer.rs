@@ -22,7 +22,7 @@ use crate::error::{Flaw, Place};
 use crate::layout::Layout;
 use crate::manifest::{FORMAT_VERSION, Manifest, ShardCodec, ShardEntry};
 use crate::rules::{Form, Rules};
-use crate::shard::read::{Expected, Shard};
+use crate::shard::read::Shard;
 use crate::shard::write::ShardWriter;
 use crate::shard::{file_name, footer, part_name};
 use crate::{Description, Error, Record, Result, RowKey, codec, durable, reader};
@@ -350,9 +350,7 @@ impl OpenShard {
 
 /// Opens the file `path` as the shard that `entry` describes.
 pub(crate) fn open_shard(path: &Path, dir: &Path, manifest: &Manifest, entry: &ShardEntry) -> Result<Shard> {
-    let footer = footer::entries(&manifest.description, manifest.format_version, entry.first_row);
-    let expected = Expected { first_row: entry.first_row, rows: entry.rows, bytes: Some(entry.bytes), footer };
-    Shard::open(path, expected, Place::new(dir, &entry.file), Rules::of(&manifest.description, manifest.format_version))
+    reader::Opener::of(dir, manifest)?.open_at(path, entry)
 }
 
 /// BLAKE3 (hex) of a file's bytes.

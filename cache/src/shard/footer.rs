@@ -1,12 +1,15 @@
 //! The key-values in a shard's footer: enough to know, from the file alone, what it holds and where it belongs.
 
-use super::read::Expected;
+use super::read::{Expected, Family};
 use crate::Description;
 use crate::codec::value_codec_name;
 use crate::error::Flaw;
-use crate::layout::Layout;
-use parquet::arrow::parquet_to_arrow_schema;
 use parquet::file::metadata::{KeyValue, ParquetMetaData};
+
+/// What every key of ours begins with.
+const PREFIX: &str = "potstill.";
+/// The only key whose value differs from shard to shard.
+const FIRST_ROW: &str = "potstill.first_row";
 
 /// The key-values of the shard that starts at row `first_row` of a cache with this description, in this format version.
 pub(crate) fn entries(description: &Description, version: u32, first_row: u64) -> Vec<(String, String)> {
@@ -15,7 +18,7 @@ pub(crate) fn entries(description: &Description, version: u32, first_row: u64) -
     let selection = if version == 1 { d.selection.kind().to_string() } else { d.selection.to_string() };
     let pairs = [
         ("format_version", version.to_string()),
-        ("first_row", first_row.to_string()),
+        (FIRST_ROW.trim_start_matches(PREFIX), first_row.to_string()),
         ("selection", selection),
         ("k", d.selection.max_entries().to_string()),
         ("vocab_size", d.vocab_size.to_string()),
@@ -31,7 +34,7 @@ pub(crate) fn entries(description: &Description, version: u32, first_row: u64) -
         ("data_blake3", d.data.digest()),
         ("description_blake3", d.digest()),
     ];
-    pairs.into_iter().map(|(key, value)| (format!("potstill.{key}"), value)).collect()
+    pairs.into_iter().map(|(key, value)| (format!("{PREFIX}{key}"), value)).collect()
 }
 
 /// As the Parquet library wants them.
@@ -40,12 +43,13 @@ pub(crate) fn key_values(entries: &[(String, String)]) -> Vec<KeyValue> {
 }
 
 /// Checks columns, row counts and key-values of an opened file.
-pub(crate) fn check(meta: &ParquetMetaData, layout: &Layout, expected: &Expected) -> Result<(), Flaw> {
+pub(crate) fn check(meta: &ParquetMetaData, family: &Family, expected: &Expected) -> Result<(), Flaw> {
     let file = meta.file_metadata();
-    let found = parquet_to_arrow_schema(file.schema_descr(), None).map_err(|e| Flaw::new("columns of known types", e))?;
-    if found.fields() != layout.schema().fields() {
-        let names: Vec<&str> = found.fields().iter().map(|field| field.name().as_str()).collect();
-        return Err(Flaw::new(format!("the columns of format version {}", layout.version), format!("{names:?}")));
+    let found = file.schema_descr().root_schema().get_fields();
+    if found != family.schema.root_schema().get_fields() {
+        let names: Vec<&str> = found.iter().map(|field| field.name()).collect();
+        let expected = format!("the columns of format version {}", family.rules.layout.version);
+        return Err(Flaw::new(expected, format!("{names:?}")));
     }
     let mut end = 0u64;
     for group in meta.row_groups() {
@@ -57,7 +61,9 @@ pub(crate) fn check(meta: &ParquetMetaData, layout: &Layout, expected: &Expected
         return Err(Flaw::new(format!("{} rows", expected.rows), found));
     }
     let stored = file.key_value_metadata();
-    for (key, value) in &expected.footer {
+    let first_row = expected.first_row.to_string();
+    for (key, value) in &family.footer {
+        let value = if key == FIRST_ROW { &first_row } else { value };
         let found = stored.into_iter().flatten().find(|kv| &kv.key == key).and_then(|kv| kv.value.as_deref());
         if found != Some(value.as_str()) {
             return Err(Flaw::new(format!("{key} = {value:?} in the footer"), format!("{found:?}")));

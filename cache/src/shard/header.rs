@@ -87,7 +87,8 @@ fn take<'a>(bytes: &mut &'a [u8], n: usize) -> Option<&'a [u8]> {
 /// A number in groups of 7 bits, lowest first.
 pub(super) fn varint(bytes: &mut &[u8]) -> Option<u64> {
     let mut value = 0u64;
-    for shift in (0..64).step_by(7) {
+    // 63 bits: nothing in a page is larger, and no bit is lost.
+    for shift in (0..63).step_by(7) {
         let byte = take(bytes, 1)?[0];
         value |= u64::from(byte & 0x7f) << shift;
         if byte & 0x80 == 0 {

@@ -1,10 +1,10 @@
 //! The single values of a row group's rows: one small page a column, read once and kept.
 
-use super::page;
+use super::page::{self, Span};
 use super::read::{Trouble, fetch};
 use super::table::Group;
 use crate::error::Flaw;
-use crate::layout::{Column, Layout};
+use crate::layout::{Column, Layout, Shape};
 use crate::schema::RowHead;
 use crate::{CodecError, RowKey};
 use std::fs::File;
@@ -15,14 +15,12 @@ const MAX_SCALAR_BYTES: usize = 128;
 /// Reads the pages of single values of one row group.
 pub(super) fn read(file: &File, layout: &Layout, columns: &[Column], group: &Group) -> Result<Vec<RowHead>, Trouble> {
     let rows = group.rows as usize;
-    let mut buffer = Vec::new();
-    let mut page = |column: Column| -> Result<Vec<u8>, Trouble> {
-        let index = columns.iter().position(|c| *c == column);
-        let span = index.and_then(|i| group.pages.get(i)?.first());
-        let span = span.ok_or_else(|| Flaw::new(format!("a page of {}", layout.name(column)), "none"))?;
-        fetch(file, span, &mut buffer).map_err(Trouble::reading)?;
+    let fetched = fetch_all(file, columns, group)?;
+    let page = |column: Column| -> Result<Vec<u8>, Trouble> {
+        let buffer = fetched.iter().find(|(c, _)| *c == column).map(|(_, bytes)| bytes.as_slice());
+        let buffer = buffer.ok_or_else(|| Flaw::new(format!("a page of {}", layout.name(column)), "none"))?;
         let within = |flaw: Flaw| Flaw::new(format!("{}: {}", layout.name(column), flaw.expected), flaw.found);
-        Ok(page::scalars(&buffer, rows, MAX_SCALAR_BYTES, |plain| Ok(plain.to_vec())).map_err(within)?)
+        Ok(page::scalars(buffer, rows, MAX_SCALAR_BYTES, |plain| Ok(plain.to_vec())).map_err(within)?)
     };
     let keys = texts(&page(Column::Key)?, rows)?;
     let selections = texts(&page(Column::Selection)?, rows)?;
@@ -32,7 +30,7 @@ pub(super) fn read(file: &File, layout: &Layout, columns: &[Column], group: &Gro
     }
     let seq_ids = numbers::<8>(&page(Column::SeqId)?, rows)?;
     let [ks, sums, maxima, crcs] = [Column::K, Column::CodecKlSum, Column::CodecKlMax, Column::Crc32];
-    let mut words = |column| -> Result<Vec<u32>, Trouble> {
+    let words = |column| -> Result<Vec<u32>, Trouble> {
         Ok(numbers::<4>(&page(column)?, rows)?.into_iter().map(u32::from_le_bytes).collect())
     };
     let (ks, sums, maxima, crcs) = (words(ks)?, words(sums)?, words(maxima)?, words(crcs)?);
@@ -48,6 +46,34 @@ pub(super) fn read(file: &File, layout: &Layout, columns: &[Column], group: &Gro
         });
     }
     Ok(heads)
+}
+
+/// The pages of single values. Those that lie end to end, as ours do at both ends of a row group, are fetched with one read.
+fn fetch_all(file: &File, columns: &[Column], group: &Group) -> Result<Vec<(Column, Vec<u8>)>, Trouble> {
+    let single = |column: &Column| column.shape() == Shape::Scalar;
+    let pages = columns.iter().zip(&group.pages).filter(|(column, _)| single(column));
+    let mut runs: Vec<(Span, Vec<(Column, u32)>)> = Vec::new();
+    for (column, span) in pages.filter_map(|(column, pages)| Some((*column, *pages.first()?))) {
+        match runs.last_mut() {
+            Some((run, inside)) if run.offset + u64::from(run.length) == span.offset => {
+                run.length = run.length.saturating_add(span.length);
+                inside.push((column, span.length));
+            }
+            _ => runs.push((span, vec![(column, span.length)])),
+        }
+    }
+    let mut fetched = Vec::new();
+    for (run, inside) in runs {
+        let mut buffer = Vec::new();
+        fetch(file, &run, &mut buffer).map_err(Trouble::reading)?;
+        let mut rest = buffer.as_slice();
+        for (column, length) in inside {
+            let (page, after) = rest.split_at_checked(length as usize).unwrap_or((rest, &[]));
+            fetched.push((column, page.to_vec()));
+            rest = after;
+        }
+    }
+    Ok(fetched)
 }
 
 /// `rows` numbers of `N` bytes.

@@ -14,11 +14,15 @@ use crate::guard::fenced;
 use crate::layout::{Column, Shape};
 use crate::rules::Rules;
 use crate::schema::{self, RowHead};
-use crate::{Error, Record, Result, RowKey};
+use crate::{Description, Error, Record, Result, RowKey};
 use memmap2::Mmap;
+use parquet::arrow::ArrowSchemaConverter;
+use parquet::errors::ParquetError;
 use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader};
+use parquet::schema::types::SchemaDescriptor;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// What a shard has to be.
 pub(crate) struct Expected {
@@ -28,8 +32,24 @@ pub(crate) struct Expected {
     pub(crate) rows: u64,
     /// Its size, where that is known already.
     pub(crate) bytes: Option<u64>,
-    /// Key-values of its footer.
+}
+
+/// What all shards of a cache have in common.
+pub(crate) struct Family {
+    pub(crate) rules: Rules,
+    pub(crate) columns: Vec<Column>,
+    /// Key-values of the footers; that of the first row is the first shard's.
     pub(crate) footer: Vec<(String, String)>,
+    pub(crate) schema: SchemaDescriptor,
+}
+
+impl Family {
+    pub(crate) fn of(description: &Description, version: u32) -> std::result::Result<Self, ParquetError> {
+        let rules = Rules::of(description, version);
+        let schema = ArrowSchemaConverter::new().convert(&rules.layout.schema())?;
+        let footer = super::footer::entries(description, version, 0);
+        Ok(Self { columns: rules.layout.columns(), rules, footer, schema })
+    }
 }
 
 /// Size of one column in a file.
@@ -50,15 +70,14 @@ pub(crate) struct Shard {
     sizes: Vec<ColumnSize>,
     rows: u64,
     first_row: u64,
-    columns: Vec<Column>,
-    rules: Rules,
+    family: Arc<Family>,
     /// Set where pages are of an older version, whose tokens only the Arrow reader decodes.
     arrow: Option<ArrowShard>,
 }
 
 impl Shard {
     /// Maps `path` and checks size, schema, rows, pages and footer against `expected`.
-    pub(crate) fn open(path: &Path, expected: Expected, place: Place, rules: Rules) -> Result<Self> {
+    pub(crate) fn open(path: &Path, expected: Expected, place: Place, family: Arc<Family>) -> Result<Self> {
         let damage = |flaw: Flaw| flaw.damage(&place, None, None);
         let (file, bytes) = open_file(path, expected.bytes).map_err(|e| e.at(path, &place))?;
         // SAFETY: the map is never read from; it only names a range of the file to the system (`will_need`).
@@ -71,16 +90,16 @@ impl Shard {
             reader.try_parse(&file).and_then(|()| reader.finish()).map_err(|e| Flaw::new("a readable Parquet footer", e))
         };
         let meta = fenced(load).unwrap_or_else(|panic| Err(Flaw::new("a readable Parquet footer", panic))).map_err(damage)?;
-        let columns = rules.layout.columns();
         let check = || {
-            super::footer::check(&meta, &rules.layout, &expected)?;
-            groups(&meta, &rules.layout, &columns, bytes)
+            super::footer::check(&meta, &family, &expected)?;
+            groups(&meta, &family.rules.layout, &family.columns, bytes)
         };
         let groups = fenced(check).unwrap_or_else(|panic| Err(Flaw::new("a readable Parquet footer", panic))).map_err(damage)?;
         let sizes = column_sizes(&meta);
-        let arrow = (rules.layout.version == 1).then(|| ArrowShard::new(meta, &rules.layout)).transpose().map_err(damage)?;
+        let layout = &family.rules.layout;
+        let arrow = (layout.version == 1).then(|| ArrowShard::new(meta, layout)).transpose().map_err(damage)?;
         let (rows, first_row) = (expected.rows, expected.first_row);
-        Ok(Self { path: path.to_path_buf(), place, bytes, map, groups, sizes, rows, first_row, columns, rules, arrow })
+        Ok(Self { path: path.to_path_buf(), place, bytes, map, groups, sizes, rows, first_row, family, arrow })
     }
 
     /// Rows in this shard.
@@ -95,12 +114,12 @@ impl Shard {
 
     /// Row `row` of this shard (0-based), checked.
     pub(crate) fn row(&self, row: u64) -> Result<Record> {
-        self.checked_row(row, |record| self.rules.check_read(record))
+        self.checked_row(row, |record| self.family.rules.check_read(record))
     }
 
     /// The same, with every rule of the cache checked.
     pub(crate) fn row_by_all_rules(&self, row: u64) -> Result<Record> {
-        self.checked_row(row, |record| self.rules.check(record, crate::rules::Form::Stored))
+        self.checked_row(row, |record| self.family.rules.check(record, crate::rules::Form::Stored))
     }
 
     fn checked_row(&self, row: u64, check: impl Fn(&Record) -> std::result::Result<(), Flaw>) -> Result<Record> {
@@ -129,7 +148,7 @@ impl Shard {
         };
         let read = || {
             let file = self.open_again()?;
-            arrow::load(&file, &self.rules.layout)?.row(&file, index, (row - group.first) as usize)
+            arrow::load(&file, &self.family.rules.layout)?.row(&file, index, (row - group.first) as usize)
         };
         let flat = fenced(read).unwrap_or_else(|panic| Err(Flaw::new("pages that decode", panic).into()));
         flat.map_err(|trouble| trouble.at_row(&self.path, &self.place, index as u64, cache_row))
@@ -139,7 +158,7 @@ impl Shard {
     pub(crate) fn will_need(&self, row: u64) {
         let Some((_, group)) = self.locate(row) else { return };
         let within = (row - group.first) as usize;
-        for (column, pages) in self.columns.iter().zip(&group.pages) {
+        for (column, pages) in self.family.columns.iter().zip(&group.pages) {
             let single = column.shape() == Shape::Scalar;
             if single && group.heads.get().is_some() {
                 continue;
@@ -156,7 +175,7 @@ impl Shard {
     pub(crate) fn row_bytes(&self, row: u64) -> u64 {
         let Some((_, group)) = self.locate(row) else { return 0 };
         let within = (row - group.first) as usize;
-        let lists = self.columns.iter().zip(&group.pages).filter(|(column, _)| column.shape() != Shape::Scalar);
+        let lists = self.family.columns.iter().zip(&group.pages).filter(|(column, _)| column.shape() != Shape::Scalar);
         lists.filter_map(|(_, pages)| pages.get(within)).map(|page| u64::from(page.length)).sum()
     }
 
@@ -180,13 +199,13 @@ impl Shard {
     fn decode(&self, file: &File, group: &Group, within: usize) -> std::result::Result<Record, Trouble> {
         let heads = self.heads(file, group)?;
         let head = heads.get(within).ok_or_else(|| Flaw::new("the row's single values", "none"))?;
-        let layout = &self.rules.layout;
+        let layout = &self.family.rules.layout;
         let (mut buffer, mut known) = (Vec::new(), KnownLevels::default());
         let mut io = None;
         // Until the tokens are read, they are as many as a row may have.
         let mut most = crate::MAX_ROW_TOKENS;
         let record = schema::assemble(layout, head, |column| {
-            let index = self.columns.iter().position(|c| *c == column);
+            let index = self.family.columns.iter().position(|c| *c == column);
             let page = index.and_then(|i| group.pages.get(i)?.get(within));
             let page = page.ok_or_else(|| Flaw::new(format!("a page of {}", layout.name(column)), "none"))?;
             fetch(file, page, &mut buffer).map_err(|e| {
@@ -197,7 +216,7 @@ impl Shard {
             let within_column = |flaw: Flaw| Flaw::new(format!("{}: {}", layout.name(column), flaw.expected), flaw.found);
             let lists = page::lists(&buffer, column.shape(), most, &mut known).map_err(within_column)?;
             if column == Column::InputIds {
-                most = self.rules.max_entries(lists.words.len());
+                most = self.family.rules.max_entries(lists.words.len());
             }
             Ok(lists)
         });
@@ -212,7 +231,7 @@ impl Shard {
         if let Some(heads) = group.heads.get() {
             return Ok(heads);
         }
-        let heads = heads::read(file, &self.rules.layout, &self.columns, group)?;
+        let heads = heads::read(file, &self.family.rules.layout, &self.family.columns, group)?;
         Ok(group.heads.get_or_init(|| heads.into_boxed_slice()))
     }
 
@@ -282,6 +301,9 @@ fn open_file(path: &Path, bytes: Option<u64>) -> std::result::Result<(File, u64)
     if !info.is_file() {
         return Err(Flaw::new("a plain file", "something else").into());
     }
+    // One read asks for a page and no more; without this the system would read ahead on a cold file. It is advice.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
     match bytes {
         Some(bytes) if bytes != info.len() => Err(Flaw::new(format!("{bytes} bytes"), format!("{} bytes", info.len())).into()),
         _ if info.len() == 0 => Err(Flaw::new("a Parquet file", "0 bytes").into()),
