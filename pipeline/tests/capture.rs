@@ -304,9 +304,9 @@ fn gradients_of_draws_average_to_that_of_the_whole_distribution() {
             assert!((found - whole).abs() < 6.0 * deviation + 1e-7, "{selection}: {found} against {whole}");
         }
     }
-    // Kept entries alone, renormalised, are off by far more.
-    let renormalised = mean(Selection::TopK { k: 6 }, Tail::StudentFull, 1);
-    assert!(renormalised.iter().zip(&whole).any(|(a, b)| (a - b).abs() > 0.01), "{renormalised:?} {whole:?}");
+    // The three most likely alone, renormalised, are off by far more than 6 deviations of the estimates, 0.006 at most.
+    let renormalised = mean(Selection::TopK { k: 3 }, Tail::StudentFull, 1);
+    assert!(renormalised.iter().zip(&whole).any(|(a, b)| (a - b).abs() > 0.02), "{renormalised:?} {whole:?}");
 }
 
 #[test]
