@@ -98,7 +98,13 @@ impl CacheWriter {
         let rules = Rules::of(description, manifest.format_version);
         let last_seq_id = last_seq_id(dir, &manifest)?;
         let layout = Arc::new(rules.layout.clone());
-        Ok(Self { dir: dir.into(), rules, layout, manifest, open: None, last_seq_id, failed: false, _lock: lock })
+        let mut writer = Self { dir: dir.into(), rules, layout, manifest, open: None, last_seq_id, failed: false, _lock: lock };
+        // A run that ended between its last piece and the shard they make up: the next row belongs to another shard.
+        if writer.part_rows() >= u64::from(description.rows_per_shard) {
+            writer.publish_shard(None)?;
+            writer.save_and_remove_parts()?;
+        }
+        Ok(writer)
     }
 
     /// Rows that are durable. Append from this one on.
