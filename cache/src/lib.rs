@@ -10,11 +10,18 @@ mod codec;
 mod combine;
 mod durable;
 mod error;
+#[cfg(test)]
+mod faults;
 mod fingerprint;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod guard;
 mod layout;
 mod manifest;
 mod narrow;
+#[cfg(test)]
+mod power;
 mod preset;
 mod progress;
 mod queue;

@@ -241,7 +241,10 @@ impl CacheWriter {
     fn write(&mut self, record: Record) -> Result<()> {
         let mut open = match self.open.take() {
             Some(open) => open,
-            None => self.start()?,
+            None => {
+                self.join_full()?;
+                self.start()?
+            }
         };
         open.count(&record);
         open.writer.append(record)?;
@@ -298,6 +301,15 @@ impl CacheWriter {
         let entry = self.publish(whole, name)?;
         self.manifest.shards.push(entry);
         Ok(())
+    }
+
+    /// Makes the shard of pieces that hold all of its rows: a run may have stopped between the last piece and the joining.
+    fn join_full(&mut self) -> Result<()> {
+        if self.part_rows() < u64::from(self.manifest.description.rows_per_shard) {
+            return Ok(());
+        }
+        self.publish_shard(None)?;
+        self.save_and_remove_parts()
     }
 
     /// The rows of all pieces, written again as one shard: the very bytes of a shard that was never cut.
@@ -366,7 +378,7 @@ pub(crate) fn open_shard(path: &Path, dir: &Path, manifest: &Manifest, entry: &S
 pub(crate) fn digest_of(path: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     // Read, not mapped: a file that shrinks meanwhile is an error and not the end of the process.
-    let file = File::open(path).map_err(Error::io(path))?;
+    let file = durable::call(|| File::open(path)).map_err(Error::io(path))?;
     hasher.update_reader(file).map_err(Error::io(path))?;
     Ok(hasher.finalize().to_hex().to_string())
 }
