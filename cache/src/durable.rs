@@ -109,7 +109,8 @@ pub(crate) fn publish(tmp: &Path, path: &Path) -> Result<()> {
 
 /// Gives `tmp` the name of the file whose place it takes, durably.
 pub(crate) fn supersede(tmp: &Path, path: &Path) -> Result<()> {
-    std::fs::rename(tmp, path).map_err(Error::io(path))?;
+    call(|| std::fs::rename(tmp, path)).map_err(Error::io(path))?;
+    done!(Renamed(tmp, path));
     sync_parent(path)
 }
 
@@ -165,13 +166,24 @@ pub(crate) fn sync_folder(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Takes the lock file `path` of the cache `dir` for as long as the file stays open. The empty file is left behind: removing
+/// The lock of one cache, held until dropped.
+#[derive(Debug)]
+pub(crate) struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing the file is not enough: a process that was forked a moment ago has it open until it becomes another program.
+        let _ = self.0.unlock();
+    }
+}
+
+/// Takes the lock file `path` of the cache `dir`. The empty file is left behind: removing
 /// it would let two processes hold locks on two files of the same name.
-pub(crate) fn lock(dir: &Path, path: &Path) -> Result<File> {
+pub(crate) fn lock(dir: &Path, path: &Path) -> Result<Lock> {
     let file = call(|| OpenOptions::new().write(true).create(true).truncate(false).open(path)).map_err(Error::io(path))?;
     done!(Created(path, &file));
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(Lock(file)),
         Err(TryLockError::WouldBlock) => Err(Error::Locked { dir: dir.to_path_buf() }),
         Err(TryLockError::Error(e)) => Err(Error::io(path)(e)),
     }

@@ -53,7 +53,7 @@ pub struct CacheWriter {
     open: Option<OpenShard>,
     last_seq_id: Option<u64>,
     failed: bool,
-    _lock: File,
+    _lock: durable::Lock,
 }
 
 /// The shard, or the piece of one, under way.
