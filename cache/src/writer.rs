@@ -98,7 +98,9 @@ impl CacheWriter {
         let rules = Rules::of(description, manifest.format_version);
         let last_seq_id = last_seq_id(dir, &manifest)?;
         let layout = Arc::new(rules.layout.clone());
-        Ok(Self { dir: dir.into(), rules, layout, manifest, open: None, last_seq_id, failed: false, _lock: lock })
+        let mut writer = Self { dir: dir.into(), rules, layout, manifest, open: None, last_seq_id, failed: false, _lock: lock };
+        writer.join_full()?;
+        Ok(writer)
     }
 
     /// Rows that are durable. Append from this one on.
@@ -235,10 +237,7 @@ impl CacheWriter {
     fn write(&mut self, record: Record) -> Result<()> {
         let mut open = match self.open.take() {
             Some(open) => open,
-            None => {
-                self.join_full()?;
-                self.start()?
-            }
+            None => self.start()?,
         };
         open.count(&record);
         open.writer.append(record)?;
@@ -297,7 +296,8 @@ impl CacheWriter {
         Ok(())
     }
 
-    /// Makes the shard of pieces that hold all of its rows: a run may have stopped between the last piece and the joining.
+    /// Makes the shard of pieces that hold all of its rows: a run may have stopped between the last piece and the joining, and the
+    /// next row belongs to another shard.
     fn join_full(&mut self) -> Result<()> {
         if self.part_rows() < u64::from(self.manifest.description.rows_per_shard) {
             return Ok(());
