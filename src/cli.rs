@@ -63,7 +63,7 @@ pub enum Verb {
 
 /// Stage one: run a teacher over chats and write a cache of its distributions
 ///
-/// The same command, run again, continues where it stopped; a killed run loses at most the open shard.
+/// The same command, run again, continues where it stopped; a killed run loses at most --seal-minutes of work.
 #[derive(Debug, Args, Serialize)]
 #[command(
     allow_negative_numbers = true,
@@ -71,7 +71,15 @@ pub enum Verb {
 Example:
   potstill precompute --teacher models/Qwen1.5-32B-Chat-AWQ \\
       --data 'ultrachat_200k/data/train_sft-*.parquet' \\
-      --cache caches/ultrachat --top-k 64 --max-length 1024
+      --cache caches/ultrachat --preset compact --max-length 1024
+
+Presets (every knob can be turned by its flag):
+  preset    selection               values                     zstd  for
+  exact     top-k 64                bf16 logits, log-sum-exp     12  nothing lost against a bf16 head
+  standard  top-k 64                7 mantissa bits               3  far below the teacher's own rounding
+  compact   cutoff, p >= 1e-5       5 mantissa bits              12  half the bytes at the same kept mass
+  small     cutoff, mass >= 0.999   4 mantissa bits              12  the smallest with exact heads
+  sampled   50 draws                counts                       12  unbiased, a tenth of the bytes
 
 Each setting may also stand in the table [precompute] of --config FILE, or in a variable such as
 POTSTILL_PRECOMPUTE__TOP_K=32. Flags win over variables, variables over the file."
@@ -86,9 +94,42 @@ pub struct Precompute {
     /// Folder of the cache; made if it is not there, continued if it is
     #[arg(long, value_name = "DIR")]
     pub cache: Option<PathBuf>,
-    /// Entries kept at each scored position, 1 to 65535
+    /// What is kept of each distribution, and how: exact, standard, compact, small or sampled (table below)
+    #[arg(long, value_name = "NAME")]
+    pub preset: Option<String>,
+    /// top-k, cutoff, sampled or hybrid [default: the preset's]
+    #[arg(long, value_name = "KIND")]
+    pub selection: Option<String>,
+    /// Most entries kept exactly at each scored position, 1 to 65535 [default: the preset's]
     #[arg(long, value_name = "K")]
     pub top_k: Option<i64>,
+    /// Keep entries of at least this probability; makes a top-k selection a cutoff [default: the preset's]
+    #[arg(long, value_name = "P")]
+    pub min_prob: Option<f64>,
+    /// Keep the fewest entries that make up this mass; makes a top-k selection a cutoff [default: the preset's]
+    #[arg(long, value_name = "P")]
+    pub min_mass: Option<f64>,
+    /// Tokens drawn at each scored position, 1 to 65535 [default: the preset's, else 50]
+    #[arg(long, value_name = "N")]
+    pub draws: Option<i64>,
+    /// Seed of the draws [default: 0]
+    #[arg(long, value_name = "N")]
+    pub sample_seed: Option<i64>,
+    /// What is stored of kept entries: logprob or logit-bf16 [default: the preset's]
+    #[arg(long, value_name = "WHAT")]
+    pub values: Option<String>,
+    /// Mantissa bits kept of each log-probability, 1 to 23 [default: the preset's]
+    #[arg(long, value_name = "BITS")]
+    pub mantissa_bits: Option<i64>,
+    /// zstd level of the shards, 1 to 22 [default: the preset's]
+    #[arg(long, value_name = "LEVEL")]
+    pub zstd_level: Option<i64>,
+    /// Lay ids out for readers of Parquet from before 2025, at a few per cent more bytes
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    pub compat: Option<bool>,
+    /// Temperatures T, such as 1.5,2, at which ln Σ p^(1/T) is kept: training at T then knows the tail exactly
+    #[arg(long, value_name = "T,...", value_delimiter = ',')]
+    pub lse_temperatures: Option<Vec<f64>>,
     /// Longest conversation, in tokens
     #[arg(long, value_name = "TOKENS")]
     pub max_length: Option<i64>,
@@ -107,15 +148,12 @@ pub struct Precompute {
     /// Scored positions whose logits exist at once
     #[arg(long, value_name = "POSITIONS")]
     pub head_chunk: Option<i64>,
-    /// Conversations in a shard: the most that a kill can lose
+    /// Conversations in a shard
     #[arg(long, value_name = "ROWS")]
     pub rows_per_shard: Option<i64>,
-    /// Mantissa bits kept of each log-probability, 1 to 23
-    #[arg(long, value_name = "BITS")]
-    pub mantissa_bits: Option<i64>,
-    /// zstd level of the shards, 1 to 22
-    #[arg(long, value_name = "LEVEL")]
-    pub zstd_level: Option<i64>,
+    /// Minutes after which what was scored is made durable: the most that a kill can lose; 0: after every pack
+    #[arg(long, value_name = "MINUTES")]
+    pub seal_minutes: Option<f64>,
     /// Score only this share of the conversations, cut at borders of shards; `combine` joins them
     #[arg(long, value_name = "N/T")]
     pub part: Option<String>,
@@ -302,9 +340,18 @@ pub struct Train {
     /// Weight of the cross entropy [default: sft 1, distill 0, distill+sft 0.5]
     #[arg(long, value_name = "X")]
     pub kd_ce_alpha: Option<f64>,
-    /// Temperature of the distillation term, above 0
+    /// Temperature of the distillation term, above 0; where the cache keeps ln Σ p^(1/T), with the exact tail
     #[arg(long, value_name = "T")]
     pub temperature: Option<f64>,
+    /// Read at most so many entries of each distribution [default: all the cache has]
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<i64>,
+    /// Read entries of at least this probability [default: all the cache has]
+    #[arg(long, value_name = "P")]
+    pub min_prob: Option<f64>,
+    /// Read the fewest entries that make up this mass [default: all the cache has]
+    #[arg(long, value_name = "P")]
+    pub min_mass: Option<f64>,
     /// Optimiser steps; overrides --epochs [default: from --epochs]
     #[arg(long, value_name = "N")]
     pub steps: Option<i64>,
@@ -438,7 +485,7 @@ fn command() -> clap::Command {
         let defaults = defaults.unwrap_or_default();
         command.mut_subcommand(section.name, |verb| {
             section.settings.iter().fold(verb, |verb, setting| match defaults.get(setting.key).map(shown) {
-                Some(text) if !text.is_empty() && setting.key != "shuffle" => verb.mut_arg(setting.key, |arg| {
+                Some(text) if !text.is_empty() => verb.mut_arg(setting.key, |arg| {
                     let help = format!("{} [default: {text}]", arg.get_help().cloned().unwrap_or_default());
                     arg.help(help)
                 }),
@@ -458,7 +505,8 @@ fn shown(value: &toml::Value) -> String {
         toml::Value::String(text) => text.clone(),
         toml::Value::Float(x) if *x != 0.0 && x.abs() < 1e-3 => format!("{x:e}"),
         toml::Value::Float(x) => x.to_string(),
-        toml::Value::Array(_) | toml::Value::Table(_) => String::new(),
+        // A switch says itself which way it stands.
+        toml::Value::Boolean(_) | toml::Value::Array(_) | toml::Value::Table(_) => String::new(),
         other => other.to_string(),
     }
 }

@@ -10,11 +10,18 @@ mod codec;
 mod combine;
 mod durable;
 mod error;
+#[cfg(test)]
+mod faults;
 mod fingerprint;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod guard;
 mod layout;
 mod manifest;
 mod narrow;
+#[cfg(test)]
+mod power;
 mod preset;
 mod progress;
 mod queue;
@@ -56,7 +63,7 @@ pub use repair::{Mended, Mending, Repair, RepairList, RepairReport, Sameness, Sh
 pub use rules::{LOGPROB_EPSILON, MASS_EPSILON, MAX_ROW_ENTRIES, MAX_ROW_TOKENS};
 pub use sampler::{Order, Sampler};
 pub use selection::{Cutoff, MAX_DRAWS, Selection};
-pub use stats::{ColumnBytes, Distributions, RAW_ENTRY_BYTES, Summary};
+pub use stats::{ColumnBytes, Distributions, Drawn, Kept, RAW_ENTRY_BYTES, Summary};
 pub use targets::{SoftTargets, Target};
 pub use verify::{DamagedRow, MAX_PROBLEMS, ManifestState, Problem, ShardDamage, VerifyMode, VerifyReport, verify, verify_as};
 pub use writer::{CacheWriter, Companion, WriterOptions};

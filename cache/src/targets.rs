@@ -45,6 +45,15 @@ pub struct Target<'a> {
     pub lse_t: &'a [f32],
 }
 
+impl Target<'_> {
+    /// Drawn ids with the unbiased estimate of each one's probability: `count / draws`, times the tail's where there is a head.
+    pub fn drawn_probabilities(&self) -> impl Iterator<Item = (u32, f64)> {
+        let draws: f64 = self.sample_counts.iter().map(|&count| f64::from(count)).sum();
+        let share = if self.ids.is_empty() { 1.0 } else { f64::from(self.tail_logprob).exp() };
+        self.sample_ids.iter().zip(self.sample_counts).map(move |(&id, &count)| (id, share * f64::from(count) / draws))
+    }
+}
+
 impl Default for SoftTargets {
     fn default() -> Self {
         Self::with_shape(0, 0)

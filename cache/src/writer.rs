@@ -53,7 +53,7 @@ pub struct CacheWriter {
     open: Option<OpenShard>,
     last_seq_id: Option<u64>,
     failed: bool,
-    _lock: File,
+    _lock: durable::Lock,
 }
 
 /// The shard, or the piece of one, under way.
@@ -98,7 +98,9 @@ impl CacheWriter {
         let rules = Rules::of(description, manifest.format_version);
         let last_seq_id = last_seq_id(dir, &manifest)?;
         let layout = Arc::new(rules.layout.clone());
-        Ok(Self { dir: dir.into(), rules, layout, manifest, open: None, last_seq_id, failed: false, _lock: lock })
+        let mut writer = Self { dir: dir.into(), rules, layout, manifest, open: None, last_seq_id, failed: false, _lock: lock };
+        writer.join_full()?;
+        Ok(writer)
     }
 
     /// Rows that are durable. Append from this one on.
@@ -294,6 +296,16 @@ impl CacheWriter {
         Ok(())
     }
 
+    /// Makes the shard of pieces that hold all of its rows: a run may have stopped between the last piece and the joining, and the
+    /// next row belongs to another shard.
+    fn join_full(&mut self) -> Result<()> {
+        if self.part_rows() < u64::from(self.manifest.description.rows_per_shard) {
+            return Ok(());
+        }
+        self.publish_shard(None)?;
+        self.save_and_remove_parts()
+    }
+
     /// The rows of all pieces, written again as one shard: the very bytes of a shard that was never cut.
     fn join(&self, name: &str) -> Result<OpenShard> {
         let mut whole = self.start_file(name.into(), self.manifest.rows())?;
@@ -360,7 +372,7 @@ pub(crate) fn open_shard(path: &Path, dir: &Path, manifest: &Manifest, entry: &S
 pub(crate) fn digest_of(path: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     // Read, not mapped: a file that shrinks meanwhile is an error and not the end of the process.
-    let file = File::open(path).map_err(Error::io(path))?;
+    let file = durable::call(|| File::open(path)).map_err(Error::io(path))?;
     hasher.update_reader(file).map_err(Error::io(path))?;
     Ok(hasher.finalize().to_hex().to_string())
 }

@@ -14,7 +14,7 @@ use crate::guard::fenced;
 use crate::layout::{Column, Shape};
 use crate::rules::Rules;
 use crate::schema::{self, RowHead};
-use crate::{Description, Error, Record, Result, RowKey};
+use crate::{Description, Error, Record, Result, RowKey, durable};
 use memmap2::Mmap;
 use parquet::arrow::ArrowSchemaConverter;
 use parquet::errors::ParquetError;
@@ -321,11 +321,11 @@ impl Trouble {
 
 /// Opens a plain file that is not empty and, where that is known, of this size.
 fn open_file(path: &Path, bytes: Option<u64>) -> std::result::Result<(File, u64), Trouble> {
-    let file = match File::open(path) {
+    let file = match durable::call(|| File::open(path)) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(Flaw::new("this shard", "no such file").into()),
         opened => opened.map_err(Trouble::Io)?,
     };
-    let info = file.metadata().map_err(Trouble::Io)?;
+    let info = durable::call(|| file.metadata()).map_err(Trouble::Io)?;
     if !info.is_file() {
         return Err(Flaw::new("a plain file", "something else").into());
     }
@@ -342,7 +342,7 @@ fn open_file(path: &Path, bytes: Option<u64>) -> std::result::Result<(File, u64)
 /// Reads a page into `buffer`.
 pub(super) fn fetch(file: &File, page: &Span, buffer: &mut Vec<u8>) -> std::io::Result<()> {
     buffer.resize(page.length as usize, 0);
-    read_exact_at(file, buffer, page.offset)
+    durable::call(|| read_exact_at(file, buffer, page.offset))
 }
 
 #[cfg(unix)]

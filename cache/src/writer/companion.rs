@@ -43,8 +43,7 @@ pub(super) fn store(dir: &Path, companions: &[Companion]) -> Result<()> {
             continue;
         }
         if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(Error::io(parent))?;
-            durable::sync_parent(parent)?;
+            durable::create_folder(parent)?;
         }
         durable::replace(&path, &companion.bytes)?;
     }

@@ -6,7 +6,6 @@ use crate::manifest::{Manifest, ShardEntry};
 use crate::rules::{Form, Rules};
 use crate::{Description, Error, Record, Result, durable};
 use rayon::prelude::*;
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,7 +18,7 @@ pub(crate) struct MendedShard {
 
 impl CacheWriter {
     /// A writer of a cache whose shards may be damaged or missing. Only [`start_mending`](Self::start_mending) makes sense with it.
-    pub(crate) fn of_damaged(dir: &Path, manifest: Manifest, lock: File) -> Self {
+    pub(crate) fn of_damaged(dir: &Path, manifest: Manifest, lock: durable::Lock) -> Self {
         let rules = Rules::of(&manifest.description, manifest.format_version);
         let layout = Arc::new(rules.layout.clone());
         Self { dir: dir.into(), rules, layout, manifest, open: None, last_seq_id: None, failed: false, _lock: lock }

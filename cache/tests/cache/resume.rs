@@ -104,3 +104,26 @@ fn a_folder_may_be_named_relative_to_the_current_one() {
     writer.finish().unwrap();
     assert_eq!(Cache::open(relative).unwrap().companion("note.txt").unwrap(), b"x");
 }
+
+#[test]
+fn pieces_that_make_up_a_shard_are_joined_before_anything_else() {
+    let whole = tempfile::tempdir().unwrap();
+    let description = description(10, 4, 16);
+    let records: Vec<_> = (0..10).map(|i| made::record(i, 9, 16)).collect();
+    made::write(whole.path(), &description, &records);
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = CacheWriter::open(dir.path(), &description, made::companions()).unwrap();
+    writer.extend(&records[..3]).unwrap();
+    writer.seal().unwrap();
+    // Where a folder stands in the shard's place its pieces are all durable when publishing it fails.
+    let shard = dir.path().join("shard-00000.parquet");
+    std::fs::create_dir(&shard).unwrap();
+    assert!(writer.append(&records[3]).is_err());
+    drop(writer);
+    std::fs::remove_dir(&shard).unwrap();
+    let mut writer = CacheWriter::open(dir.path(), &description, made::companions()).unwrap();
+    assert_eq!((writer.committed_rows(), writer.manifest().shards.len()), (4, 1));
+    writer.extend(&records[4..]).unwrap();
+    writer.finish().unwrap();
+    assert!(files(dir.path()) == files(whole.path()), "other bytes");
+}

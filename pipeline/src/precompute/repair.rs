@@ -4,6 +4,7 @@
 use super::{PrecomputeConfig, score};
 use crate::data::Example;
 use crate::data::pack;
+use crate::ops::capture::Capture;
 use crate::run::RunContext;
 use crate::teacher::Teacher;
 use crate::{Error, Result};
@@ -22,7 +23,7 @@ pub(super) fn run(
     config: &PrecomputeConfig,
     list: &Path,
     (description, options): (&Description, &WriterOptions),
-    examples: &[Example],
+    (examples, capture): (&[Example], &Capture),
     teacher: impl FnOnce() -> Result<Teacher>,
     context: &RunContext,
 ) -> Result<RepairReport> {
@@ -41,7 +42,7 @@ pub(super) fn run(
                 return Err(Error::Interrupted { kept: format!("{done} of {} shards are mended", shards.len()), again: AGAIN });
             }
             let Some(teacher) = &teacher else { continue };
-            let records = rescored(teacher, pack, examples, &listed, config)?;
+            let records = rescored(teacher, pack, (examples, capture), &listed, config)?;
             mending.extend(&records)?;
             let tokens = examples.get(pack.clone()).unwrap_or_default().iter().map(|e| e.input_ids.len() as u64).sum();
             context.progress.add(tokens);
@@ -65,12 +66,12 @@ fn packs_of(shard: &ShardRepair, examples: &[Example], config: &PrecomputeConfig
 fn rescored(
     teacher: &Teacher,
     pack: &Range<usize>,
-    examples: &[Example],
+    (examples, capture): (&[Example], &Capture),
     listed: &BTreeSet<u64>,
     config: &PrecomputeConfig,
 ) -> Result<Vec<Record>> {
     let examples = examples.get(pack.clone()).unwrap_or_default();
-    let records = score(teacher, examples, config).map_err(|source| Error::Scoring {
+    let records = score(teacher, examples, capture, config.head_chunk as usize).map_err(|source| Error::Scoring {
         first: examples.first().map_or(0, |e| e.seq_id),
         last: examples.last().map_or(0, |e| e.seq_id),
         source: Box::new(source),
