@@ -244,7 +244,7 @@ fn lists_of_other_caches_and_lists_that_do_not_fit_are_refused() {
     let edit = |from: &str, to: &str| {
         let text = std::fs::read_to_string(&list).unwrap();
         assert!(text.contains(from), "{text}");
-        let path = list.with_file_name("edited.json");
+        let path = list.with_file_name(format!("edited-{}.json", blake3::hash(to.as_bytes()).to_hex()));
         std::fs::write(&path, text.replace(from, to)).unwrap();
         path
     };
