@@ -50,6 +50,8 @@ pub enum Rule {
     Device,
     /// `latest`, `never` or a checkpoint folder.
     Resume,
+    /// A part `N/T`, N from 1 to T.
+    PartOf,
 }
 
 /// Names of the tables a config file may hold.
@@ -85,6 +87,7 @@ pub const PRECOMPUTE: Section = Section {
         Setting { key: "head_chunk", rule: Rule::Whole(1, MOST_TOKENS) },
         Setting { key: "rows_per_shard", rule: Rule::Whole(1, 1 << 20) },
         Setting { key: "seal_minutes", rule: Rule::NotNegative },
+        Setting { key: "part", rule: Rule::PartOf },
     ],
 };
 
@@ -193,6 +196,7 @@ impl Rule {
             Rule::Switch => "true or false".into(),
             Rule::Device => "auto, cpu, cuda or cuda:N".into(),
             Rule::Resume => "latest, never or a checkpoint folder".into(),
+            Rule::PartOf => "N/T with N from 1 to T".into(),
         }
     }
 
@@ -215,6 +219,7 @@ impl Rule {
             Rule::Positives => value.as_array().is_some_and(|list| list.iter().all(|v| Rule::Positive.holds(v))),
             Rule::OneOf(words) => text(&|s| words.contains(&s)),
             Rule::Switch => value.is_bool(),
+            Rule::PartOf => text(&|s| s.parse::<potstill_pipeline::precompute::Share>().is_ok()),
             Rule::Device => text(&|s| {
                 matches!(s, "auto" | "cpu" | "cuda") || s.strip_prefix("cuda:").is_some_and(|n| n.parse::<u16>().is_ok())
             }),

@@ -139,7 +139,7 @@ fn verify_names_the_shard_and_ends_in_four() {
     let (code, out, _) = potstill(here.path(), &["verify", "c"]);
     assert_eq!(code, 4);
     assert!(out.lines().any(|line| line.starts_with("wrong: ") && line.contains(shard)), "{out}");
-    assert!(out.lines().any(|line| line.starts_with(shard) && line.ends_with("wrong")), "{out}");
+    assert!(out.lines().any(|line| line.starts_with(shard) && line.ends_with("damaged")), "{out}");
     let (code, out, _) = potstill(here.path(), &["verify", "c", "--json"]);
     assert_eq!(code, 4);
     assert!(json(&out)["problem_count"].as_u64().unwrap() > 0);

@@ -165,6 +165,69 @@ pub enum Error {
         /// What was asked for.
         asked: String,
     },
+    /// Rows are missing that no way of joining can supply.
+    #[error("{dir}: {missing}; {advice}", dir = dir.display())]
+    Incomplete {
+        /// The cache's folder.
+        dir: PathBuf,
+        /// Which rows or parts are missing.
+        missing: String,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// Caches that cannot become one, for they were not made alike.
+    #[error("{second}: cannot be combined with {first}: {differences}", first = first.display(), second = second.display(),
+            differences = both(differences))]
+    Unlike {
+        /// The cache given first.
+        first: PathBuf,
+        /// The other cache.
+        second: PathBuf,
+        /// Every field that differs; `cache` is the first's value, `here` the other's.
+        differences: Vec<Difference>,
+    },
+    /// Two caches hold the same conversation with different distributions, or one number for two conversations.
+    #[error("{second}: row {second_row} (seq_id {seq_id}, key {key}) has other {what} than row {first_row} of {first}; \
+             they do not come from the same teacher and data", first = first.display(), second = second.display())]
+    Conflict {
+        /// The cache given first.
+        first: PathBuf,
+        /// Its row.
+        first_row: u64,
+        /// The other cache.
+        second: PathBuf,
+        /// Its row.
+        second_row: u64,
+        /// Number of the conversation in the second cache's data.
+        seq_id: u64,
+        /// Key of the second cache's row.
+        key: String,
+        /// What differs: tokens or targets.
+        what: &'static str,
+    },
+    /// A list of repairs that cannot be used as it is.
+    #[error("{list}: {place}: expected {expected}, found {found}", list = list.display())]
+    RepairList {
+        /// The list.
+        list: PathBuf,
+        /// Which part of it.
+        place: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// A list of repairs made for another cache.
+    #[error("{list}: made for the cache with description {found}, but these settings make {expected}; \
+             run verify --repair-list on this cache, or repair with the settings it was made with", list = list.display())]
+    OtherCache {
+        /// The list.
+        list: PathBuf,
+        /// The digest of this run's description.
+        expected: String,
+        /// The digest in the list.
+        found: String,
+    },
     /// A row is not that of the tokens at hand.
     #[error("{dir}: row {row}: {what}", dir = dir.display())]
     Misaligned {
@@ -205,14 +268,16 @@ impl Error {
         match self {
             Error::Io { .. } | Error::Parquet { .. } | Error::NoFolder { .. } | Error::NoManifest { .. } => ErrorClass::Runtime,
             Error::BadRecord { .. } | Error::RowCount { .. } | Error::WriterFailed { .. } => ErrorClass::Runtime,
-            Error::NoCompanion { .. } => ErrorClass::Runtime,
+            Error::NoCompanion { .. } | Error::RepairList { .. } => ErrorClass::Runtime,
             Error::ForeignFolder { .. }
             | Error::Raise { .. }
+            | Error::Incomplete { .. }
             | Error::Setting { .. }
             | Error::NoRow { .. }
             | Error::BadKey { .. } => ErrorClass::Usage,
             Error::Damaged { .. } => ErrorClass::Integrity,
             Error::Locked { .. } => ErrorClass::Locked,
+            Error::Conflict { .. } | Error::OtherCache { .. } | Error::Unlike { .. } => ErrorClass::Mismatch,
             Error::Mismatch { .. } | Error::Misaligned { .. } | Error::NewerFormat { .. } | Error::OlderFormat { .. } => {
                 ErrorClass::Mismatch
             }
@@ -281,6 +346,11 @@ fn place(row_group: Option<u64>, row: Option<u64>) -> String {
     let group = row_group.map(|g| format!(", row group {g}")).unwrap_or_default();
     let row = row.map(|r| format!(", row {r}")).unwrap_or_default();
     group + &row
+}
+
+fn both(differences: &[Difference]) -> String {
+    let said = |d: &Difference| format!("{} is {} there and {} here", d.field, d.cache, d.here);
+    differences.iter().map(said).collect::<Vec<_>>().join("; ")
 }
 
 fn join(differences: &[Difference]) -> String {

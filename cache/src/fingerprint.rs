@@ -66,6 +66,20 @@ pub struct Part {
     pub of: u32,
 }
 
+impl Part {
+    /// The rows of the whole that this part holds, where the whole has `rows` of them: a contiguous share, cut at borders of
+    /// shards, so that the parts' shards are the whole's shards. Nothing where there are fewer shards than parts before it.
+    pub fn rows(&self, rows: u64, rows_per_shard: u32) -> std::ops::Range<u64> {
+        let per_shard = u64::from(rows_per_shard.max(1));
+        let shards = u128::from(rows.div_ceil(per_shard));
+        let border = |number: u32| {
+            let shard = shards * u128::from(number) / u128::from(self.of.max(1));
+            (u64::try_from(shard).unwrap_or(u64::MAX)).saturating_mul(per_shard).min(rows)
+        };
+        border(self.number.saturating_sub(1))..border(self.number)
+    }
+}
+
 /// One rewriting of stored rows. What a rewriting took away cannot come back; this is where it is said.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -183,6 +197,13 @@ impl Description {
     pub(crate) fn check(&self) -> std::result::Result<(), (&'static str, String, String)> {
         self.selection.check(self.vocab_size)?;
         self.check_values()?;
+        // What was done before widens what a reader allows as rounding; nothing out of range may.
+        for derivation in &self.derived {
+            derivation.selection.check(self.vocab_size).map_err(|(_, expected, found)| ("derived", expected, found))?;
+            if !(1..=23).contains(&derivation.mantissa_bits) {
+                return Err(("derived", "1 to 23 mantissa bits".into(), derivation.mantissa_bits.to_string()));
+            }
+        }
         let ranges = [
             ("mantissa_bits", u64::from(self.mantissa_bits), 1, 23),
             ("rows_per_shard", u64::from(self.rows_per_shard), 1, u64::from(MAX_ROWS_PER_SHARD)),

@@ -7,18 +7,28 @@
 mod alignment;
 mod batches;
 mod codec;
+mod combine;
 mod durable;
 mod error;
+#[cfg(test)]
+mod faults;
 mod fingerprint;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod guard;
 mod layout;
 mod manifest;
 mod narrow;
+#[cfg(test)]
+mod power;
 mod preset;
 mod progress;
 mod queue;
 mod reader;
 mod record;
+mod repack;
+mod repair;
 mod rules;
 mod sampler;
 mod schema;
@@ -32,6 +42,7 @@ mod writer;
 pub use alignment::Misalignment;
 pub use batches::Batches;
 pub use codec::{TAIL_FLOOR_LOGPROB, UNSCORED_TAIL_LOGPROB, encode, round_to_mantissa, stored_logprob, stored_tail_logprob};
+pub use combine::{Rewritten, Stored, combine};
 pub use error::{Difference, Error, ErrorClass, Result};
 pub use fingerprint::{
     DataFile, DataFingerprint, Derivation, Description, EncodingFingerprint, MAX_LSE_TEMPERATURES, MAX_ROWS_PER_SHARD,
@@ -47,10 +58,12 @@ pub use progress::ScanProgress;
 pub use queue::WriterQueue;
 pub use reader::Cache;
 pub use record::{CodecError, Record, RowKey};
+pub use repack::{Reshape, repack};
+pub use repair::{Mended, Mending, Repair, RepairList, RepairReport, Sameness, ShardRepair};
 pub use rules::{LOGPROB_EPSILON, MASS_EPSILON, MAX_ROW_ENTRIES, MAX_ROW_TOKENS};
 pub use sampler::{Order, Sampler};
 pub use selection::{Cutoff, MAX_DRAWS, Selection};
 pub use stats::{ColumnBytes, Distributions, Drawn, Kept, RAW_ENTRY_BYTES, Summary};
 pub use targets::{SoftTargets, Target};
-pub use verify::{MAX_PROBLEMS, Problem, VerifyReport, verify};
+pub use verify::{DamagedRow, MAX_PROBLEMS, ManifestState, Problem, ShardDamage, VerifyMode, VerifyReport, verify, verify_as};
 pub use writer::{CacheWriter, Companion, WriterOptions};

@@ -135,7 +135,7 @@ impl Manifest {
         if !dir.is_dir() {
             return Err(Error::NoFolder { dir: dir.to_path_buf() });
         }
-        let info = match std::fs::metadata(&path) {
+        let info = match durable::call(|| std::fs::metadata(&path)) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(Error::NoManifest { dir: dir.to_path_buf() }),
             info => info.map_err(Error::io(&path))?,
         };
@@ -143,7 +143,7 @@ impl Manifest {
             let found = format!("{} bytes, plain file: {}", info.len(), info.is_file());
             return Err(damaged(Flaw::new(format!("a plain file of at most {MAX_MANIFEST_BYTES} bytes"), found)));
         }
-        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        let bytes = durable::call(|| std::fs::read(&path)).map_err(Error::io(&path))?;
         Self::from_bytes(&bytes, dir)
     }
 

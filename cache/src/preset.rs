@@ -149,7 +149,14 @@ impl Preset {
     /// The preset with `knobs` turned. Errors: a knob that says nothing about the selection it comes to, two rules of cutoff, logits
     /// where none are kept.
     pub fn with(&self, knobs: &Knobs) -> Result<Storage> {
-        let base = self.storage();
+        self.storage().with(knobs)
+    }
+}
+
+impl Storage {
+    /// This way to store with `knobs` turned. Errors: as [`Preset::with`].
+    pub fn with(&self, knobs: &Knobs) -> Result<Storage> {
+        let base = self;
         let selection = select(base.selection, knobs)?;
         let values = match knobs.values {
             Some(Values::LogitBf16) if selection.draws().is_some() => {
@@ -207,7 +214,11 @@ fn select(base: Selection, knobs: &Knobs) -> Result<Selection> {
         return Err(refused(knob, value, &format!("nothing, for the selection is {name}")));
     }
     let k = knobs.top_k.unwrap_or(if base.head() > 0 { base.head() } else { DEFAULT_TOP_K });
-    let (draws, seed) = (knobs.draws.or(base.draws()).unwrap_or(DEFAULT_DRAWS), knobs.sample_seed.unwrap_or(0));
+    let base_seed = match base {
+        Selection::Sampled { seed, .. } | Selection::Hybrid { seed, .. } => seed,
+        _ => 0,
+    };
+    let (draws, seed) = (knobs.draws.or(base.draws()).unwrap_or(DEFAULT_DRAWS), knobs.sample_seed.unwrap_or(base_seed));
     Ok(match kind {
         SelectionKind::TopK => Selection::TopK { k },
         SelectionKind::Sampled => Selection::Sampled { draws, seed },
@@ -249,6 +260,8 @@ mod tests {
         assert_eq!(hybrid.selection, Selection::Hybrid { k: 64, draws: 9, seed: 0 });
         let exact_cut = with(Preset::Exact, Knobs { min_prob: Some(1e-5), ..none }).unwrap();
         assert_eq!(exact_cut.values, Values::LogitBf16);
+        let seeded = Storage { selection: Selection::Hybrid { k: 4, draws: 9, seed: 5 }, ..Preset::Standard.storage() };
+        assert_eq!(seeded.with(&Knobs { zstd_level: Some(9), ..none }).unwrap(), Storage { zstd_level: 9, ..seeded });
         let sampled = with(Preset::Exact, Knobs { selection: Some(SelectionKind::Sampled), ..none }).unwrap();
         assert_eq!(sampled.values, Values::Logprob);
         for (preset, knobs) in [

@@ -4,7 +4,7 @@
 use crate::codec::{self, round_to_mantissa, stored_tail_logprob, tail_bits};
 use crate::error::Flaw;
 use crate::layout::Layout;
-use crate::{Description, Record, Storage, Target};
+use crate::{Description, Record, Selection, Storage, Target};
 
 /// A log-probability may lie this far above 0 (float error of a log-softmax in f32); it is stored as 0.
 pub const LOGPROB_EPSILON: f32 = 1e-5;
@@ -36,7 +36,7 @@ pub(crate) struct Rules {
 impl Rules {
     pub(crate) fn of(description: &Description, version: u32) -> Self {
         let (layout, storage) = (Layout::of(description, version), description.storage());
-        Self { layout, storage, vocab_size: description.vocab_size, mass_bound: mass_bound(&storage) }
+        Self { layout, storage, vocab_size: description.vocab_size, mass_bound: mass_bound(description) }
     }
 
     /// Most tokens and list entries that a row can have: what a reader believes of a page's size.
@@ -231,11 +231,14 @@ impl Rules {
 ///
 /// With d = 2^-(bits + 1) a stored log-probability is at least l (1 + d) and at most l (1 - d), so p becomes at most p^(1 - d) and at
 /// least p^(1 + d). Over n = k + 1 outcomes with sum 1, the sum of p^(1 - d) is largest and that of p^(1 + d) smallest where all are
-/// equal: n^d and n^-d. Rows that were rewritten were rounded twice, hence the double. Given values get the same room: they may have
-/// been rounded by whoever made them.
-fn mass_bound(storage: &Storage) -> f64 {
-    let d = 2f64.powi(-i32::from(storage.mantissa_bits));
-    (f64::from(storage.selection.max_entries()) + 1.0).powf(d) * (1.0 + MASS_EPSILON)
+/// equal: n^d and n^-d. Doubled, for the tail of a shortened list is rounded once more. A cache made of another carries the roundings
+/// of all that it comes from, each over its own number of outcomes. Given values get the same room: they may have been rounded by
+/// whoever made them.
+fn mass_bound(description: &Description) -> f64 {
+    let earlier = description.derived.iter().map(|d| (d.selection, d.mantissa_bits));
+    let steps = earlier.chain([(description.selection, description.mantissa_bits)]);
+    let bound = |(selection, bits): (Selection, u8)| (f64::from(selection.max_entries()) + 1.0).powf(2f64.powi(-i32::from(bits)));
+    steps.map(bound).product::<f64>() * (1.0 + MASS_EPSILON)
 }
 
 /// Whether all ids are below `bound`. Signed comparisons become vectors on every machine; ids beyond them show in their top bit.

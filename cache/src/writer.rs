@@ -14,9 +14,12 @@
 
 mod companion;
 mod folder;
+mod mend;
 
 pub use companion::Companion;
+pub(crate) use companion::entries as companion_entries;
 pub(crate) use folder::{LOCK_FILE, names};
+pub(crate) use mend::{MendedShard, compare};
 
 use crate::error::{Flaw, Place};
 use crate::layout::Layout;
@@ -50,7 +53,7 @@ pub struct CacheWriter {
     open: Option<OpenShard>,
     last_seq_id: Option<u64>,
     failed: bool,
-    _lock: File,
+    _lock: durable::Lock,
 }
 
 /// The shard, or the piece of one, under way.
@@ -96,11 +99,7 @@ impl CacheWriter {
         let last_seq_id = last_seq_id(dir, &manifest)?;
         let layout = Arc::new(rules.layout.clone());
         let mut writer = Self { dir: dir.into(), rules, layout, manifest, open: None, last_seq_id, failed: false, _lock: lock };
-        // A run that ended between its last piece and the shard they make up: the next row belongs to another shard.
-        if writer.part_rows() >= u64::from(description.rows_per_shard) {
-            writer.publish_shard(None)?;
-            writer.save_and_remove_parts()?;
-        }
+        writer.join_full()?;
         Ok(writer)
     }
 
@@ -297,6 +296,16 @@ impl CacheWriter {
         Ok(())
     }
 
+    /// Makes the shard of pieces that hold all of its rows: a run may have stopped between the last piece and the joining, and the
+    /// next row belongs to another shard.
+    fn join_full(&mut self) -> Result<()> {
+        if self.part_rows() < u64::from(self.manifest.description.rows_per_shard) {
+            return Ok(());
+        }
+        self.publish_shard(None)?;
+        self.save_and_remove_parts()
+    }
+
     /// The rows of all pieces, written again as one shard: the very bytes of a shard that was never cut.
     fn join(&self, name: &str) -> Result<OpenShard> {
         let mut whole = self.start_file(name.into(), self.manifest.rows())?;
@@ -339,13 +348,19 @@ impl std::fmt::Debug for OpenShard {
 impl OpenShard {
     /// Adds a stored record to what the manifest will say of its shard.
     fn count(&mut self, record: &Record) {
-        self.entry.rows += 1;
-        self.entry.tokens += record.input_ids.len() as u64;
-        self.entry.scored += record.positions.len() as u64;
-        self.kl_sum += f64::from(record.codec.kl_sum);
-        let kl_max = self.entry.codec.map_or(0.0, |codec| codec.kl_max).max(record.codec.kl_max);
-        self.entry.codec = Some(ShardCodec { kl_sum: self.kl_sum as f32, kl_max });
+        count(&mut self.entry, &mut self.kl_sum, record);
     }
+}
+
+/// Adds a stored record to what the manifest will say of its shard; `kl_sum` is the sum of its rows' codec errors.
+pub(crate) fn count(entry: &mut ShardEntry, kl_sum: &mut f64, record: &Record) {
+    entry.rows += 1;
+    entry.tokens += record.input_ids.len() as u64;
+    entry.scored += record.positions.len() as u64;
+    *kl_sum += f64::from(record.codec.kl_sum);
+    let kl_max = entry.codec.map_or(0.0, |codec| codec.kl_max).max(record.codec.kl_max);
+    // Rows that were rewritten from version 1 do not know what storing them cost; then nothing is known of the shard either.
+    entry.codec = (!kl_sum.is_nan()).then_some(ShardCodec { kl_sum: *kl_sum as f32, kl_max });
 }
 
 /// Opens the file `path` as the shard that `entry` describes.
@@ -357,14 +372,20 @@ pub(crate) fn open_shard(path: &Path, dir: &Path, manifest: &Manifest, entry: &S
 pub(crate) fn digest_of(path: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     // Read, not mapped: a file that shrinks meanwhile is an error and not the end of the process.
-    let file = File::open(path).map_err(Error::io(path))?;
+    let file = durable::call(|| File::open(path)).map_err(Error::io(path))?;
     hasher.update_reader(file).map_err(Error::io(path))?;
     Ok(hasher.finalize().to_hex().to_string())
 }
 
 /// Compares a file with the BLAKE3 that the manifest states.
 pub(crate) fn check_digest(dir: &Path, entry: &ShardEntry) -> Result<()> {
-    match digest_of(&dir.join(&entry.file))? {
+    let found = match digest_of(&dir.join(&entry.file)) {
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Flaw::new("this shard", "no such file").damage(&Place::new(dir, &entry.file), None, None));
+        }
+        found => found?,
+    };
+    match found {
         found if found != entry.blake3 => {
             let flaw = Flaw::new(format!("contents with BLAKE3 {}", entry.blake3), format!("contents with {found}"));
             Err(flaw.damage(&Place::new(dir, &entry.file), None, None))

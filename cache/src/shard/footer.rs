@@ -4,7 +4,10 @@ use super::read::{Expected, Family};
 use crate::Description;
 use crate::codec::value_codec_name;
 use crate::error::Flaw;
-use parquet::file::metadata::{KeyValue, ParquetMetaData};
+use crate::guard::fenced;
+use parquet::file::metadata::{KeyValue, ParquetMetaData, ParquetMetaDataReader};
+use std::fs::File;
+use std::path::Path;
 
 /// What every key of ours begins with.
 const PREFIX: &str = "potstill.";
@@ -40,6 +43,18 @@ pub(crate) fn entries(description: &Description, version: u32, first_row: u64) -
 /// As the Parquet library wants them.
 pub(crate) fn key_values(entries: &[(String, String)]) -> Vec<KeyValue> {
     entries.iter().map(|(key, value)| KeyValue::new(key.clone(), value.clone())).collect()
+}
+
+/// The digest of the description that the shard in `path` says it belongs to, if its footer can be read.
+pub(crate) fn stated_description(path: &Path) -> Option<String> {
+    let file = File::open(path).ok().filter(|file| file.metadata().is_ok_and(|info| info.is_file()))?;
+    let load = || {
+        let mut reader = ParquetMetaDataReader::new();
+        reader.try_parse(&file).and_then(|()| reader.finish()).ok()
+    };
+    let meta = fenced(load).ok().flatten()?;
+    let stored = meta.file_metadata().key_value_metadata()?;
+    stored.iter().find(|kv| kv.key == "potstill.description_blake3")?.value.clone()
 }
 
 /// Checks columns, row counts and key-values of an opened file.

@@ -17,6 +17,12 @@ pub(crate) fn file_name(index: usize) -> String {
     format!("shard-{index:05}.parquet")
 }
 
+/// Number of the shard that has this file name.
+pub(crate) fn index_of(name: &str) -> Option<usize> {
+    let index = name.strip_prefix("shard-")?.strip_suffix(".parquet")?.parse().ok()?;
+    (file_name(index) == name).then_some(index)
+}
+
 /// File name of piece `part` of shard `index` while that shard is under way.
 pub(crate) fn part_name(index: usize, part: usize) -> String {
     format!("part-{index:05}-{part:03}.parquet")

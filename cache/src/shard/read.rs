@@ -14,12 +14,13 @@ use crate::guard::fenced;
 use crate::layout::{Column, Shape};
 use crate::rules::Rules;
 use crate::schema::{self, RowHead};
-use crate::{Description, Error, Record, Result, RowKey};
+use crate::{Description, Error, Record, Result, RowKey, durable};
 use memmap2::Mmap;
 use parquet::arrow::ArrowSchemaConverter;
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader};
 use parquet::schema::types::SchemaDescriptor;
+use rayon::prelude::*;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -196,6 +197,33 @@ impl Shard {
         Ok(keys)
     }
 
+    /// Number and key of every row, in order: not covered by the rows' checksums here.
+    pub(crate) fn labels(&self) -> Result<Vec<(u64, RowKey)>> {
+        if self.arrow.is_some() {
+            let label = |row| self.row(row).map(|record| (record.seq_id, record.key()));
+            return (0..self.rows).into_par_iter().map(label).collect();
+        }
+        let mut labels = Vec::with_capacity(usize::try_from(self.rows).unwrap_or_default().min(1 << 20));
+        for index in 0..self.groups.len() {
+            labels.extend(self.group_heads(index)?.iter().map(|head| (head.seq_id, head.key)));
+        }
+        Ok(labels)
+    }
+
+    /// What the single values of a row say is its number in the data, if they can be read.
+    pub(crate) fn stated_seq_id(&self, row: u64) -> Option<u64> {
+        let (index, group) = self.locate(row).filter(|_| self.arrow.is_none())?;
+        let heads = self.group_heads(index).ok()?;
+        heads.get((row - group.first) as usize).map(|head| head.seq_id)
+    }
+
+    fn group_heads(&self, index: usize) -> Result<&[RowHead]> {
+        let group = &self.groups[index];
+        let read = || self.open_again().and_then(|file| self.heads(&file, group));
+        let flat = fenced(read).unwrap_or_else(|panic| Err(Flaw::new("pages that decode", panic).into()));
+        flat.map_err(|trouble| trouble.at_group(&self.path, &self.place, index as u64))
+    }
+
     fn decode(&self, file: &File, group: &Group, within: usize) -> std::result::Result<Record, Trouble> {
         let heads = self.heads(file, group)?;
         let head = heads.get(within).ok_or_else(|| Flaw::new("the row's single values", "none"))?;
@@ -293,11 +321,11 @@ impl Trouble {
 
 /// Opens a plain file that is not empty and, where that is known, of this size.
 fn open_file(path: &Path, bytes: Option<u64>) -> std::result::Result<(File, u64), Trouble> {
-    let file = match File::open(path) {
+    let file = match durable::call(|| File::open(path)) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(Flaw::new("this shard", "no such file").into()),
         opened => opened.map_err(Trouble::Io)?,
     };
-    let info = file.metadata().map_err(Trouble::Io)?;
+    let info = durable::call(|| file.metadata()).map_err(Trouble::Io)?;
     if !info.is_file() {
         return Err(Flaw::new("a plain file", "something else").into());
     }
@@ -314,7 +342,7 @@ fn open_file(path: &Path, bytes: Option<u64>) -> std::result::Result<(File, u64)
 /// Reads a page into `buffer`.
 pub(super) fn fetch(file: &File, page: &Span, buffer: &mut Vec<u8>) -> std::io::Result<()> {
     buffer.resize(page.length as usize, 0);
-    read_exact_at(file, buffer, page.offset)
+    durable::call(|| read_exact_at(file, buffer, page.offset))
 }
 
 #[cfg(unix)]

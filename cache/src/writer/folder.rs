@@ -12,8 +12,7 @@ pub(crate) const LOCK_FILE: &str = "cache.lock";
 
 /// Makes the folder. Without a manifest it may hold only what a run killed at its very start leaves: nobody's files are touched.
 pub(super) fn prepare(dir: &Path, companions: &[Companion]) -> Result<()> {
-    std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-    durable::sync_parent(dir)?;
+    durable::create_folder(dir)?;
     if dir.join(MANIFEST_FILE).exists() {
         return Ok(());
     }
@@ -89,7 +88,7 @@ pub(super) fn clean(dir: &Path, manifest: &Manifest) -> Result<()> {
 /// Names of the folder's entries; a name that is not UTF-8 is shown with replacement characters.
 pub(crate) fn names(dir: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
+    for entry in durable::call(|| std::fs::read_dir(dir)).map_err(Error::io(dir))? {
         names.push(entry.map_err(Error::io(dir))?.file_name().to_string_lossy().into_owned());
     }
     names.sort();

@@ -2,13 +2,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod alignment;
+mod combine;
 mod damage;
 mod hostile;
 mod layout;
 mod made;
 mod modes;
 mod refusal;
+mod repack;
+mod repair;
 mod resume;
 mod roundtrip;
 mod streams;
 mod summary;
+mod verify_modes;

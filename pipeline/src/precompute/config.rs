@@ -1,5 +1,6 @@
 //! Settings of stage one, their defaults, and what they come to.
 
+use super::Share;
 use crate::data::{BadRoles, Truncation};
 use crate::{Error, Result};
 use potstill_cache::{IdEncoding, Knobs, MAX_LSE_TEMPERATURES, Preset, SelectionKind, Storage, Values};
@@ -68,6 +69,12 @@ pub struct PrecomputeConfig {
     pub head_chunk: u32,
     /// Rows in a shard.
     pub rows_per_shard: u32,
+    /// The share of the conversations to be scored, where it is not all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub part: Option<Share>,
+    /// A list of damaged rows, written by a check, that are to be scored again first. No setting of the cache.
+    #[serde(skip)]
+    pub repair: Option<PathBuf>,
     /// Minutes after which rows of a shard under way are made durable; 0 makes them so after every pack. The finished cache's bytes
     /// do not depend on it.
     pub seal_minutes: f64,
@@ -98,6 +105,8 @@ impl Default for PrecomputeConfig {
             pack_tokens: DEFAULT_PACK_TOKENS,
             head_chunk: DEFAULT_HEAD_CHUNK,
             rows_per_shard: DEFAULT_ROWS_PER_SHARD,
+            part: None,
+            repair: None,
             seal_minutes: DEFAULT_SEAL_MINUTES,
         }
     }

@@ -7,8 +7,11 @@
 
 mod config;
 mod description;
+mod part;
+mod repair;
 
 pub use config::*;
+pub use part::Share;
 
 use crate::data::pack::{self, Pack, Sequence};
 use crate::data::{self, ChatTokenizer, DataOptions, Dataset, Example};
@@ -17,7 +20,7 @@ use crate::ops::capture::Capture;
 use crate::run::{RUN_AGAIN, RunContext};
 use crate::teacher::Teacher;
 use crate::{Error, Result, device};
-use potstill_cache::{CacheWriter, Manifest, Record, RowKey, WriterOptions, WriterQueue};
+use potstill_cache::{CacheWriter, Description, Manifest, Record, RepairReport, RowKey, WriterOptions, WriterQueue};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -43,6 +46,9 @@ pub struct PrecomputeReport {
     pub first_skipped: BTreeMap<String, String>,
     /// Tokens cut away by truncation.
     pub truncated_tokens: u64,
+    /// What was mended first, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repair: Option<RepairReport>,
     /// Seconds spent scoring in this run.
     pub seconds: f64,
     /// Tokens that went through the teacher in this run.
@@ -68,18 +74,23 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
         return Err(Error::Setting { name: "top_k", found: storage.selection.head().to_string(), expected });
     }
     let options = DataOptions { max_length: config.max_length, truncation: config.truncate, on_bad_roles: config.on_bad_roles };
-    let dataset = data::load(&config.data, &tokenizer, &options, context)?;
+    let mut dataset = data::load(&config.data, &tokenizer, &options, context)?;
+    let part = part::cut(&mut dataset.examples, config.part, config.rows_per_shard)?;
     let description = description::describe(config, &storage, &model, &tokenizer, &dataset, context)?;
+    let description = Description { part, ..description };
     let options = WriterOptions { companions: description::companions(&config.teacher)? };
+    let capture = Capture::of(&storage, &config.temperatures());
+    let teacher = || Teacher::from_folder(&config.teacher, width, &device, context);
+    let mend = |list| repair::run(config, list, (&description, &options), (&dataset.examples, &capture), teacher, context);
+    let repair = config.repair.as_deref().map(mend).transpose()?;
     let mut writer = CacheWriter::open(&config.cache, &description, options)?;
     let resumed_rows = writer.committed_rows();
     check_committed(&writer, &dataset.examples, &config.cache)?;
 
-    let mut report = PrecomputeReport { resumed_rows, ..PrecomputeReport::default() };
+    let mut report = PrecomputeReport { resumed_rows, repair, ..PrecomputeReport::default() };
     let packs = packs(&dataset.examples, resumed_rows as usize, config);
     if !packs.is_empty() {
-        let teacher = Teacher::from_folder(&config.teacher, width, &device, context)?;
-        let capture = Capture::of(&storage, &config.temperatures());
+        let teacher = teacher()?;
         let tokens_of = |examples: &[Example]| examples.iter().map(|e| e.input_ids.len() as u64).sum::<u64>();
         // Encoding and compressing go on beside the teacher, which waits only where they are slower than it for long.
         let mut queue = WriterQueue::start(writer, config.seal_interval())?;
