@@ -70,7 +70,6 @@ pub struct PrecomputeConfig {
     /// Rows in a shard.
     pub rows_per_shard: u32,
     /// The share of the conversations to be scored, where it is not all of them.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub part: Option<Share>,
     /// A list of damaged rows, written by a check, that are to be scored again first. No setting of the cache.
     #[serde(skip)]
