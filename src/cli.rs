@@ -318,6 +318,10 @@ Example:
   potstill train --student models/Qwen1.5-14B --cache caches/ultrachat --out runs/distill \\
       --objective distill --lr 2e-4 --rank 64 --alpha 16
 
+A cache of drawn tokens (sampled, hybrid) is trained on by unbiased estimates, at temperature 1.
+The loss shown is then not the divergence from the teacher; its gradient is that one's on average.
+--top-k, --min-prob and --min-mass read less than a cache has, as if less had been kept.
+
 Each setting may also stand in the table [train] of --config FILE, or in a variable such as
 POTSTILL_TRAIN__LR=1e-4. Flags win over variables, variables over the file."
 )]
