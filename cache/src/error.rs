@@ -55,7 +55,8 @@ pub enum Error {
         dir: PathBuf,
     },
     /// A new cache was to be written over somebody's files.
-    #[error("{dir}: holds {found:?} but no manifest.json; a new cache needs an empty folder", dir = dir.display())]
+    #[error("{dir}: holds {found:?} but no manifest.json; a new cache needs an empty folder{hint}",
+            dir = dir.display(), hint = lost_manifest(found))]
     ForeignFolder {
         /// The folder asked for.
         dir: PathBuf,
@@ -324,6 +325,14 @@ impl Flaw {
     pub(crate) fn damage(self, place: &Place, row_group: Option<u64>, row: Option<u64>) -> Error {
         let Place { dir, file } = place.clone();
         Error::Damaged { dir, file, row_group, row, expected: self.expected, found: self.found }
+    }
+}
+
+/// What to do where the folder is that of a cache without its manifest.
+fn lost_manifest(found: &str) -> &'static str {
+    match found.starts_with("shard-") {
+        true => "; if it is a cache that lost its manifest: `verify --repair-list FILE`, then `precompute --repair FILE`",
+        false => "",
     }
 }
 
