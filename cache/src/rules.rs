@@ -250,10 +250,11 @@ fn below(ids: &[u32], bound: u32) -> bool {
 /// Whether all values are finite and at most 0: their bits are 0, or those of a negative number below minus infinity's.
 fn at_most_zero(values: &[f32]) -> bool {
     const NEG_INFINITY: i32 = f32::NEG_INFINITY.to_bits() as i32;
-    values.iter().fold(true, |fine, l| {
+    let bad = |l: &f32| {
         let bits = l.to_bits() as i32;
-        fine & ((bits < NEG_INFINITY) | (bits == 0))
-    })
+        u32::from((bits >= NEG_INFINITY) & (bits != 0))
+    };
+    values.iter().fold(0, |any, l| any | bad(l)) == 0
 }
 
 fn check_positions(record: &Record) -> Result<(), Flaw> {

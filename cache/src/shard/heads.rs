@@ -65,8 +65,7 @@ fn fetch_all(file: &File, columns: &[Column], group: &Group) -> Result<Vec<(Colu
     let mut fetched = Vec::new();
     for (run, inside) in runs {
         let mut buffer = Vec::new();
-        fetch(file, &run, &mut buffer).map_err(Trouble::reading)?;
-        let mut rest = buffer.as_slice();
+        let mut rest = fetch(file, &run, &mut buffer).map_err(Trouble::reading)?;
         for (column, length) in inside {
             let (page, after) = rest.split_at_checked(length as usize).unwrap_or((rest, &[]));
             fetched.push((column, page.to_vec()));

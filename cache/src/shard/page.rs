@@ -199,8 +199,14 @@ fn exceptions(mut bytes: &[u8], width: u32, levels: usize, usual: u8) -> Result<
         if packed.0.is_empty() {
             return Err(short());
         }
-        // Levels are 1 or 2 bits wide, so they never cross a byte.
+        // Levels are 1 or 2 bits wide, so they never cross a byte; a byte of usual ones has nothing to say.
+        let all_usual = (0..8).step_by(width as usize).fold(0u8, |byte, shift| byte | (usual & mask) << shift);
+        let per_byte = 8 / width as usize;
         for &byte in packed.0 {
+            if byte == all_usual {
+                at += per_byte;
+                continue;
+            }
             for shift in (0..8).step_by(width as usize) {
                 let level = byte >> shift & mask;
                 if at < levels && level != usual {

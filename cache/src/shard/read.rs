@@ -18,9 +18,12 @@ use crate::{Description, Error, Record, Result, RowKey, durable};
 use memmap2::Mmap;
 use parquet::arrow::ArrowSchemaConverter;
 use parquet::errors::ParquetError;
-use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader};
-use parquet::schema::types::SchemaDescriptor;
+use parquet::file::metadata::{
+    PageIndexPolicy, ParquetMetaData, ParquetMetaDataOptions, ParquetMetaDataReader, ParquetStatisticsPolicy,
+};
+use parquet::schema::types::{SchemaDescriptor, TypePtr};
 use rayon::prelude::*;
+use std::cell::Cell;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -87,7 +90,12 @@ impl Shard {
         #[cfg(unix)]
         let _ = map.advise(memmap2::Advice::Random);
         let load = || {
-            let mut reader = ParquetMetaDataReader::new().with_offset_index_policy(PageIndexPolicy::Required);
+            // Statistics are for those who query shards; nothing here looks at them.
+            let (skip, options) = (ParquetStatisticsPolicy::SkipAll, ParquetMetaDataOptions::new());
+            let options = options.with_column_stats_policy(skip.clone()).with_size_stats_policy(skip.clone());
+            let mut reader = ParquetMetaDataReader::new()
+                .with_metadata_options(Some(options.with_encoding_stats_policy(skip)))
+                .with_offset_index_policy(PageIndexPolicy::Required);
             reader.try_parse(&file).and_then(|()| reader.finish()).map_err(|e| Flaw::new("a readable Parquet footer", e))
         };
         let meta = fenced(load).unwrap_or_else(|panic| Err(Flaw::new("a readable Parquet footer", panic))).map_err(damage)?;
@@ -228,7 +236,7 @@ impl Shard {
         let heads = self.heads(file, group)?;
         let head = heads.get(within).ok_or_else(|| Flaw::new("the row's single values", "none"))?;
         let layout = &self.family.rules.layout;
-        let (mut buffer, mut known) = (Vec::new(), KnownLevels::default());
+        let (mut buffer, mut known) = (FETCHED.take(), KnownLevels::default());
         let mut io = None;
         // Until the tokens are read, they are as many as a row may have.
         let mut most = crate::MAX_ROW_TOKENS;
@@ -236,18 +244,19 @@ impl Shard {
             let index = self.family.columns.iter().position(|c| *c == column);
             let page = index.and_then(|i| group.pages.get(i)?.get(within));
             let page = page.ok_or_else(|| Flaw::new(format!("a page of {}", layout.name(column)), "none"))?;
-            fetch(file, page, &mut buffer).map_err(|e| {
+            let bytes = fetch(file, page, &mut buffer).map_err(|e| {
                 let flaw = Flaw::new("bytes that can be read", &e);
                 io = Some(e);
                 flaw
             })?;
             let within_column = |flaw: Flaw| Flaw::new(format!("{}: {}", layout.name(column), flaw.expected), flaw.found);
-            let lists = page::lists(&buffer, column.shape(), most, &mut known).map_err(within_column)?;
+            let lists = page::lists(bytes, column.shape(), most, &mut known).map_err(within_column)?;
             if column == Column::InputIds {
                 most = self.family.rules.max_entries(lists.words.len());
             }
             Ok(lists)
         });
+        FETCHED.set(buffer);
         match io {
             Some(e) => Err(Trouble::reading(e)),
             None => Ok(record?),
@@ -339,10 +348,20 @@ fn open_file(path: &Path, bytes: Option<u64>) -> std::result::Result<(File, u64)
     }
 }
 
-/// Reads a page into `buffer`.
-pub(super) fn fetch(file: &File, page: &Span, buffer: &mut Vec<u8>) -> std::io::Result<()> {
-    buffer.resize(page.length as usize, 0);
-    durable::call(|| read_exact_at(file, buffer, page.offset))
+thread_local! {
+    /// A thread's buffer for pages as they are on disk, used again for every row.
+    static FETCHED: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// Reads a page into the start of `buffer`, which never shrinks: bytes that are overwritten need no zeros first.
+pub(super) fn fetch<'a>(file: &File, page: &Span, buffer: &'a mut Vec<u8>) -> std::io::Result<&'a [u8]> {
+    let length = page.length as usize;
+    if buffer.len() < length {
+        buffer.resize(length, 0);
+    }
+    let bytes = &mut buffer[..length];
+    durable::call(|| read_exact_at(file, bytes, page.offset))?;
+    Ok(bytes)
 }
 
 #[cfg(unix)]
@@ -357,18 +376,16 @@ fn read_exact_at(mut file: &File, buffer: &mut [u8], offset: u64) -> std::io::Re
     file.read_exact(buffer)
 }
 
+/// Bytes of every column. All row groups have the same columns in the same order: that was checked.
 fn column_sizes(meta: &ParquetMetaData) -> Vec<ColumnSize> {
     let size = |stated: i64| u64::try_from(stated).unwrap_or(0);
-    let mut sizes: Vec<ColumnSize> = Vec::new();
-    for column in meta.row_groups().iter().flat_map(|group| group.columns()) {
-        let name = column.column_path().parts().first().cloned().unwrap_or_default();
-        let (compressed, uncompressed) = (size(column.compressed_size()), size(column.uncompressed_size()));
-        match sizes.iter_mut().find(|s| s.name == name) {
-            Some(s) => {
-                s.compressed = s.compressed.saturating_add(compressed);
-                s.uncompressed = s.uncompressed.saturating_add(uncompressed);
-            }
-            None => sizes.push(ColumnSize { name, compressed, uncompressed }),
+    let schema = meta.file_metadata().schema_descr().root_schema();
+    let named = |field: &TypePtr| ColumnSize { name: field.name().to_string(), compressed: 0, uncompressed: 0 };
+    let mut sizes: Vec<ColumnSize> = schema.get_fields().iter().map(named).collect();
+    for group in meta.row_groups() {
+        for (sum, column) in sizes.iter_mut().zip(group.columns()) {
+            sum.compressed = sum.compressed.saturating_add(size(column.compressed_size()));
+            sum.uncompressed = sum.uncompressed.saturating_add(size(column.uncompressed_size()));
         }
     }
     sizes
