@@ -10,7 +10,7 @@ use std::path::Path;
 /// How rows are to be stored in the new cache.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Reshape {
-    /// Where to start from; `None` starts from how the rows are stored already.
+    /// Where to start from; `None` starts from how the rows are stored already. How ids are laid out is no part of it.
     pub preset: Option<Preset>,
     /// Departures from that.
     pub knobs: Knobs,
@@ -21,7 +21,8 @@ pub struct Reshape {
 impl Reshape {
     /// What rows that are stored as `has` become. Errors: knobs that do not go together; `Raise`, with both sides.
     pub(crate) fn storage(&self, has: &Storage) -> Result<Storage> {
-        let base = self.preset.map_or(*has, |preset| preset.storage());
+        // Of the layout of ids, which decides who can read the cache, a preset says nothing.
+        let base = self.preset.map_or(*has, |preset| Storage { id_encoding: has.id_encoding, ..preset.storage() });
         let asked = base.with(&self.knobs)?;
         has.check_narrows_to(&asked)?;
         Ok(asked)

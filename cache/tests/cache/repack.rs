@@ -61,6 +61,15 @@ fn a_cache_for_old_readers_is_the_one_that_would_have_been_written() {
     let plain = Description { id_encoding: IdEncoding::Plain, ..description(ROWS, 4, K) };
     made::write(direct.path(), &plain, &records(ROWS, K));
     assert_eq!(files(out.path()), files(direct.path()));
+    // A preset says nothing of ids: who can read the cache stays as it is unless another layout is asked for.
+    let preset = |id_encoding| {
+        let knobs = Knobs { top_k: Some(K), id_encoding, ..Knobs::default() };
+        let again = tempfile::tempdir().unwrap();
+        rewritten(direct.path(), again.path(), Reshape { preset: Some(Preset::Standard), knobs, rows_per_shard: None });
+        files(again.path())
+    };
+    assert_eq!(preset(None), files(direct.path()));
+    assert_eq!(preset(Some(IdEncoding::ByteStreamSplit)), files(dir.path()));
 }
 
 #[test]
