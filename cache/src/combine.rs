@@ -1,16 +1,18 @@
 //! Several caches become one: parts of the same data scored apart, runs that were interrupted, caches of different data.
 //!
-//! It refuses caches that were not made alike, and two distributions of the same conversation that differ. The one idea: the order of
-//! all rows is planned from their numbers and keys alone (40 bytes a row), and compared where two caches hold the same row, before
-//! a byte is written; then rows stream through in blocks.
+//! It refuses caches that were not made alike, and two distributions of one row of the same data that differ. The one idea: the order
+//! of all rows is planned from their numbers and keys alone (40 bytes a row), and compared where two caches hold the same row of the
+//! same data, before a byte is written; then rows stream through in blocks.
 //!
 //! ```text
 //! caches of the same data    merged by seq_id; a row that two of them hold is kept once, if it is the same
 //! caches of other data       put one after another; seq_ids shifted by the data rows before; files and skipped counts added;
-//!                            a conversation that was there before is kept once and counted as a skipped duplicate
+//!                            a conversation that was there before (same key: tokens and scored positions) is kept as
+//!                            the first has it and counted as a skipped duplicate. Scored in another pack or on another device its
+//!                            last bits may differ, and either scoring is as good
 //! ```
 //!
-//! So the parts of one data make the very bytes of a single run over it.
+//! Rows in pieces of a shard under way are no rows of a cache yet: they are left out, and counted. So the parts of one data make the very bytes of a single run over it.
 
 mod merged;
 mod plan;
@@ -48,8 +50,10 @@ pub struct Rewritten {
     pub scored: u64,
     /// Rows that several of the caches held, all of them alike, and that were kept once.
     pub shared_rows: u64,
-    /// Conversations of later data that earlier data had already, left out.
+    /// Conversations of later data that earlier data had already, by their key; left out, whatever their distributions are.
     pub duplicates: u64,
+    /// Rows of the caches that were not looked at, for they are in pieces of shards under way: continuing those caches joins them.
+    pub piece_rows: u64,
     /// Bytes of the shards read from.
     pub bytes_before: u64,
     /// Bytes of the new shards.
@@ -93,6 +97,8 @@ impl Stored {
 /// zstd level and rows in a shard are the first cache's, unless `reshape` says otherwise. Where rows are still missing, the result is
 /// a partial cache that the command of a single run continues: this is refused where the missing rows are not the last ones, the
 /// first of them begins no shard, the data differ, or something is taken away.
+///
+/// Of a conversation in several data the first scoring is kept; pieces of a shard under way are left out, both counted.
 ///
 /// Errors: `Unlike` (other teacher, tokenizer, template, settings or companions), `Conflict`, `Incomplete`, `Raise`, damage, as
 /// [`CacheWriter::open`], I/O.
@@ -147,6 +153,7 @@ pub(crate) fn rewrite(
         scored: manifest.scored(),
         shared_rows: plan.shared,
         duplicates: plan.duplicates,
+        piece_rows: inputs.iter().flat_map(|cache| &cache.manifest().parts).map(|part| part.rows).sum(),
         bytes_before: inputs.iter().map(|cache| cache.manifest().bytes()).sum(),
         bytes: manifest.bytes(),
         before: Stored::of(&before),

@@ -46,6 +46,10 @@ fn facts(report: &Rewritten) -> Table {
         let text = format!("{} of earlier data", print::plural(report.duplicates, "conversation"));
         table.fact("left out", format!("{text}, counted as skipped"));
     }
+    if report.piece_rows > 0 {
+        let text = print::plural(report.piece_rows, "row");
+        table.fact("not read", format!("{text} in pieces of unfinished shards"));
+    }
     let (before, after) = (&report.before, &report.after);
     let change = |of: &dyn Fn(&Stored) -> String| match (of(before), of(after)) {
         (a, b) if a == b => b,

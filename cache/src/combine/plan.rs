@@ -1,12 +1,12 @@
 //! Which row of which cache becomes which row of the new one, from numbers and keys alone; and the proof that rows which several caches
-//! hold are the same.
+//! of the same data hold are the same.
 
 use super::merged::{Group, Merged};
 use crate::progress::ScanProgress;
 use crate::{Cache, Error, Result, RowKey};
 use rayon::prelude::*;
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BinaryHeap, HashSet};
 use std::path::PathBuf;
 
 /// A row of the new cache.
@@ -33,11 +33,11 @@ pub(super) struct Twins {
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     pub(super) rows: Vec<Planned>,
-    /// Rows that are kept once only, if they prove the same.
+    /// Rows of the same data that are kept once only, if they prove the same.
     pub(super) twins: Vec<Twins>,
-    /// Of these, rows that several caches of the same data hold.
+    /// How many these are.
     pub(super) shared: u64,
-    /// Of these, conversations that earlier data had already.
+    /// Conversations that earlier data had already, by their key.
     pub(super) duplicates: u64,
 }
 
@@ -45,21 +45,18 @@ impl Plan {
     /// Errors: `Conflict` where two caches of the same data hold different conversations under one number; damage.
     pub(super) fn of(inputs: &[Cache], merged: &Merged) -> Result<Self> {
         let mut plan = Plan::default();
-        // Which row has a key, of the data before this one; one data alone needs none of it.
-        let mut known: HashMap<RowKey, Planned> = HashMap::new();
+        // Keys in the data before this one; one data alone needs none of it.
+        let mut known: HashSet<RowKey> = HashSet::new();
         for (group, shift) in merged.groups.iter().zip(merged.shifts()) {
             let begin = plan.rows.len();
             for planned in plan.merge(inputs, group)? {
-                match known.get(&planned.key) {
-                    Some(&kept) => {
-                        plan.duplicates += 1;
-                        plan.twins.push(Twins { kept, other: planned });
-                    }
-                    None => plan.rows.push(Planned { seq_id: planned.seq_id.saturating_add(shift), ..planned }),
+                match known.contains(&planned.key) {
+                    true => plan.duplicates += 1,
+                    false => plan.rows.push(Planned { seq_id: planned.seq_id.saturating_add(shift), ..planned }),
                 }
             }
             if merged.groups.len() > 1 {
-                known.extend(plan.rows.iter().skip(begin).map(|planned| (planned.key, *planned)));
+                known.extend(plan.rows.iter().skip(begin).map(|planned| planned.key));
             }
         }
         Ok(plan)
@@ -97,7 +94,7 @@ impl Plan {
         Ok(rows)
     }
 
-    /// Reads all rows that several caches hold and compares their distributions. Errors: `Conflict`; damage.
+    /// Reads all rows that several caches of the same data hold and compares their distributions. Errors: `Conflict`; damage.
     pub(super) fn check_twins(&self, inputs: &[Cache], progress: &ScanProgress) -> Result<()> {
         self.twins.par_iter().try_for_each(|Twins { kept, other }| {
             let read = |planned: &Planned| match inputs.get(planned.input as usize) {
