@@ -1,7 +1,7 @@
 //! The list of what has to be computed again: a JSON file from `verify`, read by a repair. Its contents are believed no further than
 //! that they fit the cache.
 
-use crate::{Description, Error, ManifestState, Result, ShardDamage, VerifyReport};
+use crate::{Description, Error, ManifestState, Result, ShardDamage, VerifyReport, durable};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -47,11 +47,11 @@ impl RepairList {
         self.shards.iter().chain(&self.parts).map(rows).fold(0, u64::saturating_add)
     }
 
-    /// Writes the list to a file.
+    /// Writes the list to a file, durably: the file holds what it held before or all of the list.
     pub fn save(&self, path: &Path) -> Result<()> {
         let mut text = serde_json::to_string_pretty(self).map_err(|e| Error::io(path)(e.into()))?;
         text.push('\n');
-        std::fs::write(path, text).map_err(Error::io(path))
+        durable::replace(path, text.as_bytes())
     }
 
     /// Reads a list. Errors: I/O; `RepairList` where it is none, or one of a later version.
