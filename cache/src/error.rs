@@ -63,6 +63,17 @@ pub enum Error {
         /// One of the files found there.
         found: String,
     },
+    /// A manifest was to be rebuilt where no shard says that it is of this cache.
+    #[error("{dir}: no manifest.json, and no shard in it (such as {found:?}) states the description of this cache, {expected}; \
+             nothing is written over what may be somebody's files: give another folder", dir = dir.display())]
+    ForeignShards {
+        /// The folder asked for.
+        dir: PathBuf,
+        /// One of the files found there.
+        found: String,
+        /// The digest of this run's description.
+        expected: String,
+    },
     /// Stored bytes are not what was written.
     #[error("{file}{place}: expected {expected}, found {found}; the cache is damaged",
             file = dir.join(file).display(), place = place(*row_group, *row))]
@@ -187,7 +198,7 @@ pub enum Error {
         /// Every field that differs; `cache` is the first's value, `here` the other's.
         differences: Vec<Difference>,
     },
-    /// Two caches hold the same conversation with different distributions, or one number for two conversations.
+    /// Two caches of the same data hold one row with different distributions, or one number for two conversations.
     #[error("{second}: row {second_row} (seq_id {seq_id}, key {key}) has other {what} than row {first_row} of {first}; \
              they do not come from the same teacher and data", first = first.display(), second = second.display())]
     Conflict {
@@ -271,6 +282,7 @@ impl Error {
             Error::BadRecord { .. } | Error::RowCount { .. } | Error::WriterFailed { .. } => ErrorClass::Runtime,
             Error::NoCompanion { .. } | Error::RepairList { .. } => ErrorClass::Runtime,
             Error::ForeignFolder { .. }
+            | Error::ForeignShards { .. }
             | Error::Raise { .. }
             | Error::Incomplete { .. }
             | Error::Setting { .. }
@@ -330,7 +342,7 @@ impl Flaw {
 
 /// What to do where the folder is that of a cache without its manifest.
 fn lost_manifest(found: &str) -> &'static str {
-    match found.starts_with("shard-") {
+    match crate::shard::index_of(found).is_some() {
         true => "; if it is a cache that lost its manifest: `verify --repair-list FILE`, then `precompute --repair FILE`",
         false => "",
     }

@@ -1,5 +1,5 @@
 //! Mending a damaged cache: rows that a list names are computed again by the caller, all others are taken from the damaged shard, and
-//! the shard is written anew in the old one's place. A manifest that is damaged or lost is rebuilt from the shards.
+//! the shard is written anew in the old one's place. A manifest that is damaged, lost or an earlier one is rebuilt from the shards.
 //!
 //! It refuses a list made for another cache, and never takes a row that does not pass every check, whatever the list says. The one
 //! idea: a shard's bytes depend on the description and the rows alone, so where the teacher's arithmetic is the same, the mended
@@ -28,6 +28,8 @@ pub struct Repair {
     shards: Vec<ShardRepair>,
     /// Whether the manifest on disk is good, and saved whenever a shard's entry changes; else it is saved at the end.
     manifest: ManifestState,
+    /// Pieces that a rebuilt manifest does not name; removed once it is saved.
+    lost_parts: Vec<String>,
     report: RepairReport,
 }
 
@@ -88,7 +90,8 @@ impl Repair {
     /// Takes the lock of the cache in `dir`, reads the list, and finds out which rows are needed.
     ///
     /// Errors: `OtherCache` for a list made for another cache, `Mismatch` for a cache made from something else, `RepairList` for a
-    /// list that does not fit, `OlderFormat`, `NoManifest` where there is nothing to rebuild it from, `Locked`, I/O.
+    /// list that does not fit, `OlderFormat`, `NoManifest` where there is nothing to rebuild it from, `ForeignShards` where nothing there is known
+    /// to be of this cache, `Locked`, I/O.
     pub fn open(dir: &Path, description: &Description, options: &WriterOptions, list: &Path) -> Result<Self> {
         description.validate()?;
         let (path, list) = (list, RepairList::load(list)?);
@@ -98,32 +101,31 @@ impl Repair {
         }
         let lock = durable::lock(dir, &dir.join(LOCK_FILE))?;
         let mut report = RepairReport::default();
-        let (manifest, shards) = match Manifest::load(dir) {
-            Ok(mut manifest) => {
-                crate::writer::compare(dir, &manifest, description, options)?;
-                if manifest.format_version != FORMAT_VERSION {
-                    let (found, known) = (manifest.format_version, FORMAT_VERSION);
-                    return Err(Error::OlderFormat { dir: dir.to_path_buf(), found, known });
-                }
+        let names = crate::writer::names(dir)?;
+        let (loaded, state) = load(dir, &names, description, options)?;
+        report.manifest = state;
+        let mut lost_parts = Vec::new();
+        let (manifest, shards) = match loaded {
+            Some(mut manifest) => {
                 let shards = wanted(dir, path, &manifest, &list)?;
                 report.dropped_parts = drop_parts(dir, path, &mut manifest, &list.parts)?;
                 (manifest, shards)
             }
-            Err(error @ (Error::Damaged { .. } | Error::NoManifest { .. })) => {
-                let lost = matches!(error, Error::NoManifest { .. });
-                report.manifest = if lost { ManifestState::Missing } else { ManifestState::Damaged };
-                let (manifest, shards) = rebuild::from_shards(dir, path, description, options)?;
+            None => {
+                let (manifest, shards) = rebuild::from_shards(dir, path, description, options, state)?;
                 // Without any shard a damaged manifest has lost nothing; without a manifest either it is no cache.
-                if lost && manifest.shards.is_empty() {
-                    return Err(error);
+                if state == ManifestState::Missing && manifest.shards.is_empty() {
+                    return Err(Error::NoManifest { dir: dir.to_path_buf() });
                 }
+                // Which pieces belong together, only the manifest knew.
+                lost_parts = names.into_iter().filter(|name| crate::writer::part_of(name).is_some()).collect();
+                report.dropped_parts = lost_parts.len() as u64;
                 report.adopted_shards = (manifest.shards.len() - shards.len()) as u64;
                 (manifest, shards)
             }
-            Err(other) => return Err(other),
         };
-        let (manifest_state, writer) = (report.manifest, CacheWriter::of_damaged(dir, manifest, lock));
-        Ok(Self { dir: dir.to_path_buf(), writer, shards, manifest: manifest_state, report })
+        let writer = CacheWriter::of_damaged(dir, manifest, lock);
+        Ok(Self { dir: dir.to_path_buf(), writer, shards, manifest: state, lost_parts, report })
     }
 
     /// The shards that are to be written anew, in order.
@@ -152,6 +154,7 @@ impl Repair {
             let manifest = self.writer.manifest_mut();
             manifest.complete = manifest.rows() == manifest.description.expected_rows;
             manifest.save(&self.dir)?;
+            self.lost_parts.iter().try_for_each(|part| durable::remove(&self.dir.join(part)))?;
         }
         Ok(self.report)
     }
@@ -223,6 +226,30 @@ impl Mending<'_> {
             self.next += 1;
         }
         Ok(())
+    }
+}
+
+/// The manifest, where it is good and the newest that the folder can have had, and how it was found.
+fn load(
+    dir: &Path,
+    names: &[String],
+    description: &Description,
+    options: &WriterOptions,
+) -> Result<(Option<Manifest>, ManifestState)> {
+    let manifest = match Manifest::load(dir) {
+        Ok(manifest) => manifest,
+        Err(Error::Damaged { .. }) => return Ok((None, ManifestState::Damaged)),
+        Err(Error::NoManifest { .. }) => return Ok((None, ManifestState::Missing)),
+        Err(other) => return Err(other),
+    };
+    crate::writer::compare(dir, &manifest, description, options)?;
+    if manifest.format_version != FORMAT_VERSION {
+        let (found, known) = (manifest.format_version, FORMAT_VERSION);
+        return Err(Error::OlderFormat { dir: dir.to_path_buf(), found, known });
+    }
+    match crate::writer::stale(&manifest, names) {
+        Some(_) => Ok((None, ManifestState::Stale)),
+        None => Ok((Some(manifest), ManifestState::Good)),
     }
 }
 

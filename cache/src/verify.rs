@@ -92,7 +92,8 @@ pub struct VerifyReport {
     pub parts: u64,
     /// Rows read whose key an earlier row has too: the data holds a conversation more than once. No fault of the cache.
     pub repeated_rows: u64,
-    /// Files in the folder that the manifest does not name; readers ignore them.
+    /// Files in the folder that the manifest does not name; readers ignore them. No problem by themselves, unless shards among them
+    /// show that the manifest is an earlier one ([`ManifestState::Stale`]).
     pub unlisted: Vec<String>,
     /// Everything that is wrong, at most [`MAX_PROBLEMS`] of it, in file and row order.
     pub problems: Vec<Problem>,
@@ -136,6 +137,8 @@ pub enum ManifestState {
     Damaged,
     /// There are shards and no manifest.
     Missing,
+    /// An earlier state of the cache: there are shards of later rows that it does not name.
+    Stale,
 }
 
 /// What has to be written anew of one shard.
@@ -204,6 +207,8 @@ pub fn verify(dir: &Path, progress: &ScanProgress) -> Result<VerifyReport> {
 pub fn verify_as(dir: &Path, mode: VerifyMode, progress: &ScanProgress) -> Result<VerifyReport> {
     mode.check()?;
     let mut report = VerifyReport { mode, ..VerifyReport::default() };
+    // Before the manifest is read: a writer at work names shards after it made them, never before.
+    let names = crate::writer::names(dir);
     let manifest = match Manifest::load(dir) {
         Err(damage @ Error::Damaged { .. }) => {
             report.manifest = ManifestState::Damaged;
@@ -226,6 +231,10 @@ pub fn verify_as(dir: &Path, mode: VerifyMode, progress: &ScanProgress) -> Resul
     report.parts = manifest.parts.len() as u64;
     report.description_blake3 = Some(manifest.description.digest());
     report.unlisted = unlisted(dir, &manifest)?;
+    if let Some(flaw) = crate::writer::stale(&manifest, &names?) {
+        report.manifest = ManifestState::Stale;
+        report.add(MANIFEST_FILE, flaw.damage(&Place::new(dir, MANIFEST_FILE), None, None));
+    }
     for companion in &manifest.companions {
         if let Err(error) = reader::read_companion(dir, &manifest, &companion.path) {
             report.add(&companion.path, error);

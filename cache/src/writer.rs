@@ -18,7 +18,7 @@ mod mend;
 
 pub use companion::Companion;
 pub(crate) use companion::entries as companion_entries;
-pub(crate) use folder::{LOCK_FILE, names};
+pub(crate) use folder::{LOCK_FILE, names, part_of, stale};
 pub(crate) use mend::{MendedShard, compare};
 
 use crate::error::{Flaw, Place};

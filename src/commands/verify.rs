@@ -110,6 +110,7 @@ fn write_verdict(report: &VerifyReport, out: &mut Out) -> std::io::Result<()> {
     let whole = match (report.complete, report.is_good()) {
         (true, _) => "complete",
         (false, true) => "not complete yet: run the same precompute again",
+        (false, false) if report.manifest == ManifestState::Stale => "later shards are not looked at",
         (false, false) if report.manifest != ManifestState::Good => "without a good manifest nothing is known of the rows",
         (false, false) => "not complete",
     };

@@ -4,7 +4,7 @@ use super::{ShardRepair, unreadable};
 use crate::manifest::{CompanionEntry, Manifest, ShardCodec, ShardEntry};
 use crate::shard::{file_name, footer, index_of};
 use crate::writer::{WriterOptions, companion_entries, count, digest_of};
-use crate::{Description, Error, Result, reader};
+use crate::{Description, Error, ManifestState, Result, reader};
 use rayon::prelude::*;
 use std::path::Path;
 
@@ -14,18 +14,20 @@ const BLOCK_ROWS: u64 = 256;
 /// The manifest as far as the shards tell it, and the shards that have to be written anew; those have no digest in it yet.
 ///
 /// The last shard file says how far the cache had come: what is missing before it is computed again, what is missing after it is
-/// left to the run that continues. Errors: `OtherCache` where all shards belong to another cache.
+/// left to the run that continues. Errors: `OtherCache` where all shards belong to another cache, `ForeignShards` where
+/// the manifest is missing and no shard states its cache.
 pub(super) fn from_shards(
     dir: &Path,
     list: &Path,
     description: &Description,
     options: &WriterOptions,
+    state: ManifestState,
 ) -> Result<(Manifest, Vec<ShardRepair>)> {
     let rows_per_shard = u64::from(description.rows_per_shard);
     let most = description.expected_rows.div_ceil(rows_per_shard);
     let names = crate::writer::names(dir)?;
     let indexes: Vec<usize> = names.iter().filter_map(|name| index_of(name)).filter(|&i| (i as u64) < most).collect();
-    check_ours(dir, list, description, &indexes)?;
+    check_ours(dir, list, description, &indexes, state)?;
     let companions: Vec<CompanionEntry> = companion_entries(&options.companions)?;
     let mut manifest = Manifest::new(description.clone(), companions);
     let mut repairs = Vec::new();
@@ -73,14 +75,19 @@ fn adopt(dir: &Path, manifest: &Manifest, blank: &ShardEntry, last_seq_id: &mut 
     Ok(Some(entry))
 }
 
-/// Refuses to write over the shards of another cache: one of the readable ones has to be of this description.
-fn check_ours(dir: &Path, list: &Path, description: &Description, indexes: &[usize]) -> Result<()> {
+/// Refuses to write over the shards of another cache: one of the readable ones has to be of this description. Without a manifest
+/// nothing else says whose folder it is, so there has to be one.
+fn check_ours(dir: &Path, list: &Path, description: &Description, indexes: &[usize], state: ManifestState) -> Result<()> {
     let expected = description.digest();
     let stated: Vec<String> =
         indexes.iter().filter_map(|&index| footer::stated_description(&dir.join(file_name(index)))).collect();
-    match stated.first() {
-        Some(other) if !stated.contains(&expected) => {
+    match (stated.first(), indexes.first()) {
+        _ if stated.contains(&expected) => Ok(()),
+        (Some(other), _) => {
             Err(Error::OtherCache { list: list.to_path_buf(), expected, found: other.chars().take(64).collect() })
+        }
+        (None, Some(&first)) if state == ManifestState::Missing => {
+            Err(Error::ForeignShards { dir: dir.to_path_buf(), found: file_name(first), expected })
         }
         _ => Ok(()),
     }

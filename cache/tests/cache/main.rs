@@ -4,6 +4,7 @@
 mod alignment;
 mod combine;
 mod damage;
+mod folder;
 mod hostile;
 mod layout;
 mod made;

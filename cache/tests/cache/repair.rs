@@ -200,6 +200,9 @@ fn a_lost_manifest_is_rebuilt_also_of_an_interrupted_run() {
     assert_eq!(RepairList::load(&list).unwrap().manifest, ManifestState::Missing);
     let report = bench.mend(&list, &bench.rows);
     assert_eq!((report.manifest, report.adopted_shards, report.shards.len()), (ManifestState::Missing, 0, 1));
+    // The piece cannot be told from a stray one any more: it is given up, and said so.
+    assert_eq!(report.dropped_parts, 1);
+    assert!(!bench.path("part-00001-000.parquet").exists());
     assert_eq!(report.shards[0].sameness, Sameness::Unknown);
     assert_eq!(std::fs::read(&shard).unwrap(), partial["shard-00000.parquet"]);
     assert_eq!(Cache::open(bench.dir.path()).unwrap().len(), 70);
