@@ -12,7 +12,8 @@ use std::thread::JoinHandle;
 /// Decoded batches that may wait for the caller.
 const BATCHES_AHEAD: usize = 2;
 
-/// An endless sequence of batches: pass after pass over the cache, each with its own order.
+/// An endless sequence of batches: pass after pass over the cache, each with its own order. Not to be waited for by a thread of
+/// rayon's pool, which decodes for it.
 pub struct Batches {
     receiver: Option<Receiver<Result<Vec<Record>>>>,
     thread: Option<JoinHandle<()>>,

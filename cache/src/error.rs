@@ -342,7 +342,7 @@ impl Flaw {
 
 /// What to do where the folder is that of a cache without its manifest.
 fn lost_manifest(found: &str) -> &'static str {
-    match crate::shard::index_of(found).is_some() {
+    match found.starts_with("shard-") && found.ends_with(".parquet") {
         true => "; if it is a cache that lost its manifest: `verify --repair-list FILE`, then `precompute --repair FILE`",
         false => "",
     }

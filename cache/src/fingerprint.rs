@@ -313,7 +313,7 @@ pub(crate) fn tests_description(selection: Selection, values: Values) -> Descrip
         tokenizer: TokenizerFingerprint { vocabulary_blake3: none(), blake3: none(), size: 10 },
         template: TemplateFingerprint { source: none(), blake3: none() },
         data: DataFingerprint { files: Vec::new(), rows: 2, skipped: Default::default() },
-        encoding: EncodingFingerprint { max_length: 4, truncation: "turns".into(), truncated_tokens: 0 },
+        encoding: EncodingFingerprint { max_length: 1024, truncation: "turns".into(), truncated_tokens: 0 },
         selection,
         mantissa_bits: 7,
         values,

@@ -6,7 +6,7 @@
 //! ```text
 //! {
 //!   "manifest_blake3": "<64 hex digits>",      <- digest of everything below this line
-//!   "format_version": 1,
+//!   "format_version": 2,
 //!   ...
 //! }
 //! ```

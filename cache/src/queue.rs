@@ -13,7 +13,7 @@ use std::time::Duration;
 /// Batches of records that may wait. Two keep the thread busy; more would only hold memory.
 const BATCHES_WAITING: usize = 2;
 
-/// A [`CacheWriter`] at work in a thread of its own.
+/// A [`CacheWriter`] at work in a thread of its own. Not to be waited for by a thread of rayon's pool, which encodes for it.
 pub struct WriterQueue {
     sender: Option<SyncSender<Vec<Record>>>,
     thread: Option<JoinHandle<Result<CacheWriter>>>,

@@ -1,9 +1,10 @@
 //! What a record must obey to be a row: before it is written and when it is verified, so nothing enters a cache that `verify` would
 //! refuse, and nothing leaves it that a trainer would trip over.
 
-use crate::codec::{self, round_to_mantissa, stored_tail_logprob, tail_bits};
+use crate::codec::{self, TAIL_FLOOR_LOGPROB, round_to_mantissa, stored_tail_logprob, tail_bits};
 use crate::error::Flaw;
 use crate::layout::Layout;
+use crate::shard::page::Most;
 use crate::{Description, Record, Selection, Storage, Target};
 
 /// A log-probability may lie this far above 0 (float error of a log-softmax in f32); it is stored as 0.
@@ -30,18 +31,23 @@ pub(crate) struct Rules {
     pub(crate) layout: Layout,
     pub(crate) storage: Storage,
     vocab_size: u32,
+    max_tokens: usize,
     mass_bound: f64,
 }
 
 impl Rules {
     pub(crate) fn of(description: &Description, version: u32) -> Self {
         let (layout, storage) = (Layout::of(description, version), description.storage());
-        Self { layout, storage, vocab_size: description.vocab_size, mass_bound: mass_bound(description) }
+        let max_tokens = (description.encoding.max_length as usize).clamp(2, MAX_ROW_TOKENS);
+        let mass_bound = mass_bound(description);
+        Self { layout, storage, vocab_size: description.vocab_size, max_tokens, mass_bound }
     }
 
-    /// Most tokens and list entries that a row can have: what a reader believes of a page's size.
-    pub(crate) fn max_entries(&self, tokens: usize) -> usize {
-        tokens.saturating_mul(usize::from(self.storage.selection.max_entries()).max(self.draws())).min(MAX_ROW_ENTRIES)
+    /// What a reader believes of the pages of a row of so many tokens, or of any row.
+    pub(crate) fn most(&self, tokens: Option<usize>) -> Most {
+        let tokens = tokens.unwrap_or(self.max_tokens);
+        let entries = usize::from(self.storage.selection.max_entries()).max(self.draws());
+        Most { tokens, values: tokens.saturating_mul(entries).min(MAX_ROW_ENTRIES) }
     }
 
     /// The record in stored form, every rule checked: before it is encoded, and what encoding it shows of its mass.
@@ -86,7 +92,11 @@ impl Rules {
         let targets = &record.targets;
         // Over all positions at once; a row in which something is wrong is gone through again to say where.
         let ids = below(targets.ids(), self.vocab_size) && below(targets.sample_ids(), self.vocab_size);
-        if ids && at_most_zero(targets.logprobs()) && at_most_zero(targets.tail_logprobs()) {
+        let others = [targets.logits(), targets.logsumexps(), targets.lse_t()];
+        let k = u32::from(self.storage.selection.head());
+        let lengths = targets.offsets().windows(2).fold(true, |fine, bounds| fine & (bounds[1].wrapping_sub(bounds[0]) <= k));
+        let values = at_most_zero(targets.logprobs()) && at_most_zero(targets.tail_logprobs());
+        if ids && lengths && values && others.into_iter().all(finite) {
             return Ok(());
         }
         self.check(record, Form::Stored).and(Err(Flaw::new("ids of the vocabulary and log-probabilities at most 0", "others")))
@@ -99,8 +109,12 @@ impl Rules {
     /// Tokens, positions, and one target of the right parts for each position.
     fn check_shape(&self, record: &Record) -> Result<(), Flaw> {
         let tokens = record.input_ids.len();
-        if !(2..=MAX_ROW_TOKENS).contains(&tokens) {
-            return Err(Flaw::new(format!("2 to {MAX_ROW_TOKENS} tokens"), tokens));
+        if !(2..=self.max_tokens).contains(&tokens) {
+            return Err(Flaw::new(format!("2 to {} tokens", self.max_tokens), tokens));
+        }
+        let codec = [record.codec.kl_sum, record.codec.kl_max];
+        if let Some(kl) = codec.into_iter().find(|kl| !(kl.is_nan() || (kl.is_finite() && *kl >= 0.0))) {
+            return Err(Flaw::new("a codec error of 0 or more, or NaN for one that is not known", kl));
         }
         if let Some(id) = record.input_ids.iter().find(|&&id| id >= self.vocab_size) {
             return Err(Flaw::new(format!("input ids below the vocabulary size {}", self.vocab_size), id));
@@ -146,8 +160,9 @@ impl Rules {
         }
         if self.layout.has_samples() {
             let drawn: usize = target.sample_counts.iter().map(|&count| usize::from(count)).sum();
-            // Where the head is the whole vocabulary, nothing is left to draw from.
-            let none = self.layout.has_head() && drawn == 0;
+            // Where the head is the whole vocabulary, or the rest has no probability in f32, nothing is left to draw from.
+            let nothing = kept == self.vocab_size as usize || target.tail_logprob <= TAIL_FLOOR_LOGPROB;
+            let none = self.layout.has_head() && drawn == 0 && nothing;
             if drawn != self.draws() && !none {
                 return Err(Flaw::new(format!("{} draws", self.draws()), drawn));
             }
@@ -192,12 +207,23 @@ impl Rules {
         if let Some(x) = others.into_iter().find(|x| !x.is_finite()) {
             return Err(Flaw::new("finite logits and log-sum-exps", x));
         }
+        if let Some(lse) = target.logsumexp
+            && let Some(z) = target.logits.iter().find(|z| **z - lse > LOGPROB_EPSILON)
+        {
+            return Err(Flaw::new(format!("logits of at most their log-sum-exp {lse}"), z));
+        }
         // Logits are never rounded here: they come as a bf16 head gives them, or the log-sum-exp would belong to other numbers.
         if let Some(z) = target.logits.iter().find(|z| round_to_mantissa(**z, 7).to_bits() != z.to_bits()) {
             return Err(Flaw::new("logits that are bfloat16 numbers", z));
         }
         let tail = target.tail_logprob;
         if form == Form::Given {
+            if let Selection::Cutoff { rule, .. } = &self.storage.selection
+                && rule.kept(target.logprobs) != target.logprobs.len()
+            {
+                let found = format!("{}, of which it keeps {}", target.logprobs.len(), rule.kept(target.logprobs));
+                return Err(Flaw::new(format!("the entries that {} keeps", self.storage.selection), found));
+            }
             return match tail == f32::NEG_INFINITY || tail.is_finite() && tail <= LOGPROB_EPSILON {
                 true => Ok(()),
                 false => Err(Flaw::new("a tail log-probability of at most 0", tail)),
@@ -245,6 +271,12 @@ fn mass_bound(description: &Description) -> f64 {
 fn below(ids: &[u32], bound: u32) -> bool {
     let (largest, bits) = ids.iter().fold((0i32, 0u32), |(largest, bits), &id| (largest.max(id as i32), bits | id));
     bits <= i32::MAX as u32 && (largest as u32) < bound || ids.is_empty()
+}
+
+/// Whether all values are finite: their exponents are not all ones.
+fn finite(values: &[f32]) -> bool {
+    const INFINITY: u32 = f32::INFINITY.to_bits();
+    values.iter().fold(0, |any, x| any | u32::from((x.to_bits() & INFINITY) == INFINITY)) == 0
 }
 
 /// Whether all values are finite and at most 0: their bits are 0, or those of a negative number below minus infinity's.

@@ -144,6 +144,11 @@ pub(crate) fn assemble(
         return Err(Flaw::new("ids and their values in lists of equal lengths", "different lengths"));
     }
     let positions = scored(ids.as_ref().or(sample_ids.as_ref()));
+    if let Some(lists) = &sample_ids
+        && let Some(token) = scored(Some(lists)).into_iter().find(|token| positions.binary_search(token).is_err())
+    {
+        return Err(Flaw::new(format!("position {token}: no draws where nothing is kept"), "some"));
+    }
     let mut flat = |column| {
         let words = lists(column)?.words;
         gather(&layout.name(column), &words, &positions, tokens)
@@ -198,7 +203,7 @@ fn scored(lists: Option<&Lists>) -> Vec<u32> {
     positions
 }
 
-/// N + 1 offsets of the scored positions. What lies between them is empty, or the checksum would not hold.
+/// N + 1 offsets of the scored positions; what lies between them is empty.
 fn offsets_at(lists: Option<&Lists>, positions: &[u32]) -> Vec<u32> {
     let end = |&position: &u32| lists.and_then(|l| l.ends.get(position as usize).copied()).unwrap_or(0);
     std::iter::once(0).chain(positions.iter().map(end)).collect()

@@ -127,7 +127,7 @@ impl SoftTargets {
         self.sample_ids.extend_from_slice(&target.sample_ids[..n]);
         self.sample_counts.extend_from_slice(&target.sample_counts[..n]);
         self.sample_offsets.push(self.sample_ids.len() as u32);
-        self.logits.extend_from_slice(target.logits);
+        self.logits.extend_from_slice(&target.logits[..target.logits.len().min(target.ids.len())]);
         self.logsumexps.extend(target.logsumexp);
         self.lse_t.extend_from_slice(target.lse_t);
     }

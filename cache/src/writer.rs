@@ -165,6 +165,9 @@ impl CacheWriter {
 
     /// Makes the rows appended so far durable, as a piece of the shard under way.
     pub fn seal(&mut self) -> Result<()> {
+        if self.failed {
+            return Err(Error::WriterFailed { dir: self.dir.clone() });
+        }
         let Some(open) = self.open.take() else { return Ok(()) };
         let sealed = self.publish_part(open);
         self.failed |= sealed.is_err();

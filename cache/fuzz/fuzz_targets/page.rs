@@ -1,7 +1,8 @@
 //! Any bytes as a page: as they are, and as the contents of a page whose header and zstd frame fit, so that levels and values are
 //! reached.
 //!
-//! Bytes 0: bit 0 a list of lists or a list, bit 1 as they are or wrapped, bits 2 and 3 the encoding. Bytes 1 and 2: levels.
+//! Bytes 0: bit 0 a list of lists or a list, bit 1 as they are or wrapped, bits 2 and 3 the encoding. Bytes 1 to 4: levels, of which a header
+//! may claim any number.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -19,7 +20,7 @@ fn varint(out: &mut Vec<u8>, mut value: u64) {
 }
 
 /// A page with these contents, as Thrift's compact protocol has its header.
-fn wrapped(plain: &[u8], levels: u16, encoding: u64) -> Vec<u8> {
+fn wrapped(plain: &[u8], levels: u32, encoding: u64) -> Vec<u8> {
     let body = zstd::bulk::compress(plain, 1).unwrap();
     let mut page = Vec::new();
     let mut field = |tag: u8, value: u64| {
@@ -44,8 +45,8 @@ fn wrapped(plain: &[u8], levels: u16, encoding: u64) -> Vec<u8> {
 }
 
 fuzz_target!(init: let_fenced_panics_pass(), |data: &[u8]| {
-    let Some((&[flags, low, high], rest)) = data.split_first_chunk::<3>() else { return };
-    let levels = u16::from_le_bytes([low, high]);
+    let Some((&[flags, a, b, c, d], rest)) = data.split_first_chunk::<5>() else { return };
+    let levels = u32::from_le_bytes([a, b, c, d]);
     let page = match flags & 2 {
         0 => rest.to_vec(),
         _ => wrapped(rest, levels, [0, 9, 3, 1][usize::from(flags >> 2 & 3)]),
@@ -55,5 +56,5 @@ fuzz_target!(init: let_fenced_panics_pass(), |data: &[u8]| {
         assert!(ends.windows(2).all(|pair| pair[0] <= pair[1]));
         assert!(flags & 1 == 0 || ends.last().copied().unwrap_or(0) as usize == words.len());
     }
-    let _ = fuzzing::scalars(&page, usize::from(levels));
+    let _ = fuzzing::scalars(&page, levels as usize & 0xffff);
 });

@@ -47,7 +47,7 @@ pub(crate) fn encode_measured(record: &Record, storage: &Storage) -> (Record, [(
     let tails: Vec<f32> = given.tail_logprobs().iter().map(|&l| stored_tail_logprob(l, tail_bits(storage))).collect();
     let mut ids = given.ids().to_vec();
     let logits = given.logits().to_vec();
-    let exact = !logits.is_empty();
+    let exact = !logits.is_empty() && logits.len() == ids.len();
     let bits = storage.mantissa_bits;
     let logprobs: Vec<f32> = match exact {
         true => Vec::new(),
@@ -58,11 +58,13 @@ pub(crate) fn encode_measured(record: &Record, storage: &Storage) -> (Record, [(
     let mut masses = [(0, 1.0); 2];
     if storage.selection.head() > 0 {
         let mut measurer = divergence::Measurer::default();
-        let stored = if exact { given.logprobs() } else { &logprobs };
+        // What a row of logits says is what they and their log-sum-exp come to, whatever log-probabilities came with them.
+        let derived = if exact { given.logprobs_of_logits() } else { Vec::new() };
+        let (given_logprobs, stored) = if exact { (&derived[..], &derived) } else { (given.logprobs(), &logprobs) };
         for (i, bounds) in given.offsets().windows(2).enumerate() {
             let range = bounds[0] as usize..bounds[1] as usize;
             let tail = (given.tail_logprobs()[i], tails[i]);
-            let measure = measurer.measure(&given.logprobs()[range.clone()], &stored[range], tail);
+            let measure = measurer.measure(&given_logprobs[range.clone()], &stored[range], tail);
             masses = widened(masses, (i, measure.mass));
             if !exact {
                 codec.kl_sum += measure.kl as f32;

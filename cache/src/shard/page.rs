@@ -22,6 +22,9 @@ const PLAIN: i64 = 0;
 const RLE: i64 = 3;
 const BYTE_STREAM_SPLIT: i64 = 9;
 
+/// Most bytes of a buffer that a thread keeps for its next page.
+const KEPT_BYTES: usize = 16 << 20;
+
 /// Where a page lies, its header included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Span {
@@ -47,16 +50,43 @@ pub(crate) struct KnownLevels {
     ends: Vec<u32>,
 }
 
-/// The row in a page of a list column of 32-bit values; at most `max_values` of them are believed.
-pub(crate) fn lists(page: &[u8], shape: Shape, max_values: usize, known: &mut KnownLevels) -> Result<Lists, Flaw> {
-    with_plain(page, max_values, |header, plain| {
-        let levels = count(header.values, "levels")?;
+/// How many numbers of a row's pages are believed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Most {
+    /// Tokens.
+    pub(crate) tokens: usize,
+    /// Values of one column.
+    pub(crate) values: usize,
+}
+
+impl Most {
+    /// Levels that a page may have: one a value, and one a token without values.
+    fn levels(self, shape: Shape) -> usize {
+        if shape == Shape::Nested { self.values.saturating_add(self.tokens) } else { self.tokens }
+    }
+
+    /// Bytes that a page may have before compression: values, and two blocks of levels of at most a byte each.
+    fn bytes(self, shape: Shape) -> usize {
+        let values = if shape == Shape::Nested { self.values } else { self.tokens };
+        values.saturating_mul(4).saturating_add(self.levels(shape).saturating_mul(2)).saturating_add(1024)
+    }
+}
+
+/// Refuses a page whose header claims more than a row of that size can have.
+pub(crate) fn check_size(page: &[u8], shape: Shape, most: Most) -> Result<(), Flaw> {
+    plain_size(&Header::read(page)?, most.bytes(shape)).map(|_| ())
+}
+
+/// The row in a page of a list column of 32-bit values.
+pub(crate) fn lists(page: &[u8], shape: Shape, most: Most, known: &mut KnownLevels) -> Result<Lists, Flaw> {
+    with_plain(page, most.bytes(shape), |header, plain| {
+        let levels = count(header.values, most.levels(shape))?;
         let (repetition, rest) = level_block(plain)?;
         let (definition, values) = level_block(rest)?;
         let level_bytes = &plain[..plain.len() - values.len()];
         if known.bytes != level_bytes || known.values != levels {
             known.ends = match shape {
-                Shape::Nested => nested_ends(repetition, definition, levels)?,
+                Shape::Nested => nested_ends(repetition, definition, levels, most.tokens)?,
                 _ => flat_ends(repetition, definition, levels)?,
             };
             known.bytes.clear();
@@ -79,7 +109,7 @@ pub(crate) fn scalars<T>(
     max_width: usize,
     read: impl FnOnce(&[u8]) -> Result<T, Flaw>,
 ) -> Result<T, Flaw> {
-    with_plain(page, rows.saturating_mul(max_width), |header, plain| {
+    with_plain(page, rows.saturating_mul(max_width).saturating_add(1024), |header, plain| {
         if header.encoding != PLAIN || usize::try_from(header.values) != Ok(rows) {
             let found = format!("{} values in encoding {}", header.values, header.encoding);
             return Err(Flaw::new(format!("a page of {rows} plain values"), found));
@@ -89,7 +119,7 @@ pub(crate) fn scalars<T>(
 }
 
 /// Decompresses a page and hands its bytes on.
-fn with_plain<T>(page: &[u8], max_values: usize, read: impl FnOnce(&Header, &[u8]) -> Result<T, Flaw>) -> Result<T, Flaw> {
+fn with_plain<T>(page: &[u8], most: usize, read: impl FnOnce(&Header, &[u8]) -> Result<T, Flaw>) -> Result<T, Flaw> {
     let header = Header::read(page)?;
     if header.kind != DATA_PAGE || header.definition != RLE || header.repetition != RLE {
         return Err(Flaw::new("a data page of version 1 with RLE levels", format!("{header:?}")));
@@ -98,10 +128,7 @@ fn with_plain<T>(page: &[u8], max_values: usize, read: impl FnOnce(&Header, &[u8
     if usize::try_from(header.compressed) != Ok(body.len()) {
         return Err(Flaw::new(format!("a page of {} bytes after its header", body.len()), header.compressed));
     }
-    // Values, and levels of at most one byte each in two blocks; each list, empty ones too, has a level.
-    let most = max_values.saturating_mul(8).saturating_add(1024);
-    let size = usize::try_from(header.uncompressed).ok().filter(|&size| size <= most);
-    let size = size.ok_or_else(|| Flaw::new(format!("a page of at most {most} bytes uncompressed"), header.uncompressed))?;
+    let size = plain_size(&header, most)?;
     SCRATCH.with(|scratch| {
         // Held by a caller further up only if `read` came back here, which it does not; then a fresh one serves.
         let mut own = None;
@@ -114,16 +141,25 @@ fn with_plain<T>(page: &[u8], max_values: usize, read: impl FnOnce(&Header, &[u8
                 plain: Vec::new(),
             }),
         };
-        if scratch.plain.len() < size {
-            scratch.plain.resize(size, 0);
-        }
-        let plain = &mut scratch.plain[..size];
-        match scratch.zstd.decompress_to_buffer(body, plain) {
-            Ok(n) if n == size => read(&header, plain),
+        // Memory is asked for and not touched: what the header claims costs nothing until zstd delivers it.
+        scratch.plain.clear();
+        scratch.plain.try_reserve(size).map_err(|e| Flaw::new(format!("memory for a page of {size} bytes"), e))?;
+        let read = match scratch.zstd.decompress_to_buffer(body, &mut scratch.plain) {
+            Ok(n) if n == size => read(&header, &scratch.plain),
             Ok(n) => Err(Flaw::new(format!("a page of {size} bytes uncompressed"), n)),
             Err(e) => Err(Flaw::new("a zstd frame", e)),
+        };
+        if scratch.plain.capacity() > KEPT_BYTES {
+            scratch.plain = Vec::new();
         }
+        read
     })
+}
+
+/// A page's size before compression, as far as it is believed.
+fn plain_size(header: &Header, most: usize) -> Result<usize, Flaw> {
+    let size = usize::try_from(header.uncompressed).ok().filter(|&size| size <= most);
+    size.ok_or_else(|| Flaw::new(format!("a page of at most {most} bytes uncompressed"), header.uncompressed))
 }
 
 /// A block of levels and what follows it.
@@ -139,9 +175,9 @@ fn level_block(bytes: &[u8]) -> Result<(&[u8], &[u8]), Flaw> {
 /// repetition   0 a row starts   1 an inner list starts   2 it goes on
 /// definition   2 a value        1 the inner list is empty
 /// ```
-fn nested_ends(repetition: &[u8], definition: &[u8], levels: usize) -> Result<Vec<u32>, Flaw> {
-    let starts = exceptions(repetition, 2, levels, 2)?;
-    let empties = exceptions(definition, 2, levels, 2)?;
+fn nested_ends(repetition: &[u8], definition: &[u8], levels: usize, tokens: usize) -> Result<Vec<u32>, Flaw> {
+    let starts = exceptions(repetition, 2, levels, (2, tokens))?;
+    let empties = exceptions(definition, 2, levels, (2, tokens))?;
     let one_row = starts.first() == Some(&(0, 0)) && starts.iter().skip(1).all(|&(_, level)| level == 1);
     if !one_row || empties.iter().any(|&(_, level)| level != 1) {
         return Err(Flaw::new("the levels of one row of lists without nulls", "others"));
@@ -166,16 +202,18 @@ fn nested_ends(repetition: &[u8], definition: &[u8], levels: usize) -> Result<Ve
 
 /// A list of one value a token has nothing to say: it starts once and is never empty.
 fn flat_ends(repetition: &[u8], definition: &[u8], levels: usize) -> Result<Vec<u32>, Flaw> {
-    let (starts, empties) = (exceptions(repetition, 1, levels, 1)?, exceptions(definition, 1, levels, 1)?);
+    let (starts, empties) = (exceptions(repetition, 1, levels, (1, 1))?, exceptions(definition, 1, levels, (1, 1))?);
     match starts[..] == [(0, 0)] && empties.is_empty() {
         true => Ok(Vec::new()),
         false => Err(Flaw::new("the levels of one list without nulls", "others")),
     }
 }
 
-/// All levels that are not `usual`, with their places, from Parquet's hybrid of runs and bit-packed groups of 8.
-fn exceptions(mut bytes: &[u8], width: u32, levels: usize, usual: u8) -> Result<Vec<(u32, u8)>, Flaw> {
+/// All levels that are not `usual`, with their places, from Parquet's hybrid of runs and bit-packed groups of 8. More than `most`
+/// are refused before there is room for them: a run of a few bytes can claim thousands of millions.
+fn exceptions(mut bytes: &[u8], width: u32, levels: usize, (usual, most): (u8, usize)) -> Result<Vec<(u32, u8)>, Flaw> {
     let short = || Flaw::new(format!("{levels} levels"), "fewer");
+    let too_many = || Flaw::new(format!("at most {most} levels other than {usual}"), "more");
     let mask = (1u8 << width) - 1;
     let mut found = Vec::new();
     let mut at = 0usize;
@@ -189,6 +227,9 @@ fn exceptions(mut bytes: &[u8], width: u32, levels: usize, usual: u8) -> Result<
                 return Err(short());
             }
             if level != usual {
+                if found.len() + run > most {
+                    return Err(too_many());
+                }
                 found.extend((at..at + run).map(|i| (i as u32, level)));
             }
             at += run;
@@ -213,6 +254,9 @@ fn exceptions(mut bytes: &[u8], width: u32, levels: usize, usual: u8) -> Result<
                     found.push((at as u32, level));
                 }
                 at += 1;
+            }
+            if found.len() > most {
+                return Err(too_many());
             }
         }
     }
@@ -246,8 +290,9 @@ fn words(bytes: &[u8], encoding: i64, n: usize) -> Result<Vec<u32>, Flaw> {
     }
 }
 
-fn count(stated: i64, what: &str) -> Result<usize, Flaw> {
-    u32::try_from(stated).map(|n| n as usize).map_err(|_| Flaw::new(format!("a number of {what}"), stated))
+fn count(stated: i64, most: usize) -> Result<usize, Flaw> {
+    let levels = u32::try_from(stated).ok().map(|n| n as usize).filter(|&n| n <= most);
+    levels.ok_or_else(|| Flaw::new(format!("at most {most} levels"), stated))
 }
 
 #[cfg(test)]
@@ -291,9 +336,21 @@ mod tests {
         for levels in [1, 9, 12, 17, 20] {
             let all = all_levels(&bytes, 2, levels).unwrap();
             let expected: Vec<(u32, u8)> = (0..).zip(all).filter(|(_, level)| *level != 2).collect();
-            assert_eq!(exceptions(&bytes, 2, levels, 2).unwrap(), expected, "{levels}");
+            assert_eq!(exceptions(&bytes, 2, levels, (2, 20)).unwrap(), expected, "{levels}");
         }
-        assert!(exceptions(&bytes, 2, 21, 2).is_err());
+        assert!(exceptions(&bytes, 2, 21, (2, 20)).is_err());
+    }
+
+    #[test]
+    fn a_run_that_claims_thousands_of_millions_costs_nothing() {
+        // A run of 2^30 levels 0, then of 2^30 levels 1: six bytes.
+        let run = [0x80, 0x80, 0x80, 0x80, 0x08, 0];
+        let claimed = u32::MAX as usize;
+        assert!(exceptions(&run, 2, claimed, (2, 1024)).unwrap_err().expected.contains("at most 1024 levels"));
+        assert!(nested_ends(&run, &run, claimed, 1024).is_err() && flat_ends(&run, &run, claimed).is_err());
+        let most = Most { tokens: 1024, values: 65_536 };
+        assert!(count(i64::from(u32::MAX), most.levels(Shape::Nested)).is_err());
+        assert!(count(1025, most.levels(Shape::List)).is_err() && count(66_560, most.levels(Shape::Nested)).is_ok());
     }
 
     proptest! {
@@ -301,7 +358,7 @@ mod tests {
         fn any_bytes_are_read_alike_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..40), levels in 0usize..300) {
             for width in [1, 2] {
                 // Endless headers and runs longer than any page are refused earlier here than by the definition.
-                if let (Ok(found), Some(all)) = (exceptions(&bytes, width, levels, 1), all_levels(&bytes[..], width, levels)) {
+                if let (Ok(found), Some(all)) = (exceptions(&bytes, width, levels, (1, 300)), all_levels(&bytes[..], width, levels)) {
                     let expected: Vec<(u32, u8)> = (0..).zip(all).filter(|(_, level)| *level != 1).collect();
                     prop_assert_eq!(found, expected);
                 }
@@ -311,9 +368,9 @@ mod tests {
         #[test]
         fn no_page_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), shape in 0usize..2) {
             let shape = [Shape::List, Shape::Nested][shape];
-            let _ = lists(&bytes, shape, 1000, &mut KnownLevels::default());
+            let _ = lists(&bytes, shape, Most { tokens: 1000, values: 1000 }, &mut KnownLevels::default());
             let _ = scalars(&bytes, 3, 100, |plain| Ok(plain.len()));
-            let _ = nested_ends(&bytes, &bytes, bytes.len());
+            let _ = nested_ends(&bytes, &bytes, bytes.len(), 1000);
             let _ = flat_ends(&bytes, &bytes, bytes.len());
         }
     }

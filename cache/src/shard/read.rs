@@ -140,7 +140,10 @@ impl Shard {
         let read = || {
             let file = self.open_again()?;
             let record = match &self.arrow {
-                Some(arrow) => arrow.row(&file, index, within)?,
+                Some(arrow) => {
+                    self.check_sizes(&file, group, within)?;
+                    arrow.row(&file, index, within)?
+                }
                 None => self.decode(&file, group, within)?,
             };
             check(&record).map(|()| record).map_err(Trouble::from)
@@ -239,7 +242,7 @@ impl Shard {
         let (mut buffer, mut known) = (FETCHED.take(), KnownLevels::default());
         let mut io = None;
         // Until the tokens are read, they are as many as a row may have.
-        let mut most = crate::MAX_ROW_TOKENS;
+        let mut most = self.family.rules.most(None);
         let record = schema::assemble(layout, head, |column| {
             let index = self.family.columns.iter().position(|c| *c == column);
             let page = index.and_then(|i| group.pages.get(i)?.get(within));
@@ -252,7 +255,7 @@ impl Shard {
             let within_column = |flaw: Flaw| Flaw::new(format!("{}: {}", layout.name(column), flaw.expected), flaw.found);
             let lists = page::lists(bytes, column.shape(), most, &mut known).map_err(within_column)?;
             if column == Column::InputIds {
-                most = self.family.rules.max_entries(lists.words.len());
+                most = self.family.rules.most(Some(lists.words.len()));
             }
             Ok(lists)
         });
@@ -261,6 +264,17 @@ impl Shard {
             Some(e) => Err(Trouble::reading(e)),
             None => Ok(record?),
         }
+    }
+
+    /// Refuses a row whose page headers claim more than a row can have, before a reader that believes them gets to see it.
+    fn check_sizes(&self, file: &File, group: &Group, within: usize) -> std::result::Result<(), Trouble> {
+        let (mut buffer, most) = (Vec::new(), self.family.rules.most(None));
+        for (column, pages) in self.family.columns.iter().zip(&group.pages).filter(|(column, _)| column.shape() != Shape::Scalar)
+        {
+            let page = pages.get(within).ok_or_else(|| Flaw::new("a page for each row", "fewer"))?;
+            page::check_size(fetch(file, page, &mut buffer).map_err(Trouble::reading)?, column.shape(), most)?;
+        }
+        Ok(())
     }
 
     /// The single values of a row group, read once.

@@ -17,7 +17,7 @@ use parquet::file::writer::SerializedFileWriter;
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, TryRecvError};
 
 /// A page is cut by rows alone; this only has to be larger than any row.
 const PAGE_BYTES: usize = 1 << 30;
@@ -111,13 +111,28 @@ impl ShardWriter {
 
     fn write_oldest(&mut self) -> Result<()> {
         let Some(receiver) = self.under_way.pop_front() else { return Ok(()) };
-        let lost = |_| Err(ParquetError::General("the encoder of a row group ended early".into()));
-        let written = receiver.recv().unwrap_or_else(lost).and_then(|chunks| {
+        let written = wait(&receiver).and_then(|chunks| {
             let mut group = self.writer.next_row_group()?;
             chunks.into_iter().try_for_each(|chunk| chunk.append_to_row_group(&mut group))?;
             group.close().map(|_| ())
         });
         written.map_err(|source| Error::Parquet { path: self.path.clone(), source })
+    }
+}
+
+/// The encoded row group. A thread of the pool does other work of the pool meanwhile: that may be the very work it waits for.
+fn wait(receiver: &Receiver<Encoded>) -> Encoded {
+    let lost = || Err(ParquetError::General("the encoder of a row group ended early".into()));
+    if rayon::current_thread_index().is_none() {
+        return receiver.recv().unwrap_or_else(|_| lost());
+    }
+    loop {
+        match receiver.try_recv() {
+            Ok(encoded) => return encoded,
+            Err(TryRecvError::Disconnected) => return lost(),
+            Err(TryRecvError::Empty) if rayon::yield_now() == Some(rayon::Yield::Executed) => {}
+            Err(TryRecvError::Empty) => std::thread::yield_now(),
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod alignment;
+mod claims;
 mod combine;
 mod damage;
 mod folder;

@@ -44,7 +44,7 @@ fn records_that_break_a_rule_are_refused_with_both_sides() {
             }),
             "rising positions (at least 2 here), found 1",
         ),
-        (with(&|r| r.input_ids = vec![]), "2 to 16777216 tokens, found 0"),
+        (with(&|r| r.input_ids = vec![]), "2 to 1024 tokens, found 0"),
         (with(&|r| r.input_ids[2] = VOCAB), "input ids below the vocabulary size 152064, found 152064"),
         (refused(&one(&[5, VOCAB], &[-1.0, -2.0], -0.9)), "position 0: ids below the vocabulary size 152064, found 152064"),
         (

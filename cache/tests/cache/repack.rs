@@ -247,10 +247,10 @@ fn an_even_distribution_rounded_twice_is_still_a_distribution() {
 
 #[test]
 fn entries_at_the_border_of_a_cutoff_stay_when_only_the_level_changes() {
-    // ln 1e-3 rounds to a number below ln 1e-3: the rule applied again to stored values would drop the entry.
+    // A probability just above 1e-3 rounds to one below: the rule applied again to stored values would drop the entry.
     let p = 1e-3f64;
     let mut targets = SoftTargets::default();
-    targets.push(&[5, 6], &[((1.0 - p) * 0.999).ln() as f32, p.ln() as f32], ((1.0 - p) * 0.001).ln() as f32);
+    targets.push(&[5, 6], &[((1.0 - p) * 0.999).ln() as f32, (p * 1.000_1).ln() as f32], ((1.0 - p) * 0.001).ln() as f32);
     let record = Record { seq_id: 0, input_ids: vec![1, 2], positions: vec![0], targets, codec: Default::default() };
     let mut lost = 0;
     for bits in 1..=12 {

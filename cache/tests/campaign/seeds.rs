@@ -40,7 +40,8 @@ fn write_fuzz_seeds() {
     // Two lists of two and one values, and an empty one: repetition 0 2 1 1, definition 2 2 2 1.
     let nested = [levels(&[(1, 0), (1, 2), (2, 1)]), levels(&[(3, 2), (1, 1)]), vec![7; 12]].concat();
     let flat = [levels(&[(1, 0), (2, 1)]), levels(&[(3, 1)]), vec![9; 12]].concat();
-    for (name, head, body) in [("nested", [0b0111, 4, 0], &nested), ("flat", [0b0110, 3, 0], &flat), ("plain", [2, 3, 0], &flat)]
+    for (name, head, body) in
+        [("nested", [0b0111, 4, 0, 0, 0], &nested), ("flat", [0b0110, 3, 0, 0, 0], &flat), ("plain", [2, 3, 0, 0, 0], &flat)]
     {
         std::fs::write(out.join("page").join(name), [&head[..], body].concat()).unwrap();
     }
