@@ -61,7 +61,7 @@ fn caches_of_two_files_are_put_together_as_one_run_would() {
     std::fs::write(bench.path("a.jsonl"), a).unwrap();
     std::fs::write(bench.path("b.jsonl"), b).unwrap();
     // A pack of its own for each conversation: its bits do not depend on its neighbours.
-    let over = |data: &[&'static str], cache: &'static str| {
+    let over = |data: &[&'static str], cache: &'static str, pack_tokens: &'static str| {
         let mut arguments = vec!["precompute", "--teacher", support::TEACHER.as_str(), "--cache", cache, "--data"];
         arguments.extend(data);
         arguments.extend([
@@ -72,7 +72,7 @@ fn caches_of_two_files_are_put_together_as_one_run_would() {
             "--rows-per-shard",
             "8",
             "--pack-tokens",
-            "1",
+            pack_tokens,
             "--quiet",
             "--json",
         ]);
@@ -80,9 +80,9 @@ fn caches_of_two_files_are_put_together_as_one_run_would() {
         assert!(ran.code == 0 || ran.code == 3, "{ran:?}");
         ran.json()
     };
-    over(&["a.jsonl"], "a");
-    over(&["b.jsonl"], "b");
-    let single = over(&["a.jsonl", "b.jsonl"], "single");
+    over(&["a.jsonl"], "a", "1");
+    over(&["b.jsonl"], "b", "1");
+    let single = over(&["a.jsonl", "b.jsonl"], "single", "1");
     let report = bench.expect(0, &["combine", "--out", "both", "a", "b", "--json", "--quiet"]).json();
     assert_eq!(report["rows"], single["rows"]);
     assert!(report["duplicates"].as_u64().unwrap() >= 2, "{report}");
@@ -91,6 +91,10 @@ fn caches_of_two_files_are_put_together_as_one_run_would() {
     let ran = bench.expect(0, &["combine", "--out", "both", "a", "b", "--quiet"]);
     assert_narrow(&ran);
     assert!(ran.stdout.contains("left out"), "{}", ran.stdout);
+    // Scored in other packs, the conversations of both may differ in their last bits: the first scoring is kept.
+    over(&["b.jsonl"], "b-packed", "512");
+    let packed = bench.expect(0, &["combine", "--out", "both-packed", "a", "b-packed", "--json", "--quiet"]).json();
+    assert_eq!((&packed["rows"], &packed["duplicates"]), (&report["rows"], &report["duplicates"]));
 }
 
 #[test]
@@ -177,6 +181,49 @@ fn damage_is_listed_and_repaired_to_the_very_bytes() {
     assert_narrow(&ran);
     assert!(ran.stdout.contains("the manifest has been rebuilt, with 4 good shards as they were"), "{}", ran.stdout);
     assert_files(&bench.path("c"), &whole);
+}
+
+/// The manifest that the cache began with.
+fn first_manifest(cache: &Path) -> Vec<u8> {
+    let begun = tempfile::tempdir().unwrap();
+    let cache = potstill_cache::Cache::open(cache).unwrap();
+    let manifest = cache.manifest();
+    let kept = |path: &str| potstill_cache::Companion { path: path.into(), bytes: cache.companion(path).unwrap() };
+    let companions = manifest.companions.iter().map(|entry| kept(&entry.path)).collect();
+    let options = potstill_cache::WriterOptions { companions };
+    drop(potstill_cache::CacheWriter::open(begun.path(), &manifest.description, options).unwrap());
+    std::fs::read(begun.path().join("manifest.json")).unwrap()
+}
+
+#[test]
+fn an_earlier_manifest_is_reported_refused_and_rebuilt() {
+    let bench = Bench::new();
+    bench.cache("c");
+    let whole = files(&bench.path("c"));
+    std::fs::write(bench.path("c/manifest.json"), first_manifest(&bench.path("c"))).unwrap();
+    let stale = files(&bench.path("c"));
+    let ran = bench.expect(4, &verify("c", "list.json"));
+    for words in
+        ["shard-00000.parquet to shard-00004.parquet (5 files) not", "1 problem", "the manifest to rebuild from the shards"]
+    {
+        assert!(ran.stdout.contains(words), "{words}: {}", ran.stdout);
+    }
+    let refused = bench.run(&precompute("c"));
+    assert!(refused.code == 4 && refused.error().contains("precompute --repair FILE"), "{refused:?}");
+    assert_files(&bench.path("c"), &stale);
+    let ran = bench.expect(3, &with(precompute("c"), &["--repair", "list.json"]));
+    assert!(ran.stdout.contains("the manifest has been rebuilt, with 5 good shards as they were"), "{}", ran.stdout);
+    assert_files(&bench.path("c"), &whole);
+
+    // A folder with a shard that is nobody's, and no manifest.
+    std::fs::create_dir(bench.path("his")).unwrap();
+    std::fs::write(bench.path("his/shard-00000.parquet"), "his").unwrap();
+    std::fs::write(bench.path("his/notes.tmp"), "his too").unwrap();
+    bench.expect(4, &verify("his", "list.json"));
+    let refused = bench.run(&with(precompute("his"), &["--repair", "list.json"]));
+    assert!(refused.code == 2 && refused.error().contains("give another folder"), "{refused:?}");
+    assert_eq!(std::fs::read(bench.path("his/shard-00000.parquet")).unwrap(), b"his");
+    assert!(bench.path("his/notes.tmp").exists());
 }
 
 #[test]
