@@ -87,10 +87,10 @@ pub struct Precompute {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
-    /// Tokens that go through the model at once
+    /// Tokens that go through the model at once; memory and speed, the cache's bytes do not depend on it
     #[arg(long, value_name = "TOKENS")]
     pub pack_tokens: Option<i64>,
-    /// Scored positions whose logits exist at once
+    /// Scored positions whose logits exist at once; memory and speed alone too
     #[arg(long, value_name = "POSITIONS")]
     pub head_chunk: Option<i64>,
     /// Conversations in a shard
