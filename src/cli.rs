@@ -68,10 +68,10 @@ pub enum Verb {
 pub fn parse() -> Invocation {
     let matches = command().get_matches();
     let mut invocation = Invocation::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
-    if let Verb::Train(train) = &mut invocation.verb
-        && train.no_shuffle
-    {
-        train.shuffle = Some(false);
+    match &mut invocation.verb {
+        Verb::Train(train) if train.no_shuffle => train.shuffle = Some(false),
+        Verb::Precompute(precompute) if precompute.no_compat => precompute.compat = Some(false),
+        _ => {}
     }
     invocation
 }

@@ -146,6 +146,22 @@ fn flags_win_over_variables_and_variables_over_the_file() {
 }
 
 #[test]
+fn a_switch_can_be_turned_off_again() {
+    let here = tempfile::tempdir().unwrap();
+    std::fs::write(here.path().join("run.toml"), "[precompute]\ncompat = true\n").unwrap();
+    let echo = |more: &[&str]| {
+        let base = ["precompute", "--config", "run.toml", "--teacher", "none", "--data", "none", "--cache", "none"];
+        run(potstill(here.path()).args([&base[..], more].concat())).2
+    };
+    for (flags, compat) in
+        [(&[][..], true), (&["--no-compat"], false), (&["--compat", "--no-compat"], false), (&["--no-compat", "--compat"], true)]
+    {
+        let err = echo(flags);
+        assert!(err.contains(&format!("compat = {compat}\n")), "{flags:?}: {err}");
+    }
+}
+
+#[test]
 fn values_out_of_range_name_the_range() {
     let here = tempfile::tempdir().unwrap();
     let cases: [(&[&str], &str); 15] = [

@@ -157,6 +157,35 @@ fn reading_narrower_is_as_if_less_had_been_kept() {
 }
 
 #[test]
+fn a_caches_own_selection_given_again_changes_nothing() {
+    let bench = bench(6);
+    let small = ["--top-k", "64", "--min-prob", "1e-3", "--mantissa-bits", "4"];
+    bench.expect(0, &precompute("cut", &small));
+    bench.expect(0, &train("cut", "plain", "2", &[]));
+    let own = ["--min-prob", "1e-3", "--top-k", "64"];
+    bench.expect(0, &train("cut", "again", "2", &own));
+    assert_eq!(losses(&bench, "plain"), losses(&bench, "again"));
+    // It is the same run, which has nothing left to do.
+    bench.expect(0, &train("cut", "plain", "2", &own));
+}
+
+#[test]
+fn every_id_may_be_kept() {
+    let bench = bench(3);
+    for (cache, preset) in [("standard", "standard"), ("exact", "exact")] {
+        // The tokenizer's ids: nothing is left for the tail.
+        bench.expect(0, &precompute(cache, &["--preset", preset, "--top-k", "2048"]));
+        assert!(bench.expect(0, &["verify", cache]).stdout.contains("all good: 3 of 3 rows"));
+        assert!(bench.expect(0, &["inspect", cache]).stdout.contains("the 2048 most likely tokens"));
+        assert!(bench.expect(0, &["inspect", cache, "--row", "1"]).stdout.contains("most likely next"));
+        bench.expect(0, &train(cache, &format!("out-{cache}"), "2", &[]));
+        assert!(losses(&bench, &format!("out-{cache}")).iter().all(|loss| loss.is_finite() && *loss > 0.0));
+    }
+    let ran = bench.expect(2, &precompute("more", &["--top-k", "2049"]));
+    assert!(ran.error().contains("top_k = 2049: expected at most the tokenizer's 2048 ids"), "{ran:?}");
+}
+
+#[test]
 fn a_declared_temperature_gives_the_exact_tail() {
     let bench = bench(8);
     let exact = ["--mantissa-bits", "23"];

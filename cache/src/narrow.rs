@@ -49,6 +49,19 @@ impl SoftTargets {
         out
     }
 
+    /// As [`narrowed`](Self::narrowed), of targets that were kept as `own` says.
+    ///
+    /// A rule chose from unrounded values. It is not asked again of what it kept: rounded, an entry at its border may lie beyond it.
+    pub fn narrowed_from(&self, own: &Selection, to: &Selection) -> SoftTargets {
+        match (own, to) {
+            (own, to) if own == to => self.clone(),
+            (Selection::Cutoff { rule, .. }, Selection::Cutoff { k, rule: same }) if rule == same => {
+                self.narrowed(&Selection::TopK { k: *k })
+            }
+            _ => self.narrowed(to),
+        }
+    }
+
     /// The same targets with log-probabilities alone where logits were kept beside them.
     pub fn without_logits(&self) -> SoftTargets {
         let mut out = SoftTargets::with_capacity(self.len(), 0);
@@ -84,6 +97,23 @@ mod tests {
             // One f32 rounding of the logarithm.
             assert!((f64::from(target.tail_logprob) - rest.ln()).abs() < 2e-7, "{selection}: {}", target.tail_logprob);
         }
+    }
+
+    #[test]
+    fn a_rule_is_not_asked_again_of_what_it_kept() {
+        let cutoff = |k, p| Selection::Cutoff { k, rule: Cutoff::MinProb(p) };
+        // With 5 mantissa bits a probability just above 1e-4, ln -9.21, is stored as -9.25.
+        let mut targets = SoftTargets::default();
+        targets.push(&[9, 4, 7], &[-0.25, -1.5, -9.25], -9.5);
+        let kept = |own: Selection, to: Selection| targets.narrowed_from(&own, &to).position(0).ids.len();
+        assert_eq!(kept(cutoff(8, 1e-4), cutoff(8, 1e-4)), 3, "its own selection");
+        assert_eq!(kept(cutoff(8, 1e-4), cutoff(3, 1e-4)), 3, "its own rule");
+        assert_eq!(kept(cutoff(8, 1e-4), cutoff(2, 1e-4)), 2, "its own rule, fewer entries");
+        assert_eq!(kept(cutoff(8, 5e-5), cutoff(8, 1e-4)), 2, "another rule");
+        assert_eq!(kept(Selection::TopK { k: 3 }, cutoff(3, 1e-4)), 2, "a rule where there was none");
+        let mass = |k| Selection::Cutoff { k, rule: Cutoff::MinMass(0.9) };
+        assert_eq!((kept(mass(8), mass(8)), kept(mass(8), mass(2)), kept(mass(8), mass(1))), (3, 2, 1));
+        assert_eq!(targets.narrowed_from(&mass(8), &mass(8)), targets);
     }
 
     #[test]

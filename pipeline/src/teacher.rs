@@ -4,6 +4,7 @@
 //! text can contain; they are left out before the softmax. Knows nothing of students, chats or files.
 
 use crate::data::pack::Pack;
+use crate::linear::product;
 use crate::model::ModelError;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, Holding};
@@ -54,11 +55,7 @@ impl Teacher {
     /// Logits f32 [n, width] of scored places `start..start + n`.
     pub fn logits(&self, hidden: &ScoredHidden, start: usize, n: usize) -> Result<Tensor> {
         let rows = hidden.0.narrow(0, start, n)?;
-        if n == 1 {
-            // The matrix library adds up a lone row in another order; a row's bits must not depend on how chunks are cut.
-            return Ok(rows.repeat((2, 1))?.matmul(&self.head.t()?)?.narrow(0, 0, 1)?.contiguous()?);
-        }
-        Ok(rows.matmul(&self.head.t()?)?)
+        Ok(product(&rows, &self.head.t()?)?)
     }
 
     /// Soft targets of all scored places of the pack, as `capture` says. Logits of at most `chunk` places exist at once. Errors: as

@@ -70,9 +70,13 @@ pub struct Precompute {
     #[arg(long, value_name = "LEVEL")]
     pub zstd_level: Option<i64>,
     /// Lay ids out for readers of Parquet from before 2025, at a few per cent more bytes
-    #[arg(long, num_args = 0, default_missing_value = "true")]
+    #[arg(long, num_args = 0, default_missing_value = "true", overrides_with = "no_compat")]
     pub compat: Option<bool>,
-    /// Temperatures T, such as 1.5,2, at which ln Σ p^(1/T) is kept: training at T then knows the tail exactly
+    /// Lay ids out as small as they come (the default)
+    #[arg(long, overrides_with = "compat")]
+    #[serde(skip)]
+    pub no_compat: bool,
+    /// Temperatures T, such as 1.5,2, at which ln Σ p^(1/T) is kept: training at T then knows the tail as exactly as the kept values, which only the preset exact does not round
     #[arg(long, value_name = "T,...", value_delimiter = ',')]
     pub lse_temperatures: Option<Vec<f64>>,
     /// Longest conversation, in tokens
@@ -87,10 +91,10 @@ pub struct Precompute {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
-    /// Tokens that go through the model at once
+    /// Tokens that go through the model at once; memory and speed, the cache's bytes do not depend on it
     #[arg(long, value_name = "TOKENS")]
     pub pack_tokens: Option<i64>,
-    /// Scored positions whose logits exist at once
+    /// Scored positions whose logits exist at once; memory and speed alone too
     #[arg(long, value_name = "POSITIONS")]
     pub head_chunk: Option<i64>,
     /// Conversations in a shard
@@ -127,6 +131,11 @@ A cache of drawn tokens (sampled, hybrid) is trained on by unbiased estimates, a
 The loss shown is then not the divergence from the teacher; its gradient is that one's on average.
 --top-k, --min-prob and --min-mass read less than a cache has, as if less had been kept.
 
+At a temperature T that the cache declares, the tail's mass is what the kept entries leave of
+its ln Σ p^(1/T). That is exact where logits are kept (preset exact), else as exact as the
+rounded values: off by 0.002 (7 bits) to 0.012 (4 bits) of all mass at T = 0.5 on average. For
+T below 1 it is held to what the stored tail allows.
+
 Each setting may also stand in the table [train] of --config FILE, or in a variable such as
 POTSTILL_TRAIN__LR=1e-4. Flags win over variables, variables over the file."
 )]
@@ -149,7 +158,7 @@ pub struct Train {
     /// Weight of the cross entropy [default: sft 1, distill 0, distill+sft 0.5]
     #[arg(long, value_name = "X")]
     pub kd_ce_alpha: Option<f64>,
-    /// Temperature of the distillation term, above 0; where the cache keeps ln Σ p^(1/T), with the exact tail
+    /// Temperature T of the distillation term, above 0; where the cache keeps ln Σ p^(1/T), the tail is formed at T (below)
     #[arg(long, value_name = "T")]
     pub temperature: Option<f64>,
     /// Read at most so many entries of each distribution [default: all the cache has]
@@ -213,7 +222,7 @@ pub struct Train {
     #[arg(long, num_args = 0, default_missing_value = "true", overrides_with = "no_shuffle")]
     pub shuffle: Option<bool>,
     /// Take rows in the cache's order
-    #[arg(long)]
+    #[arg(long, overrides_with = "shuffle")]
     #[serde(skip)]
     pub no_shuffle: bool,
     /// Steps between checkpoints; 0 writes only the last

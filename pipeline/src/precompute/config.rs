@@ -63,9 +63,10 @@ pub struct PrecomputeConfig {
     pub on_bad_roles: BadRoles,
     /// `auto`, `cpu`, `cuda` or `cuda:N`.
     pub device: String,
-    /// Tokens that go through the model at once.
+    /// Tokens that go through the model at once. A matter of memory and speed alone: a conversation sees only itself, and no sum
+    /// depends on what else is computed beside it, so the cache's bytes do not depend on this.
     pub pack_tokens: u32,
-    /// Scored positions whose logits exist at once.
+    /// Scored positions whose logits exist at once; like `pack_tokens` no matter of the cache's bytes.
     pub head_chunk: u32,
     /// Rows in a shard.
     pub rows_per_shard: u32,

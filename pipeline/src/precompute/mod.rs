@@ -2,8 +2,8 @@
 //!
 //! Owns the order of things; what a token, a distribution or a shard is, is said elsewhere. The one idea: the whole dataset is
 //! encoded before the teacher is loaded, so the cache knows from the start what it will hold, a second run proves that what is
-//! there are its own first rows, and progress has an end. Packs never cross a shard and are planned from its start, so a resumed
-//! run repeats the very same products and its bytes are those of a run that was never stopped.
+//! there are its own first rows, and progress has an end. A conversation scores to the same bits in any pack, so neither where a run
+//! was stopped nor how many tokens go through the model at once decides a byte. Packs still never cross a shard.
 
 mod config;
 mod description;

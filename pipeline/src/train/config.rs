@@ -92,7 +92,8 @@ pub struct TrainConfig {
     pub kd_alpha: Option<f64>,
     /// Weight of the cross entropy; by objective when not given (sft 1, distill 0, distill+sft 0.5).
     pub kd_ce_alpha: Option<f64>,
-    /// Temperature T of the distillation term. Where the cache declares `lse_t` at T the tail is formed at T, else at 1.
+    /// Temperature T of the distillation term. Where the cache declares `lse_t` at T the tail is formed at T
+    /// (exactly where it keeps logits, else as exactly as its values are rounded), else at 1.
     pub temperature: f64,
     /// Read at most so many entries of each distribution.
     pub top_k: Option<u16>,

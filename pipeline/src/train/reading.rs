@@ -1,10 +1,12 @@
-//! How a run reads its cache: narrower than it is, as estimates where tokens were drawn, with the exact tail where the cache knows
-//! it. Refuses, before any weight is read, what a cache cannot give.
+//! How a run reads its cache: narrower than it is, as estimates where tokens were drawn, with the tail formed at T where the cache
+//! knows how. Refuses, before any weight is read, what a cache cannot give.
 //!
 //! | cache (after narrowing) | T = 1 | T ≠ 1 |
 //! |---|---|---|
 //! | exact entries | kept ids and the tail as one bucket | the tail formed at T, where the cache declares `lse_t` at T; else one bucket |
 //! | drawn entries | estimate against the student's whole distribution | refused |
+//!
+//! A tail formed at T is exact where the cache keeps logits, else as exact as its rounded values.
 //!
 //! Drawn counts estimate probabilities without bias, so a loss must be linear in them: forward KL at temperature 1 with the student's
 //! full distribution is, but for the teacher's own entropy, which has no gradient. Its value is therefore not the divergence from the
@@ -18,7 +20,9 @@ use potstill_cache::{Cache, Cutoff, Description, Selection, SoftTargets};
 /// How distributions are taken from the cache.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Reading {
-    /// What is read of a wider cache.
+    /// What the cache keeps.
+    own: Selection,
+    /// What is read of it, where that is less.
     narrower: Option<Selection>,
     /// Which of the cache's temperatures is the loss's, with the number of them.
     temperature: Option<(usize, usize)>,
@@ -32,14 +36,16 @@ impl Reading {
     /// Errors: a selection that the cache's own does not cover, draws with another loss than forward KL at temperature 1.
     pub(super) fn of(config: &TrainConfig, cache: &Cache, loss: &mut LossSettings) -> Result<Self> {
         let description = &cache.manifest().description;
-        let narrower = narrower(config, &description.selection)?;
+        let own = description.selection;
+        // A cache's own selection asks for nothing: the run is the one without these settings.
+        let narrower = narrower(config, &own)?.filter(|narrower| *narrower != own);
         if let Some(narrower) = &narrower {
-            description.selection.check_narrows_to(narrower)?;
+            own.check_narrows_to(narrower)?;
         }
-        let drawn = narrower.unwrap_or(description.selection).draws().is_some();
+        let drawn = narrower.unwrap_or(own).draws().is_some();
         // Without a distillation term the distributions are not looked at.
         if loss.kd_alpha == 0.0 {
-            return Ok(Self { narrower, temperature: None, drawn });
+            return Ok(Self { own, narrower, temperature: None, drawn });
         }
         if drawn {
             let loss_is_linear = loss.divergence == Divergence::ForwardKl && loss.temperature == 1.0;
@@ -52,7 +58,7 @@ impl Reading {
         if temperature.is_some() {
             loss.tail = Tail::ExactTail;
         }
-        Ok(Self { narrower, temperature, drawn })
+        Ok(Self { own, narrower, temperature, drawn })
     }
 
     /// What is read of a wider cache.
@@ -62,7 +68,7 @@ impl Reading {
 
     /// A row's targets as the loss takes them.
     pub(super) fn targets(&self, stored: &SoftTargets) -> SoftTargets {
-        let narrowed = self.narrower.as_ref().map(|selection| stored.narrowed(selection));
+        let narrowed = self.narrower.as_ref().map(|selection| stored.narrowed_from(&self.own, selection));
         match self.drawn {
             true => narrowed.as_ref().unwrap_or(stored).estimate(),
             false => narrowed.unwrap_or_else(|| stored.clone()),
