@@ -239,9 +239,8 @@ fn narrowed(inputs: &[Cache], planned: &Planned, from: &Storage, to: &Storage) -
         // Version 1 did not measure what storing cost, and 0 would be a claim.
         record.codec = CodecError { kl_sum: f32::NAN, kl_max: f32::NAN };
     }
-    // The same selection again would judge rounded values by the rule for unrounded ones, and drop entries at its border.
     if from.selection != to.selection {
-        record.targets = record.targets.narrowed(&to.selection);
+        record.targets = record.targets.narrowed_from(&from.selection, &to.selection);
     }
     if from.values != to.values {
         record.targets = record.targets.without_logits();
