@@ -248,3 +248,30 @@ fn a_check_is_quick_or_a_sample_and_says_so() {
         assert!(bench.expect(0, &[verb, "--help"]).stdout.contains(words), "{verb}");
     }
 }
+
+#[test]
+fn a_list_replaces_lists_and_nothing_else() {
+    let bench = Bench::new();
+    bench.cache("c");
+    let good = files(&bench.path("c"));
+    std::fs::write(bench.path("mine.txt"), "mine").unwrap();
+    for (target, expected) in [
+        ("c/shard-00000.parquet", "lies in the cache; expected a file outside its folder"),
+        ("c/new.json", "lies in the cache; expected a file outside its folder"),
+        ("mine.txt", "is there already and is no repair list; give another name"),
+    ] {
+        let refused = bench.run(&["verify", "c", "--repair-list", target]);
+        assert_eq!((refused.code, refused.error()), (2, format!("--repair-list {target}: {expected}").as_str()));
+    }
+    assert_files(&bench.path("c"), &good);
+    assert_eq!(std::fs::read_to_string(bench.path("mine.txt")).unwrap(), "mine");
+    bench.expect(0, &["verify", "c", "--repair-list", "list.json"]);
+    bench.expect(0, &["verify", "c", "--repair-list", "list.json"]);
+    // What no teacher wrote is not sent to one.
+    bench.expect(0, &["repack", "c", "small", "--preset", "small"]);
+    let mut shard = std::fs::read(bench.path("small/shard-00000.parquet")).unwrap();
+    shard[100] ^= 1;
+    std::fs::write(bench.path("small/shard-00000.parquet"), shard).unwrap();
+    let found = bench.expect(4, &["verify", "small", "--repair-list", "small.json"]);
+    assert!(found.stdout.contains("repack made this cache: remove its folder and repack again"), "{}", found.stdout);
+}

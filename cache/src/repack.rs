@@ -23,7 +23,10 @@ impl Reshape {
     pub(crate) fn storage(&self, has: &Storage) -> Result<Storage> {
         // Of the layout of ids, which decides who can read the cache, a preset says nothing.
         let base = self.preset.map_or(*has, |preset| Storage { id_encoding: has.id_encoding, ..preset.storage() });
-        let asked = base.with(&self.knobs)?;
+        // A preset's k is how many at most; only a k that was asked for by itself can be too many.
+        let (most, head) = (base.selection.head(), has.selection.head());
+        let k = self.knobs.top_k.or((head > 0 && most > head).then_some(head));
+        let asked = base.with(&Knobs { top_k: k, ..self.knobs })?;
         has.check_narrows_to(&asked)?;
         Ok(asked)
     }

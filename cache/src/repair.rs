@@ -278,6 +278,14 @@ fn wanted(dir: &Path, path: &Path, manifest: &Manifest, list: &RepairList) -> Re
             let found = format!("{:?}", damage.file.chars().take(128).collect::<String>());
             return Err(misfit("shards".into(), "a shard of this cache".into(), found));
         };
+        if (damage.first_row, damage.rows) != (entry.first_row, entry.rows) {
+            let expected = format!("{} rows from {}", entry.rows, entry.first_row);
+            return Err(misfit(entry.file.clone(), expected, format!("{} from {}", damage.rows, damage.first_row)));
+        }
+        // Mended since the list was made: a repair that was interrupted goes on where it was.
+        if crate::writer::check_digest(dir, entry).is_ok() {
+            continue;
+        }
         let end = entry.first_row + entry.rows;
         if let Some(row) = damage.damaged.iter().find(|row| row.row < entry.first_row || row.row >= end) {
             let expected = format!("rows {} to {}", entry.first_row, end - 1);

@@ -227,7 +227,7 @@ pub fn verify_as(dir: &Path, mode: VerifyMode, progress: &ScanProgress) -> Resul
     report.complete = manifest.complete;
     report.shards = manifest.shards.len() as u64;
     report.rows = manifest.rows() + manifest.parts.iter().map(|part| part.rows).sum::<u64>();
-    report.bytes = manifest.bytes();
+    report.bytes = manifest.bytes() + manifest.parts.iter().map(|part| part.bytes).sum::<u64>();
     report.parts = manifest.parts.len() as u64;
     report.description_blake3 = Some(manifest.description.digest());
     report.unlisted = unlisted(dir, &manifest)?;

@@ -143,6 +143,9 @@ fn identity(cache: &Cache) -> Table {
         )
         .fact("kept", kept)
         .fact("stored as", stored_as(what));
+    if let Some(part) = what.part {
+        table.fact("part", format!("{} of {} of these conversations", part.number, part.of));
+    }
     if !what.lse_temperatures.is_empty() {
         let all: Vec<String> = what.lse_temperatures.iter().map(ToString::to_string).collect();
         table.fact("tail known", format!("also at temperature {}", all.join(", ")));

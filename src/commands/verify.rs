@@ -2,11 +2,12 @@
 
 use super::scanned;
 use crate::cli::{self, Manner};
-use crate::exit::Outcome;
+use crate::exit::{Outcome, UsageError};
 use crate::print::{self, Out, Side, Table};
 use crate::text;
 use potstill_cache::{Manifest, ManifestState, Problem, RepairList, VerifyMode, VerifyReport};
 use std::io::Write;
+use std::path::Path;
 
 /// Most lines about problems printed for people; `--json` has more.
 const SHOWN: usize = 50;
@@ -18,6 +19,9 @@ pub fn run(flags: &cli::Verify, manner: Manner) -> anyhow::Result<Outcome> {
         (false, Some(share)) => VerifyMode::Sample { number: share.number, of: share.of },
         (false, None) => VerifyMode::Full,
     };
+    if let Some(path) = &flags.repair_list {
+        check_target(path, &flags.cache)?;
+    }
     let report = scanned("checking", manner, |scan| potstill_cache::verify_as(&flags.cache, mode, scan))?;
     let list = RepairList::of(&report);
     if let Some(path) = &flags.repair_list {
@@ -34,11 +38,28 @@ pub fn run(flags: &cli::Verify, manner: Manner) -> anyhow::Result<Outcome> {
         }
         write_verdict(&report, &mut out)?;
         if let Some(path) = &flags.repair_list {
-            write_advice(&report, &list, &path.display().to_string(), &mut out)?;
+            let manifest = Manifest::load(&flags.cache).ok();
+            let derived_by = manifest.and_then(|m| m.description.derived.last().map(|step| step.verb.clone()));
+            write_advice(&report, &list, &path.display().to_string(), derived_by, &mut out)?;
         }
         out.flush()?;
     }
     Ok(if report.is_good() { Outcome::Done } else { Outcome::Corrupt })
+}
+
+/// A list may replace an earlier list and nothing else, and has no place among a cache's files.
+fn check_target(path: &Path, cache: &Path) -> Result<(), UsageError> {
+    let shown = path.display();
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).canonicalize();
+    if let (Ok(folder), Ok(cache)) = (folder, cache.canonicalize())
+        && folder.starts_with(&cache)
+    {
+        return Err(UsageError(format!("--repair-list {shown}: lies in the cache; expected a file outside its folder")));
+    }
+    if path.exists() && RepairList::load(path).is_err() {
+        return Err(UsageError(format!("--repair-list {shown}: is there already and is no repair list; give another name")));
+    }
+    Ok(())
 }
 
 fn shards(manifest: &Manifest, report: &VerifyReport) -> Table {
@@ -128,7 +149,13 @@ fn write_verdict(report: &VerifyReport, out: &mut Out) -> std::io::Result<()> {
 }
 
 /// What to do with the list.
-fn write_advice(report: &VerifyReport, list: &RepairList, path: &str, out: &mut Out) -> std::io::Result<()> {
+fn write_advice(
+    report: &VerifyReport,
+    list: &RepairList,
+    path: &str,
+    derived_by: Option<String>,
+    out: &mut Out,
+) -> std::io::Result<()> {
     let path = text::visible(path);
     if report.is_good() {
         return writeln!(out, "{path}: nothing to compute again");
@@ -140,5 +167,9 @@ fn write_advice(report: &VerifyReport, list: &RepairList, path: &str, out: &mut 
         _ => "the manifest to rebuild from the shards".into(),
     };
     writeln!(out, "{path}: {what}:")?;
-    writeln!(out, "the precompute command that made the cache does it with --repair {path}")
+    match derived_by {
+        // Its rows came out of other caches; a teacher cannot give them.
+        Some(verb) => writeln!(out, "{verb} made this cache: remove its folder and {verb} again"),
+        None => writeln!(out, "the precompute command that made the cache does it with --repair {path}"),
+    }
 }

@@ -125,7 +125,10 @@ fn nothing_is_raised_and_nothing_is_written_then() {
         (turned(Knobs { mantissa_bits: Some(8), ..Knobs::default() }), ["has 7", "become 8"]),
         (turned(Knobs { values: Some(Values::LogitBf16), ..Knobs::default() }), ["log-probabilities", "logits"]),
         (turned(Knobs { selection: Some(SelectionKind::Sampled), ..Knobs::default() }), ["top-k 8", "sampled 50 seed 0"]),
-        (Reshape { preset: Some(Preset::Compact), ..Reshape::default() }, ["top-k 8", "cutoff 64 p>=1e-5"]),
+        (
+            Reshape { preset: Some(Preset::Compact), ..turned(Knobs { top_k: Some(64), ..Knobs::default() }) },
+            ["top-k 8", "cutoff 64 p>=1e-5"],
+        ),
     ] {
         let error = repack(dir.path(), &never, &reshape, &ScanProgress::default()).unwrap_err();
         assert_eq!(error.class(), ErrorClass::Usage);

@@ -303,3 +303,22 @@ fn too_few_too_many_and_wrong_rows_leave_the_cache_as_it_was() {
     bench.mend(&list, &bench.rows);
     bench.assert_good("after all");
 }
+
+#[test]
+fn shards_that_are_good_again_are_left_alone() {
+    let bench = Bench::new();
+    for file in ["shard-00000.parquet", "shard-00001.parquet"] {
+        let mut bytes = bench.good[file].clone();
+        bytes[200] ^= 1;
+        std::fs::write(bench.path(file), bytes).unwrap();
+    }
+    let (_outside, list) = bench.list();
+    assert_eq!(bench.open(&list).unwrap().shards().len(), 2);
+    // A repair that ended after the first shard.
+    std::fs::write(bench.path("shard-00000.parquet"), &bench.good["shard-00000.parquet"]).unwrap();
+    let left = bench.open(&list).unwrap().shards().to_vec();
+    assert_eq!(left.iter().map(|shard| shard.file.as_str()).collect::<Vec<_>>(), ["shard-00001.parquet"]);
+    bench.mend(&list, &bench.rows);
+    assert!(files(bench.dir.path()) == bench.good);
+    assert!(bench.open(&list).unwrap().shards().is_empty());
+}

@@ -260,6 +260,8 @@ impl TrainConfig {
 /// What stage two did.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct TrainReport {
+    /// What was learned from, in words: the selection read, how the tail is formed, which part of the data.
+    pub targets: String,
     /// Optimiser steps done in all.
     pub steps: u64,
     /// Step the run started from.

@@ -48,6 +48,7 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     // What can be refused at once is refused before weights are hashed and read.
     let cache = open_cache(config)?;
     let reading = Reading::of(config, &cache, &mut loss)?;
+    let targets = reading.in_words(&cache.manifest().description, &loss);
     let total = config.total_steps(cache.len());
     let folder = RunFolder::open(config)?;
     let found = folder.find(config, total)?;
@@ -103,6 +104,7 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     let adapter = folder.path().join(ADAPTER_FOLDER);
     save_adapter(&adapter, config, &student, &progress)?;
     Ok(TrainReport {
+        targets,
         steps: progress.step,
         resumed_from: first_step,
         first_loss: progress.first_loss(),

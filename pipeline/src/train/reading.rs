@@ -66,6 +66,28 @@ impl Reading {
         self.narrower.as_ref()
     }
 
+    /// What is learned from, in words.
+    pub(super) fn in_words(&self, description: &Description, loss: &LossSettings) -> String {
+        let part = description.part.map(|part| format!("; part {} of {} of the data", part.number, part.of)).unwrap_or_default();
+        if loss.kd_alpha == 0.0 {
+            return format!("the data's tokens{part}");
+        }
+        let draws = self.own.draws().is_some();
+        let what = match &self.narrower {
+            Some(narrower) if draws && narrower.draws().is_none() => format!("{narrower} of {}, without its draws", self.own),
+            Some(narrower) => format!("{narrower} of {}", self.own),
+            None => self.own.to_string(),
+        };
+        let t = loss.temperature;
+        let tail = match (self.drawn, self.temperature) {
+            (true, _) => ", as estimates of the whole distribution".to_string(),
+            (false, Some(_)) => format!(", the tail formed at temperature {t}"),
+            (false, None) if t == 1.0 => ", the tail as one bucket".into(),
+            (false, None) => format!(", the tail as one bucket tempered to {t} (known at {:?})", description.lse_temperatures),
+        };
+        format!("{what}{tail}{part}")
+    }
+
     /// A row's targets as the loss takes them.
     pub(super) fn targets(&self, stored: &SoftTargets) -> SoftTargets {
         let narrowed = self.narrower.as_ref().map(|selection| stored.narrowed_from(&self.own, selection));
