@@ -19,15 +19,16 @@ Example:
       --cache caches/ultrachat --preset compact --max-length 1024
 
 Presets (every knob can be turned by its flag):
-  preset    selection               values                     zstd  for
-  exact     top-k 64                bf16 logits, log-sum-exp     12  nothing lost against a bf16 head
-  standard  top-k 64                7 mantissa bits               3  far below the teacher's own rounding
-  compact   cutoff, p >= 1e-5       5 mantissa bits              12  half the bytes at the same kept mass
-  small     cutoff, mass >= 0.999   4 mantissa bits              12  the smallest with exact heads
-  sampled   50 draws                counts                       12  unbiased, a tenth of the bytes
+  preset    selection              values                    zstd  loses
+  exact     top-k 64               bf16 logits, log-sum-exp    12  nothing
+  standard  top-k 64               7 mantissa bits              3  next to nothing
+  compact   cutoff, p >= 1e-5      5 mantissa bits             12  little
+  small     cutoff, mass >= 0.999  4 mantissa bits             12  more
+  sampled   50 draws               counts                      12  no bias
 
-Each setting may also stand in the table [precompute] of --config FILE, or in a variable such as
-POTSTILL_PRECOMPUTE__TOP_K=32. Flags win over variables, variables over the file."
+Each setting may also stand in the table [precompute] of --config FILE, or in
+a variable such as POTSTILL_PRECOMPUTE__TOP_K=32. Flags win over variables,
+variables over the file."
 )]
 pub struct Precompute {
     /// Teacher's Hugging Face folder: AWQ (int4) or dense
