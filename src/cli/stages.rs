@@ -21,7 +21,7 @@ Example:
 Presets (every knob can be turned by its flag):
   preset    selection              values                    zstd  loses
   exact     top-k 64               bf16 logits, log-sum-exp    12  nothing
-  standard  top-k 64               7 mantissa bits              3  next to nothing
+  standard  top-k 64               7 mantissa bits              3  hardly any
   compact   cutoff, p >= 1e-5      5 mantissa bits             12  little
   small     cutoff, mass >= 0.999  4 mantissa bits             12  more
   sampled   50 draws               counts                      12  no bias
