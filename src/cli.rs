@@ -5,13 +5,17 @@
 // What follows `///` here is help text; the tables of a config file stand in brackets in it.
 #![allow(rustdoc::broken_intra_doc_links)]
 
+mod caches;
+mod stages;
+
+pub use caches::{Combine, Inspect, Repack, Storing, Verify};
+pub use stages::{Demo, Merge, Precompute, Train};
+
 use crate::settings::{self, Section};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use potstill_pipeline::adapter::MergeConfig;
 use potstill_pipeline::precompute::PrecomputeConfig;
 use potstill_pipeline::train::TrainConfig;
-use serde::Serialize;
-use std::path::PathBuf;
 
 /// Widest line of the help, in columns.
 const HELP_COLUMNS: usize = 96;
@@ -46,8 +50,12 @@ pub enum Verb {
     Precompute(Box<Precompute>),
     /// Show what a cache holds, or one conversation token by token
     Inspect(Inspect),
-    /// Check every byte of a cache
+    /// Check every byte of a cache, or a share of it
     Verify(Verify),
+    /// Store a cache anew without the teacher: smaller, never finer
+    Repack(Repack),
+    /// Join caches: parts of the same data, interrupted runs, other data
+    Combine(Combine),
     /// Stage two: train a LoRA adapter on an NF4 student from a cache
     Train(Box<Train>),
     /// Merge an adapter into its base model and write a plain model folder
@@ -56,262 +64,14 @@ pub enum Verb {
     Demo(Demo),
 }
 
-/// Stage one: run a teacher over chats and write a cache of its distributions
-///
-/// The same command, run again, continues where it stopped; a killed run loses at most the open shard.
-#[derive(Debug, Args, Serialize)]
-#[command(
-    allow_negative_numbers = true,
-    after_help = "\
-Example:
-  potstill precompute --teacher models/Qwen1.5-32B-Chat-AWQ \\
-      --data 'ultrachat_200k/data/train_sft-*.parquet' \\
-      --cache caches/ultrachat --top-k 64 --max-length 1024
-
-Each setting may also stand in the table [precompute] of --config FILE, or in a variable such as
-POTSTILL_PRECOMPUTE__TOP_K=32. Flags win over variables, variables over the file."
-)]
-pub struct Precompute {
-    /// Teacher's Hugging Face folder: AWQ (int4) or dense
-    #[arg(long, value_name = "DIR")]
-    pub teacher: Option<PathBuf>,
-    /// Chats: files, folders or globs (Parquet, JSONL, JSONL.zst)
-    #[arg(long, value_name = "PATH", num_args = 1..)]
-    pub data: Option<Vec<PathBuf>>,
-    /// Folder of the cache; made if it is not there, continued if it is
-    #[arg(long, value_name = "DIR")]
-    pub cache: Option<PathBuf>,
-    /// Entries kept at each scored position, 1 to 65535
-    #[arg(long, value_name = "K")]
-    pub top_k: Option<i64>,
-    /// Longest conversation, in tokens
-    #[arg(long, value_name = "TOKENS")]
-    pub max_length: Option<i64>,
-    /// Longer ones lose whole trailing `turns`, or tokens on the `right`
-    #[arg(long, value_name = "HOW")]
-    pub truncate: Option<String>,
-    /// Conversations whose roles cannot be trained on: `skip` or `error`
-    #[arg(long, value_name = "WHAT")]
-    pub on_bad_roles: Option<String>,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, value_name = "DEVICE")]
-    pub device: Option<String>,
-    /// Tokens that go through the model at once
-    #[arg(long, value_name = "TOKENS")]
-    pub pack_tokens: Option<i64>,
-    /// Scored positions whose logits exist at once
-    #[arg(long, value_name = "POSITIONS")]
-    pub head_chunk: Option<i64>,
-    /// Conversations in a shard: the most that a kill can lose
-    #[arg(long, value_name = "ROWS")]
-    pub rows_per_shard: Option<i64>,
-    /// Mantissa bits kept of each log-probability, 1 to 23
-    #[arg(long, value_name = "BITS")]
-    pub mantissa_bits: Option<i64>,
-    /// zstd level of the shards, 1 to 22
-    #[arg(long, value_name = "LEVEL")]
-    pub zstd_level: Option<i64>,
-    /// TOML file with a table [precompute]
-    #[arg(long, value_name = "FILE")]
-    #[serde(skip)]
-    pub config: Option<PathBuf>,
-}
-
-/// Show what a cache holds, or one conversation token by token
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Probabilities are the teacher's, at temperature 1. Line i shows the distribution after tokens 0 to i, which
-predicts token i + 1.
-
-Examples:
-  potstill inspect caches/ultrachat
-  potstill inspect caches/ultrachat --row 17 --top 3
-  potstill inspect caches/ultrachat --row 17 --json | jq '.positions[0]'")]
-pub struct Inspect {
-    /// Folder of the cache
-    #[arg(value_name = "CACHE")]
-    pub cache: PathBuf,
-    /// Show this conversation, by its row number (from 0)
-    #[arg(long, value_name = "N", conflicts_with = "key")]
-    pub row: Option<u64>,
-    /// Show this conversation, by its key (32 hex digits)
-    #[arg(long, value_name = "KEY")]
-    pub key: Option<String>,
-    /// Alternatives shown at each position (--json always gives all)
-    #[arg(long, value_name = "M", default_value_t = 5)]
-    pub top: usize,
-}
-
-/// Check every byte of a cache
-///
-/// Reads each shard, compares it with the manifest's BLAKE3 and decodes every row. Exit code 4 when anything is wrong.
-#[derive(Debug, Args)]
-#[command(after_help = "Example:\n  potstill verify caches/ultrachat")]
-pub struct Verify {
-    /// Folder of the cache
-    #[arg(value_name = "CACHE")]
-    pub cache: PathBuf,
-}
-
-/// Stage two: train a LoRA adapter on an NF4 student from a cache
-///
-/// Writes adapter/ (PEFT), checkpoint-N/, metrics.jsonl and the resolved settings into --out.
-#[derive(Debug, Args, Serialize)]
-#[command(
-    allow_negative_numbers = true,
-    after_help = "\
-Example:
-  potstill train --student models/Qwen1.5-14B --cache caches/ultrachat --out runs/distill \\
-      --objective distill --lr 2e-4 --rank 64 --alpha 16
-
-Each setting may also stand in the table [train] of --config FILE, or in a variable such as
-POTSTILL_TRAIN__LR=1e-4. Flags win over variables, variables over the file."
-)]
-pub struct Train {
-    /// Student's Hugging Face folder (dense; held in NF4 while training)
-    #[arg(long, value_name = "DIR")]
-    pub student: Option<PathBuf>,
-    /// Folder of the cache
-    #[arg(long, value_name = "DIR")]
-    pub cache: Option<PathBuf>,
-    /// Folder for adapter, checkpoints and metrics
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
-    /// sft (the data's tokens), distill (the teacher's distributions) or distill+sft
-    #[arg(long, value_name = "OBJECTIVE")]
-    pub objective: Option<String>,
-    /// Weight of the distillation term [default: sft 0, distill 1, distill+sft 0.5]
-    #[arg(long, value_name = "X")]
-    pub kd_alpha: Option<f64>,
-    /// Weight of the cross entropy [default: sft 1, distill 0, distill+sft 0.5]
-    #[arg(long, value_name = "X")]
-    pub kd_ce_alpha: Option<f64>,
-    /// Temperature of the distillation term, above 0
-    #[arg(long, value_name = "T")]
-    pub temperature: Option<f64>,
-    /// Optimiser steps; overrides --epochs [default: from --epochs]
-    #[arg(long, value_name = "N")]
-    pub steps: Option<i64>,
-    /// Passes over the cache
-    #[arg(long, value_name = "N")]
-    pub epochs: Option<f64>,
-    /// Conversations in an optimiser step
-    #[arg(long, value_name = "ROWS")]
-    pub batch_size: Option<i64>,
-    /// Tokens that go through the model at once; a step is split into packs
-    #[arg(long, value_name = "TOKENS")]
-    pub pack_tokens: Option<i64>,
-    /// Scored positions whose logits exist at once
-    #[arg(long, value_name = "POSITIONS")]
-    pub head_chunk: Option<i64>,
-    /// Peak learning rate, above 0
-    #[arg(long, value_name = "X")]
-    pub lr: Option<f64>,
-    /// Learning rate after warm-up: constant or cosine
-    #[arg(long, value_name = "SHAPE")]
-    pub schedule: Option<String>,
-    /// Steps of linear warm-up
-    #[arg(long, value_name = "N")]
-    pub warmup_steps: Option<i64>,
-    /// LoRA rank, 1 to 1024
-    #[arg(long, value_name = "N")]
-    pub rank: Option<i64>,
-    /// LoRA alpha; the adapter is scaled by alpha / rank
-    #[arg(long, value_name = "N")]
-    pub alpha: Option<f64>,
-    /// Decoupled weight decay of AdamW
-    #[arg(long, value_name = "X")]
-    pub weight_decay: Option<f64>,
-    /// AdamW's decay of the first moment, from 0 to below 1
-    #[arg(long, value_name = "X")]
-    pub beta1: Option<f64>,
-    /// AdamW's decay of the second moment, from 0 to below 1
-    #[arg(long, value_name = "X")]
-    pub beta2: Option<f64>,
-    /// AdamW's epsilon, above 0
-    #[arg(long, value_name = "X")]
-    pub eps: Option<f64>,
-    /// Largest L2 norm of the gradient; 0 turns clipping off
-    #[arg(long, value_name = "X")]
-    pub max_grad_norm: Option<f64>,
-    /// Seed of the order and of the adapter's start
-    #[arg(long, value_name = "N")]
-    pub seed: Option<i64>,
-    /// Take rows in seeded order (the default)
-    #[arg(long, num_args = 0, default_missing_value = "true", overrides_with = "no_shuffle")]
-    pub shuffle: Option<bool>,
-    /// Take rows in the cache's order
-    #[arg(long)]
-    #[serde(skip)]
-    pub no_shuffle: bool,
-    /// Steps between checkpoints; 0 writes only the last
-    #[arg(long, value_name = "N")]
-    pub checkpoint_every: Option<i64>,
-    /// Checkpoints kept, at least 2
-    #[arg(long, value_name = "N")]
-    pub keep_checkpoints: Option<i64>,
-    /// Start from the latest checkpoint, from this one, or never
-    #[arg(long, value_name = "latest|PATH|never")]
-    pub resume: Option<String>,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, value_name = "DEVICE")]
-    pub device: Option<String>,
-    /// TOML file with a table [train]
-    #[arg(long, value_name = "FILE")]
-    #[serde(skip)]
-    pub config: Option<PathBuf>,
-}
-
-/// Merge an adapter into its base model and write a plain model folder
-#[derive(Debug, Args, Serialize)]
-#[command(after_help = "\
-Example:
-  potstill merge --student models/Qwen1.5-14B --adapter runs/distill/adapter --out models/my-14B
-
-Each setting may also stand in the table [merge] of --config FILE, or in a variable such as
-POTSTILL_MERGE__DTYPE=bf16. Flags win over variables, variables over the file.")]
-pub struct Merge {
-    /// The base model's Hugging Face folder
-    #[arg(long, value_name = "DIR")]
-    pub student: Option<PathBuf>,
-    /// The adapter's folder (PEFT)
-    #[arg(long, value_name = "DIR")]
-    pub adapter: Option<PathBuf>,
-    /// Folder of the merged model
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
-    /// Merge into the `original` weights, or into the `nf4` ones that training saw
-    #[arg(long, value_name = "WHICH")]
-    pub weights: Option<String>,
-    /// Type of the merged weights: auto (the base model's), f32, bf16 or f16
-    #[arg(long, value_name = "TYPE")]
-    pub dtype: Option<String>,
-    /// TOML file with a table [merge]
-    #[arg(long, value_name = "FILE")]
-    #[serde(skip)]
-    pub config: Option<PathBuf>,
-}
-
-/// Make tiny models and run everything on them, with no network, in minutes
-///
-/// Makes a tokenizer, a teacher (trained for a moment, then packed as AWQ) and a student; then precompute, verify, inspect,
-/// train and merge. A demo that was interrupted in the same folder is begun again; any other content is left alone and refused.
-#[derive(Debug, Args)]
-#[command(after_help = "Example:\n  potstill demo --out /tmp/potstill-demo")]
-pub struct Demo {
-    /// Folder for everything the demo makes [default: potstill-demo, or potstill-demo-2 and so on where that is taken]
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
-}
-
 /// Parses the process's arguments. Ends the process with code 2 on a wrong one, 0 after help.
 pub fn parse() -> Invocation {
     let matches = command().get_matches();
     let mut invocation = Invocation::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
-    if let Verb::Train(train) = &mut invocation.verb
-        && train.no_shuffle
-    {
-        train.shuffle = Some(false);
+    match &mut invocation.verb {
+        Verb::Train(train) if train.no_shuffle => train.shuffle = Some(false),
+        Verb::Precompute(precompute) if precompute.no_compat => precompute.compat = Some(false),
+        _ => {}
     }
     invocation
 }
@@ -322,7 +82,7 @@ fn command() -> clap::Command {
         let defaults = defaults.unwrap_or_default();
         command.mut_subcommand(section.name, |verb| {
             section.settings.iter().fold(verb, |verb, setting| match defaults.get(setting.key).map(shown) {
-                Some(text) if !text.is_empty() && setting.key != "shuffle" => verb.mut_arg(setting.key, |arg| {
+                Some(text) if !text.is_empty() => verb.mut_arg(setting.key, |arg| {
                     let help = format!("{} [default: {text}]", arg.get_help().cloned().unwrap_or_default());
                     arg.help(help)
                 }),
@@ -342,7 +102,8 @@ fn shown(value: &toml::Value) -> String {
         toml::Value::String(text) => text.clone(),
         toml::Value::Float(x) if *x != 0.0 && x.abs() < 1e-3 => format!("{x:e}"),
         toml::Value::Float(x) => x.to_string(),
-        toml::Value::Array(_) | toml::Value::Table(_) => String::new(),
+        // A switch says itself which way it stands.
+        toml::Value::Boolean(_) | toml::Value::Array(_) | toml::Value::Table(_) => String::new(),
         other => other.to_string(),
     }
 }

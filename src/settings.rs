@@ -38,6 +38,10 @@ pub enum Rule {
     Positive,
     /// A number in [0, 1).
     Decay,
+    /// A number in (0, 1).
+    Share,
+    /// Finite numbers > 0, perhaps none; as text separated by commas.
+    Positives,
     /// One of these words.
     OneOf(&'static [&'static str]),
     /// true or false.
@@ -46,6 +50,8 @@ pub enum Rule {
     Device,
     /// `latest`, `never` or a checkpoint folder.
     Resume,
+    /// A part `N/T`, N from 1 to T.
+    PartOf,
 }
 
 /// Names of the tables a config file may hold.
@@ -61,7 +67,18 @@ pub const PRECOMPUTE: Section = Section {
         Setting { key: "teacher", rule: Rule::Path },
         Setting { key: "data", rule: Rule::Paths },
         Setting { key: "cache", rule: Rule::Path },
+        Setting { key: "preset", rule: Rule::OneOf(&["exact", "standard", "compact", "small", "sampled"]) },
+        Setting { key: "selection", rule: Rule::OneOf(&["top-k", "cutoff", "sampled", "hybrid"]) },
         Setting { key: "top_k", rule: Rule::Whole(1, u16::MAX as i64) },
+        Setting { key: "min_prob", rule: Rule::Share },
+        Setting { key: "min_mass", rule: Rule::Share },
+        Setting { key: "draws", rule: Rule::Whole(1, u16::MAX as i64) },
+        Setting { key: "sample_seed", rule: Rule::Whole(0, i64::MAX) },
+        Setting { key: "values", rule: Rule::OneOf(&["logprob", "logit-bf16"]) },
+        Setting { key: "mantissa_bits", rule: Rule::Whole(1, 23) },
+        Setting { key: "zstd_level", rule: Rule::Whole(1, 22) },
+        Setting { key: "compat", rule: Rule::Switch },
+        Setting { key: "lse_temperatures", rule: Rule::Positives },
         Setting { key: "max_length", rule: Rule::Whole(2, MOST_TOKENS) },
         Setting { key: "truncate", rule: Rule::OneOf(&["turns", "right"]) },
         Setting { key: "on_bad_roles", rule: Rule::OneOf(&["skip", "error"]) },
@@ -69,8 +86,8 @@ pub const PRECOMPUTE: Section = Section {
         Setting { key: "pack_tokens", rule: Rule::Whole(1, MOST_TOKENS) },
         Setting { key: "head_chunk", rule: Rule::Whole(1, MOST_TOKENS) },
         Setting { key: "rows_per_shard", rule: Rule::Whole(1, 1 << 20) },
-        Setting { key: "mantissa_bits", rule: Rule::Whole(1, 23) },
-        Setting { key: "zstd_level", rule: Rule::Whole(1, 22) },
+        Setting { key: "seal_minutes", rule: Rule::NotNegative },
+        Setting { key: "part", rule: Rule::PartOf },
     ],
 };
 
@@ -85,6 +102,9 @@ pub const TRAIN: Section = Section {
         Setting { key: "kd_alpha", rule: Rule::NotNegative },
         Setting { key: "kd_ce_alpha", rule: Rule::NotNegative },
         Setting { key: "temperature", rule: Rule::Positive },
+        Setting { key: "top_k", rule: Rule::Whole(1, u16::MAX as i64) },
+        Setting { key: "min_prob", rule: Rule::Share },
+        Setting { key: "min_mass", rule: Rule::Share },
         Setting { key: "steps", rule: Rule::Whole(1, 1 << 40) },
         Setting { key: "epochs", rule: Rule::Positive },
         Setting { key: "batch_size", rule: Rule::Whole(1, 1 << 20) },
@@ -170,10 +190,13 @@ impl Rule {
             Rule::NotNegative => "a finite number, 0 or above".into(),
             Rule::Positive => "a finite number above 0".into(),
             Rule::Decay => "a number from 0 to below 1".into(),
+            Rule::Share => "a number above 0 and below 1".into(),
+            Rule::Positives => "a list of finite numbers above 0".into(),
             Rule::OneOf(words) => words.join(", ").replacen(", ", " or ", usize::from(words.len() == 2)),
             Rule::Switch => "true or false".into(),
             Rule::Device => "auto, cpu, cuda or cuda:N".into(),
             Rule::Resume => "latest, never or a checkpoint folder".into(),
+            Rule::PartOf => "N/T with N from 1 to T".into(),
         }
     }
 
@@ -192,8 +215,11 @@ impl Rule {
             Rule::NotNegative => real(&|x| x >= 0.0),
             Rule::Positive => real(&|x| x > 0.0),
             Rule::Decay => real(&|x| (0.0..1.0).contains(&x)),
+            Rule::Share => real(&|x| x > 0.0 && x < 1.0),
+            Rule::Positives => value.as_array().is_some_and(|list| list.iter().all(|v| Rule::Positive.holds(v))),
             Rule::OneOf(words) => text(&|s| words.contains(&s)),
             Rule::Switch => value.is_bool(),
+            Rule::PartOf => text(&|s| s.parse::<potstill_pipeline::precompute::Share>().is_ok()),
             Rule::Device => text(&|s| {
                 matches!(s, "auto" | "cpu" | "cuda") || s.strip_prefix("cuda:").is_some_and(|n| n.parse::<u16>().is_ok())
             }),
@@ -205,7 +231,11 @@ impl Rule {
         let trimmed = text.trim();
         let parsed = match self {
             Rule::Whole(..) => trimmed.parse().ok().map(Value::Integer),
-            Rule::NotNegative | Rule::Positive | Rule::Decay => trimmed.parse().ok().map(Value::Float),
+            Rule::NotNegative | Rule::Positive | Rule::Decay | Rule::Share => trimmed.parse().ok().map(Value::Float),
+            Rule::Positives => {
+                let numbers = trimmed.trim_matches(['[', ']']).split(',').map(|n| n.trim().parse().map(Value::Float));
+                numbers.collect::<Result<_, _>>().ok().map(Value::Array)
+            }
             Rule::Switch => trimmed.parse().ok().map(Value::Boolean),
             Rule::Paths if trimmed.starts_with('[') => {
                 format!("list = {trimmed}").parse::<toml::Table>().ok().and_then(|mut table| table.remove("list"))
@@ -220,7 +250,9 @@ impl Rule {
     pub fn shape(&self, value: Value) -> Value {
         match (self, value) {
             (Rule::Paths, Value::String(one)) => Value::Array(vec![Value::String(one)]),
-            (Rule::NotNegative | Rule::Positive | Rule::Decay, Value::Integer(n)) => Value::Float(n as f64),
+            (Rule::NotNegative | Rule::Positive | Rule::Decay | Rule::Share, Value::Integer(n)) => Value::Float(n as f64),
+            (Rule::Positives, Value::Array(list)) => Value::Array(list.into_iter().map(|v| Rule::Positive.shape(v)).collect()),
+            (Rule::Positives, one @ (Value::Integer(_) | Value::Float(_))) => Value::Array(vec![Rule::Positive.shape(one)]),
             (Rule::Resume, Value::String(path)) if !matches!(path.as_str(), "latest" | "never") => {
                 Value::Table(toml::Table::from_iter([("path".to_string(), Value::String(path))]))
             }

@@ -16,6 +16,12 @@ fn each_rule_refuses_what_lies_just_outside() {
         (Rule::Positive, vec![real(1e-9), whole(2)], vec![real(0.0), real(-1.0), real(f64::NAN), real(f64::INFINITY), word("x")]),
         (Rule::NotNegative, vec![real(0.0), real(0.3)], vec![real(-1e-9), real(f64::NAN)]),
         (Rule::Decay, vec![real(0.0), real(0.999)], vec![real(1.0), real(-0.1)]),
+        (Rule::Share, vec![real(1e-9), real(0.999)], vec![real(0.0), real(1.0), real(f64::NAN), whole(1)]),
+        (
+            Rule::Positives,
+            vec![Value::Array(vec![]), Value::Array(vec![real(1.5), real(2.0)])],
+            vec![real(2.0), Value::Array(vec![real(0.0)]), Value::Array(vec![word("2")])],
+        ),
         (Rule::OneOf(&["turns", "right"]), vec![word("right")], vec![word("left"), word("Right"), word("")]),
         (Rule::Device, vec![word("auto"), word("cuda:3")], vec![word("gpu"), word("cuda:"), word("cuda:-1")]),
         (Rule::Path, vec![word("a b")], vec![word(""), whole(1)]),
@@ -32,6 +38,9 @@ fn each_rule_refuses_what_lies_just_outside() {
 fn variables_are_read_by_the_rule() {
     assert_eq!(Rule::Positive.read("1e-4"), Value::Float(1e-4));
     assert_eq!(Rule::Positive.read("2"), Value::Float(2.0));
+    assert_eq!(Rule::Positives.read("1.5, 2"), Value::Array(vec![Value::Float(1.5), Value::Float(2.0)]));
+    assert_eq!(Rule::Positives.shape(Value::Integer(2)), Value::Array(vec![Value::Float(2.0)]));
+    assert!(!Rule::Positives.holds(&Rule::Positives.read("1.5;2")));
     assert_eq!(Rule::Path.read("123"), Value::String("123".into()));
     assert_eq!(Rule::Switch.read("false"), Value::Boolean(false));
     let two = Value::Array(vec![Value::String("a".into()), Value::String("b,c".into())]);

@@ -27,10 +27,15 @@ fn description() -> Description {
         encoding: EncodingFingerprint { max_length: 64, truncation: "turns".into(), truncated_tokens: 0 },
         selection: Selection::TopK { k: 2 },
         mantissa_bits: 7,
+        values: Default::default(),
+        lse_temperatures: Vec::new(),
         zstd_level: 3,
+        id_encoding: Default::default(),
         rows_per_shard: 2,
         vocab_size: VOCABULARY,
         expected_rows: ROWS,
+        part: None,
+        derived: Vec::new(),
     }
 }
 
@@ -40,7 +45,7 @@ fn record(n: u64) -> Record {
     for next in [5, 6] {
         targets.push(&[next, 9], &[0.5f32.ln(), 0.25f32.ln()], 0.25f32.ln());
     }
-    Record { seq_id: n, input_ids: vec![100 + n as u32, 5, 6, 7], positions: vec![0, 1], targets }
+    Record { seq_id: n, input_ids: vec![100 + n as u32, 5, 6, 7], positions: vec![0, 1], targets, codec: Default::default() }
 }
 
 fn write_cache(folder: &Path) {
@@ -134,7 +139,7 @@ fn verify_names_the_shard_and_ends_in_four() {
     let (code, out, _) = potstill(here.path(), &["verify", "c"]);
     assert_eq!(code, 4);
     assert!(out.lines().any(|line| line.starts_with("wrong: ") && line.contains(shard)), "{out}");
-    assert!(out.lines().any(|line| line.starts_with(shard) && line.ends_with("wrong")), "{out}");
+    assert!(out.lines().any(|line| line.starts_with(shard) && line.ends_with("damaged")), "{out}");
     let (code, out, _) = potstill(here.path(), &["verify", "c", "--json"]);
     assert_eq!(code, 4);
     assert!(json(&out)["problem_count"].as_u64().unwrap() > 0);

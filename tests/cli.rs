@@ -52,7 +52,15 @@ fn help_names_the_defaults() {
     let cases: [(&str, &[&str]); 4] = [
         (
             "precompute",
-            &["[default: 64]", "[default: 1024]", "[default: turns]", "[default: skip]", "[default: auto]", "[default: 7]"],
+            &[
+                "[default: standard]",
+                "[default: the preset's]",
+                "[default: 10]",
+                "[default: 1024]",
+                "[default: turns]",
+                "[default: skip]",
+                "compact cutoff, p >= 1e-5",
+            ],
         ),
         (
             "train",
@@ -138,9 +146,25 @@ fn flags_win_over_variables_and_variables_over_the_file() {
 }
 
 #[test]
+fn a_switch_can_be_turned_off_again() {
+    let here = tempfile::tempdir().unwrap();
+    std::fs::write(here.path().join("run.toml"), "[precompute]\ncompat = true\n").unwrap();
+    let echo = |more: &[&str]| {
+        let base = ["precompute", "--config", "run.toml", "--teacher", "none", "--data", "none", "--cache", "none"];
+        run(potstill(here.path()).args([&base[..], more].concat())).2
+    };
+    for (flags, compat) in
+        [(&[][..], true), (&["--no-compat"], false), (&["--compat", "--no-compat"], false), (&["--no-compat", "--compat"], true)]
+    {
+        let err = echo(flags);
+        assert!(err.contains(&format!("compat = {compat}\n")), "{flags:?}: {err}");
+    }
+}
+
+#[test]
 fn values_out_of_range_name_the_range() {
     let here = tempfile::tempdir().unwrap();
-    let cases: [(&[&str], &str); 10] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["train", "--lr", "0"], "--lr = 0.0: expected a finite number above 0"),
         (&["train", "--lr", "nan"], "--lr = nan: expected a finite number above 0"),
         (&["train", "--lr=-1e-4"], "--lr = -0.0001: expected a finite number above 0"),
@@ -149,6 +173,14 @@ fn values_out_of_range_name_the_range() {
         (&["train", "--rank", "1025"], "--rank = 1025: expected a whole number from 1 to 1024"),
         (&["train", "--objective", "kl"], "--objective = \"kl\": expected sft, distill, distill+sft"),
         (&["precompute", "--top-k", "0"], "--top-k = 0: expected a whole number from 1 to 65535"),
+        (&["precompute", "--preset", "tiny"], "--preset = \"tiny\": expected exact, standard, compact, small, sampled"),
+        (&["precompute", "--min-mass", "1"], "--min-mass = 1.0: expected a number above 0 and below 1"),
+        (&["precompute", "--draws", "0"], "--draws = 0: expected a whole number from 1 to 65535"),
+        (
+            &["precompute", "--lse-temperatures", "2,-1"],
+            "--lse-temperatures = [2.0, -1.0]: expected a list of finite numbers above 0",
+        ),
+        (&["train", "--min-prob", "0"], "--min-prob = 0.0: expected a number above 0 and below 1"),
         (&["precompute", "--device", "gpu"], "--device = \"gpu\": expected auto, cpu, cuda or cuda:N"),
         (&["merge", "--dtype", "int8"], "--dtype = \"int8\": expected auto, f32, bf16, f16"),
     ];

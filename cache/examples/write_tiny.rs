@@ -15,7 +15,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         // After token 0 the teacher thinks of 7 and 3; after token 1 of 2 alone.
         targets.push(&[7, 3], &[0.8f32.ln(), 0.15f32.ln()], 0.05f32.ln());
         targets.push(&[2], &[0.9f32.ln()], 0.1f32.ln());
-        writer.append(&Record { seq_id, input_ids: vec![5, 7, 2, seq_id as u32], positions: vec![0, 1], targets })?;
+        writer.append(&Record {
+            seq_id,
+            input_ids: vec![5, 7, 2, seq_id as u32],
+            positions: vec![0, 1],
+            targets,
+            codec: Default::default(),
+        })?;
     }
     let manifest = writer.finish()?;
     let record = Cache::open(&dir)?.row(1)?;
@@ -43,9 +49,14 @@ fn description() -> Description {
         encoding: EncodingFingerprint { max_length: 4, truncation: "turns".into(), truncated_tokens: 0 },
         selection: Selection::TopK { k: 2 },
         mantissa_bits: 7,
+        values: Default::default(),
+        lse_temperatures: Vec::new(),
         zstd_level: 3,
+        id_encoding: Default::default(),
         rows_per_shard: 1024,
         vocab_size: 10,
         expected_rows: 2,
+        part: None,
+        derived: Vec::new(),
     }
 }

@@ -1,5 +1,6 @@
 //! Every way a cache can be wrong, with both sides of each disagreement, and the class that decides an exit code.
 
+use crate::Misalignment;
 use std::path::{Path, PathBuf};
 
 /// What kind of failure an error is; the command line turns it into an exit code.
@@ -54,16 +55,31 @@ pub enum Error {
         dir: PathBuf,
     },
     /// A new cache was to be written over somebody's files.
-    #[error("{dir}: holds {found:?} but no manifest.json; a new cache needs an empty folder", dir = dir.display())]
+    #[error("{dir}: holds {found:?} but no manifest.json; a new cache needs an empty folder{hint}",
+            dir = dir.display(), hint = lost_manifest(found))]
     ForeignFolder {
         /// The folder asked for.
         dir: PathBuf,
         /// One of the files found there.
         found: String,
     },
+    /// A manifest was to be rebuilt where no shard says that it is of this cache.
+    #[error("{dir}: no manifest.json, and no shard in it (such as {found:?}) states the description of this cache, {expected}; \
+             nothing is written over what may be somebody's files: give another folder", dir = dir.display())]
+    ForeignShards {
+        /// The folder asked for.
+        dir: PathBuf,
+        /// One of the files found there.
+        found: String,
+        /// The digest of this run's description.
+        expected: String,
+    },
     /// Stored bytes are not what was written.
-    #[error("{file}{place}: expected {expected}, found {found}; the cache is damaged", place = place(*row_group, *row))]
+    #[error("{file}{place}: expected {expected}, found {found}; the cache is damaged",
+            file = dir.join(file).display(), place = place(*row_group, *row))]
     Damaged {
+        /// The cache's folder.
+        dir: Box<Path>,
         /// The file, relative to the cache's folder.
         file: String,
         /// Row group of the file (0-based), where one is to blame.
@@ -83,6 +99,17 @@ pub enum Error {
         /// The version it names.
         found: u64,
         /// The newest version known here.
+        known: u32,
+    },
+    /// The cache was begun by an earlier version of this program.
+    #[error("{dir}: begun in format version {found}, which this program reads but does not continue (it writes {known}); \
+             repack what is there, or give another folder", dir = dir.display())]
+    OlderFormat {
+        /// The cache's folder.
+        dir: PathBuf,
+        /// The version of the cache.
+        found: u32,
+        /// The version that is written here.
         known: u32,
     },
     /// The folder holds a cache made from something else.
@@ -138,6 +165,91 @@ pub enum Error {
         /// The cache's folder.
         dir: PathBuf,
     },
+    /// Something would have to be known that a cache does not hold.
+    #[error(
+        "{what}: the cache has {has}, which cannot become {asked} without the teacher; ask for less than it has, or precompute again"
+    )]
+    Raise {
+        /// What would be raised.
+        what: &'static str,
+        /// What the cache has.
+        has: String,
+        /// What was asked for.
+        asked: String,
+    },
+    /// Rows are missing that no way of joining can supply.
+    #[error("{dir}: {missing}; {advice}", dir = dir.display())]
+    Incomplete {
+        /// The cache's folder.
+        dir: PathBuf,
+        /// Which rows or parts are missing.
+        missing: String,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// Caches that cannot become one, for they were not made alike.
+    #[error("{second}: cannot be combined with {first}: {differences}", first = first.display(), second = second.display(),
+            differences = both(differences))]
+    Unlike {
+        /// The cache given first.
+        first: PathBuf,
+        /// The other cache.
+        second: PathBuf,
+        /// Every field that differs; `cache` is the first's value, `here` the other's.
+        differences: Vec<Difference>,
+    },
+    /// Two caches of the same data hold one row with different distributions, or one number for two conversations.
+    #[error("{second}: row {second_row} (seq_id {seq_id}, key {key}) has other {what} than row {first_row} of {first}; \
+             they do not come from the same teacher and data", first = first.display(), second = second.display())]
+    Conflict {
+        /// The cache given first.
+        first: PathBuf,
+        /// Its row.
+        first_row: u64,
+        /// The other cache.
+        second: PathBuf,
+        /// Its row.
+        second_row: u64,
+        /// Number of the conversation in the second cache's data.
+        seq_id: u64,
+        /// Key of the second cache's row.
+        key: String,
+        /// What differs: tokens or targets.
+        what: &'static str,
+    },
+    /// A list of repairs that cannot be used as it is.
+    #[error("{list}: {place}: expected {expected}, found {found}", list = list.display())]
+    RepairList {
+        /// The list.
+        list: PathBuf,
+        /// Which part of it.
+        place: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// A list of repairs made for another cache.
+    #[error("{list}: made for the cache with description {found}, but these settings make {expected}; \
+             run verify --repair-list on this cache, or repair with the settings it was made with", list = list.display())]
+    OtherCache {
+        /// The list.
+        list: PathBuf,
+        /// The digest of this run's description.
+        expected: String,
+        /// The digest in the list.
+        found: String,
+    },
+    /// A row is not that of the tokens at hand.
+    #[error("{dir}: row {row}: {what}", dir = dir.display())]
+    Misaligned {
+        /// The cache's folder.
+        dir: PathBuf,
+        /// The row (0-based).
+        row: u64,
+        /// What is wrong.
+        what: Box<Misalignment>,
+    },
     /// A row number beyond the end.
     #[error("row {row}: the cache has {rows} rows, numbered from 0")]
     NoRow {
@@ -168,11 +280,20 @@ impl Error {
         match self {
             Error::Io { .. } | Error::Parquet { .. } | Error::NoFolder { .. } | Error::NoManifest { .. } => ErrorClass::Runtime,
             Error::BadRecord { .. } | Error::RowCount { .. } | Error::WriterFailed { .. } => ErrorClass::Runtime,
-            Error::NoCompanion { .. } => ErrorClass::Runtime,
-            Error::ForeignFolder { .. } | Error::Setting { .. } | Error::NoRow { .. } | Error::BadKey { .. } => ErrorClass::Usage,
+            Error::NoCompanion { .. } | Error::RepairList { .. } => ErrorClass::Runtime,
+            Error::ForeignFolder { .. }
+            | Error::ForeignShards { .. }
+            | Error::Raise { .. }
+            | Error::Incomplete { .. }
+            | Error::Setting { .. }
+            | Error::NoRow { .. }
+            | Error::BadKey { .. } => ErrorClass::Usage,
             Error::Damaged { .. } => ErrorClass::Integrity,
             Error::Locked { .. } => ErrorClass::Locked,
-            Error::Mismatch { .. } | Error::NewerFormat { .. } => ErrorClass::Mismatch,
+            Error::Conflict { .. } | Error::OtherCache { .. } | Error::Unlike { .. } => ErrorClass::Mismatch,
+            Error::Mismatch { .. } | Error::Misaligned { .. } | Error::NewerFormat { .. } | Error::OlderFormat { .. } => {
+                ErrorClass::Mismatch
+            }
         }
     }
 
@@ -213,8 +334,32 @@ impl Flaw {
     }
 
     /// This flaw as damage at a place of a file.
-    pub(crate) fn damage(self, file: &str, row_group: Option<u64>, row: Option<u64>) -> Error {
-        Error::Damaged { file: file.to_string(), row_group, row, expected: self.expected, found: self.found }
+    pub(crate) fn damage(self, place: &Place, row_group: Option<u64>, row: Option<u64>) -> Error {
+        let Place { dir, file } = place.clone();
+        Error::Damaged { dir, file, row_group, row, expected: self.expected, found: self.found }
+    }
+}
+
+/// What to do where the folder is that of a cache without its manifest.
+fn lost_manifest(found: &str) -> &'static str {
+    match found.starts_with("shard-") && found.ends_with(".parquet") {
+        true => "; if it is a cache that lost its manifest: `verify --repair-list FILE`, then `precompute --repair FILE`",
+        false => "",
+    }
+}
+
+/// A file of a cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The cache's folder.
+    pub(crate) dir: Box<Path>,
+    /// The file, relative to it.
+    pub(crate) file: String,
+}
+
+impl Place {
+    pub(crate) fn new(dir: &Path, file: &str) -> Self {
+        Self { dir: dir.into(), file: file.to_string() }
     }
 }
 
@@ -222,6 +367,11 @@ fn place(row_group: Option<u64>, row: Option<u64>) -> String {
     let group = row_group.map(|g| format!(", row group {g}")).unwrap_or_default();
     let row = row.map(|r| format!(", row {r}")).unwrap_or_default();
     group + &row
+}
+
+fn both(differences: &[Difference]) -> String {
+    let said = |d: &Difference| format!("{} is {} there and {} here", d.field, d.cache, d.here);
+    differences.iter().map(said).collect::<Vec<_>>().join("; ")
 }
 
 fn join(differences: &[Difference]) -> String {

@@ -6,18 +6,18 @@
 //! ```text
 //! {
 //!   "manifest_blake3": "<64 hex digits>",      <- digest of everything below this line
-//!   "format_version": 1,
+//!   "format_version": 2,
 //!   ...
 //! }
 //! ```
 
-use crate::error::Flaw;
-use crate::{Description, Error, Result, durable};
+use crate::error::{Flaw, Place};
+use crate::{Description, Error, IdEncoding, Result, Selection, Values, durable};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// Version of the format that this crate writes.
-pub const FORMAT_VERSION: u32 = 1;
+/// Version of the format that this crate writes. It reads all versions from 1.
+pub const FORMAT_VERSION: u32 = 2;
 /// The manifest's file name.
 pub const MANIFEST_FILE: &str = "manifest.json";
 /// Largest manifest that is read: some 300,000 shards.
@@ -41,6 +41,9 @@ pub struct Manifest {
     pub companions: Vec<CompanionEntry>,
     /// The shards in row order.
     pub shards: Vec<ShardEntry>,
+    /// Durable pieces of the shard under way, in row order. Readers ignore them; the writer joins them into the shard.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<ShardEntry>,
 }
 
 /// One shard.
@@ -61,7 +64,22 @@ pub struct ShardEntry {
     pub bytes: u64,
     /// BLAKE3 (hex) of its bytes.
     pub blake3: String,
+    /// What storing its rows cost; absent in version 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub codec: Option<ShardCodec>,
 }
+
+/// What storing a shard's distributions cost, as KL(given, stored) over the kept tokens and the tail, in nats.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShardCodec {
+    /// Summed over scored positions.
+    pub kl_sum: f32,
+    /// The largest of one position.
+    pub kl_max: f32,
+}
+
+impl Eq for ShardCodec {}
 
 /// One companion file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,7 +96,7 @@ pub struct CompanionEntry {
 impl Manifest {
     /// The manifest of a cache without rows.
     pub(crate) fn new(description: Description, companions: Vec<CompanionEntry>) -> Self {
-        Self { format_version: FORMAT_VERSION, complete: false, description, companions, shards: Vec::new() }
+        Self { format_version: FORMAT_VERSION, complete: false, description, companions, shards: Vec::new(), parts: Vec::new() }
     }
 
     /// Rows in the cache.
@@ -101,13 +119,23 @@ impl Manifest {
         self.shards.iter().map(|shard| shard.bytes).sum()
     }
 
+    /// What storing the cache's distributions cost: mean and largest KL(given, stored) of a scored position, in nats. Absent where
+    /// it was not measured (version 1) or nothing is scored.
+    pub fn codec_kl(&self) -> Option<(f64, f64)> {
+        let codecs: Option<Vec<ShardCodec>> = self.shards.iter().map(|shard| shard.codec).collect();
+        let codecs = codecs.filter(|_| self.scored() > 0)?;
+        let mean = codecs.iter().map(|codec| f64::from(codec.kl_sum)).sum::<f64>() / self.scored() as f64;
+        Some((mean, codecs.iter().map(|codec| f64::from(codec.kl_max)).fold(0.0, f64::max)))
+    }
+
     /// Reads and checks the manifest of the cache in `dir`.
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join(MANIFEST_FILE);
+        let damaged = |flaw: Flaw| flaw.damage(&Place::new(dir, MANIFEST_FILE), None, None);
         if !dir.is_dir() {
             return Err(Error::NoFolder { dir: dir.to_path_buf() });
         }
-        let info = match std::fs::metadata(&path) {
+        let info = match durable::call(|| std::fs::metadata(&path)) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(Error::NoManifest { dir: dir.to_path_buf() }),
             info => info.map_err(Error::io(&path))?,
         };
@@ -115,8 +143,8 @@ impl Manifest {
             let found = format!("{} bytes, plain file: {}", info.len(), info.is_file());
             return Err(damaged(Flaw::new(format!("a plain file of at most {MAX_MANIFEST_BYTES} bytes"), found)));
         }
-        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-        Self::from_bytes(&bytes, &path)
+        let bytes = durable::call(|| std::fs::read(&path)).map_err(Error::io(&path))?;
+        Self::from_bytes(&bytes, dir)
     }
 
     /// Replaces the manifest of the cache in `dir`, durably.
@@ -131,13 +159,15 @@ impl Manifest {
         Ok(format!("{DIGEST_OPENING}{digest}{DIGEST_CLOSING}{body}"))
     }
 
-    fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self> {
+    /// Reads and checks a manifest's bytes; `dir` is for messages.
+    pub fn from_bytes(bytes: &[u8], dir: &Path) -> Result<Self> {
+        let damaged = |flaw: Flaw| flaw.damage(&Place::new(dir, MANIFEST_FILE), None, None);
         check_digest(bytes).map_err(damaged)?;
         let unreadable = |e: serde_json::Error| damaged(Flaw::new("the fields of a manifest", e));
         let mut value: serde_json::Value = serde_json::from_slice(bytes).map_err(unreadable)?;
         let version = value.get("format_version").and_then(serde_json::Value::as_u64).unwrap_or(0);
         if version > u64::from(FORMAT_VERSION) {
-            return Err(Error::NewerFormat { file: path.to_path_buf(), found: version, known: FORMAT_VERSION });
+            return Err(Error::NewerFormat { file: dir.join(MANIFEST_FILE), found: version, known: FORMAT_VERSION });
         }
         if let Some(fields) = value.as_object_mut() {
             fields.shift_remove("manifest_blake3");
@@ -147,18 +177,28 @@ impl Manifest {
         Ok(manifest)
     }
 
+    fn is_of_version_1(&self) -> bool {
+        let d = &self.description;
+        let plain = matches!(d.selection, Selection::TopK { .. }) && d.values == Values::Logprob;
+        plain && d.lse_temperatures.is_empty() && d.id_encoding == IdEncoding::ByteStreamSplit && d.part.is_none()
+    }
+
     /// Names are plain, counts add up, settings are in range: whoever wrote the manifest, nothing else is believed.
     fn check(&self) -> std::result::Result<(), Flaw> {
         if self.format_version == 0 {
             return Err(Flaw::new("a format version from 1", 0));
+        }
+        if self.format_version == 1 && !self.is_of_version_1() {
+            return Err(Flaw::new("top-k log-probabilities, all that format version 1 knows", self.description.selection));
         }
         self.description
             .check()
             .map_err(|(name, expected, found)| Flaw::new(format!("description.{name}: {expected}"), found))?;
         let mut rows = 0u64;
         let mut totals = [0u64; 3];
-        for (i, shard) in self.shards.iter().enumerate() {
-            let at = |what: &str| format!("shards[{i}].{what}");
+        let parts = self.parts.iter().enumerate().map(|(i, part)| (format!("parts[{i}]"), part));
+        for (name, shard) in self.shards.iter().enumerate().map(|(i, shard)| (format!("shards[{i}]"), shard)).chain(parts) {
+            let at = |what: &str| format!("{name}.{what}");
             if !is_plain_name(&shard.file) || !shard.file.ends_with(".parquet") {
                 return Err(Flaw::new(
                     format!("{} to be a plain name ending in .parquet", at("file")),
@@ -180,7 +220,7 @@ impl Manifest {
             }
         }
         let expected = self.description.expected_rows;
-        if rows > expected || self.complete && rows != expected {
+        if rows > expected || self.complete && (rows != expected || !self.parts.is_empty()) {
             return Err(Flaw::new(
                 format!("{expected} rows in the finished cache"),
                 format!("{rows}, complete: {}", self.complete),
@@ -208,10 +248,6 @@ fn check_digest(bytes: &[u8]) -> std::result::Result<(), Flaw> {
     Ok(())
 }
 
-fn damaged(flaw: Flaw) -> Error {
-    flaw.damage(MANIFEST_FILE, None, None)
-}
-
 /// 1 to 128 of `[A-Za-z0-9._-]`, not starting with a dot.
 pub(crate) fn is_plain_name(name: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
@@ -222,7 +258,8 @@ pub(crate) fn is_plain_name(name: &str) -> bool {
 pub(crate) fn check_companion_path(path: &str) -> std::result::Result<(), Flaw> {
     let parts: Vec<&str> = path.split('/').collect();
     let first = parts.first().copied().unwrap_or_default();
-    let taken = first == MANIFEST_FILE || first == crate::writer::LOCK_FILE || first.starts_with("shard-");
+    let taken =
+        first == MANIFEST_FILE || first == crate::writer::LOCK_FILE || first.starts_with("shard-") || first.starts_with("part-");
     let tmp = parts.iter().any(|part| part.ends_with(durable::TMP_SUFFIX));
     if taken || tmp || parts.len() > 4 || !parts.iter().all(|part| is_plain_name(part)) {
         return Err(Flaw::new(

@@ -1,220 +1,228 @@
-//! Record <-> Arrow columns. It owns column names, types and the shape of a row in Arrow memory; it refuses rows whose lists do
-//! not align, whose checksum or key differs, or whose place in the lists contradicts [`crate::Record`].
+//! Records <-> the values of columns. It owns how a row's lists line up; it refuses rows whose lists do not, whose checksum or key
+//! differs, or whose place in the lists contradicts [`crate::Record`].
 //!
-//! Every list column has one entry for each token, so plain SQL can index them alike:
-//!
-//! ```text
-//! input_ids       [ 5,   9,    4,          7,          2  ]
-//! topk_ids        [ [],  [],   [7, 3, 1],  [2, 8, 4],  [] ]      entry 2 follows tokens 0..=2 and predicts input_ids[3] = 7
-//! topk_logprobs   [ [],  [],   [l, l, l],  [l, l, l],  [] ]
-//! tail_logprob    [ 0.0, 0.0,  t,          t,          0.0]      nothing kept: all probability is tail, ln 1 = 0
-//! ```
+//! The one idea: a list column of any type is a run of 32-bit words and, where lists are nested, the end of each token's list. Both
+//! readers (pages, Arrow) deliver that, and one function makes a record of it.
 
 use crate::codec::{UNSCORED_TAIL_LOGPROB, row_checksum};
 use crate::error::Flaw;
-use crate::{Record, RowKey, SoftTargets};
-use arrow_array::types::{ArrowPrimitiveType, Float32Type, UInt16Type, UInt32Type, UInt64Type};
-use arrow_array::{
-    Array, ArrayRef, Float32Array, ListArray, PrimitiveArray, RecordBatch, StringArray, UInt16Array, UInt32Array, UInt64Array,
-};
-use arrow_buffer::{OffsetBuffer, ScalarBuffer};
-use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
+use crate::layout::{Column, Layout, Shape, element};
+use crate::{CodecError, Record, RowKey, SoftTargets};
+use arrow_array::{Array, ArrayRef, Float32Array, ListArray, StringArray, UInt16Array, UInt32Array, UInt64Array};
+use arrow_buffer::OffsetBuffer;
+use arrow_schema::ArrowError;
 use std::sync::Arc;
 
-/// The row's key, 32 hexadecimal digits.
-pub(crate) const KEY: &str = "key";
-/// Number of the conversation in its data.
-pub(crate) const SEQ_ID: &str = "seq_id";
-/// Most entries a position may keep.
-pub(crate) const K: &str = "k";
-/// The tokens.
-pub(crate) const INPUT_IDS: &str = "input_ids";
-/// Kept ids of each token's distribution.
-pub(crate) const TOPK_IDS: &str = "topk_ids";
-/// Their log-probabilities.
-pub(crate) const TOPK_LOGPROBS: &str = "topk_logprobs";
-/// Log-probability outside the kept ids.
-pub(crate) const TAIL_LOGPROB: &str = "tail_logprob";
-/// Checksum of the row.
-pub(crate) const CRC32: &str = "crc32";
-/// Name of the value inside a list, as the Parquet specification has it.
-pub(crate) const ELEMENT: &str = "element";
-
-/// The Arrow schema of every shard.
-pub(crate) fn arrow_schema() -> SchemaRef {
-    let list = |inner: DataType| DataType::List(element(inner));
-    Arc::new(Schema::new(vec![
-        Field::new(KEY, DataType::Utf8, false),
-        Field::new(SEQ_ID, DataType::UInt64, false),
-        Field::new(K, DataType::UInt16, false),
-        Field::new(INPUT_IDS, list(DataType::UInt32), false),
-        Field::new(TOPK_IDS, list(list(DataType::UInt32)), false),
-        Field::new(TOPK_LOGPROBS, list(list(DataType::Float32)), false),
-        Field::new(TAIL_LOGPROB, list(DataType::Float32), false),
-        Field::new(CRC32, DataType::UInt32, false),
-    ]))
+/// A list column's part of one row.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Lists {
+    /// The values' bits.
+    pub(crate) words: Vec<u32>,
+    /// Where each token's list ends in `words`; empty where there is one value a token.
+    pub(crate) ends: Vec<u32>,
 }
 
-fn element(inner: DataType) -> Arc<Field> {
-    Arc::new(Field::new(ELEMENT, inner, false))
+/// The single values of a row.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct RowHead {
+    pub(crate) key: RowKey,
+    pub(crate) seq_id: u64,
+    pub(crate) k: u16,
+    pub(crate) codec: CodecError,
+    pub(crate) crc32: u32,
 }
 
-/// One encoded record as a batch of one row.
-pub(crate) fn batch_of(record: &Record, k: u16) -> Result<RecordBatch, ArrowError> {
-    let (tokens, targets) = (record.input_ids.len(), &record.targets);
-    let mut offsets = Vec::with_capacity(tokens + 1);
-    let mut tails = vec![UNSCORED_TAIL_LOGPROB; tokens];
-    let mut scored = record.positions.iter().zip(targets.offsets().iter().skip(1)).zip(targets.tail_logprobs()).peekable();
-    let mut end = 0i32;
-    offsets.push(end);
-    for (token, tail) in tails.iter_mut().enumerate() {
-        if let Some(((_, &offset), &t)) = scored.next_if(|((p, _), _)| **p as usize == token) {
-            (*tail, end) = (t, offset as i32);
+/// The array of `column` for these records, one row each.
+pub(crate) fn array_of(layout: &Layout, column: Column, records: &[Record]) -> Result<ArrayRef, ArrowError> {
+    let k = layout.selection.max_entries();
+    Ok(match column {
+        Column::Key => Arc::new(StringArray::from_iter_values(records.iter().map(|r| r.key().to_string()))),
+        Column::SeqId => Arc::new(UInt64Array::from_iter_values(records.iter().map(|r| r.seq_id))),
+        Column::Selection => Arc::new(StringArray::from_iter_values(records.iter().map(|_| &layout.selection_text))),
+        Column::K => Arc::new(UInt16Array::from_iter_values(records.iter().map(|_| k))),
+        Column::CodecKlSum => Arc::new(Float32Array::from_iter_values(records.iter().map(|r| r.codec.kl_sum))),
+        Column::CodecKlMax => Arc::new(Float32Array::from_iter_values(records.iter().map(|r| r.codec.kl_max))),
+        Column::Crc32 => Arc::new(UInt32Array::from_iter_values(records.iter().map(|r| row_checksum(&r.key(), layout, r)))),
+        _ => lists_of(column, records)?,
+    })
+}
+
+/// The array of a list column.
+fn lists_of(column: Column, records: &[Record]) -> Result<ArrayRef, ArrowError> {
+    let targets = || records.iter().map(|record| &record.targets);
+    let values: ArrayRef = match column {
+        Column::InputIds => Arc::new(UInt32Array::from(joined(records.iter().map(|r| r.input_ids.as_slice())))),
+        Column::TopkIds => Arc::new(UInt32Array::from(joined(targets().map(SoftTargets::ids)))),
+        Column::SampleIds => Arc::new(UInt32Array::from(joined(targets().map(SoftTargets::sample_ids)))),
+        Column::SampleCounts => Arc::new(UInt16Array::from(joined(targets().map(SoftTargets::sample_counts)))),
+        Column::TopkLogprobs => Arc::new(Float32Array::from(joined(targets().map(SoftTargets::logprobs)))),
+        Column::TopkLogits => Arc::new(Float32Array::from(joined(targets().map(SoftTargets::logits)))),
+        Column::Logsumexp => Arc::new(spread(records, |t, i| t.logsumexps().get(i))),
+        Column::TailLogprob => Arc::new(spread(records, |t, i| t.tail_logprobs().get(i))),
+        Column::LseT(number) => Arc::new(spread(records, |t, i| t.lse_t().get(i * t.temperatures() + number))),
+        _ => return Err(ArrowError::SchemaError(format!("{column:?} is no list column"))),
+    };
+    let tokens = || records.iter().map(|record| record.input_ids.len());
+    let values: ArrayRef = match column.shape() {
+        Shape::Nested => {
+            let samples = matches!(column, Column::SampleIds | Column::SampleCounts);
+            let offsets = |t: &SoftTargets| if samples { t.sample_offsets().to_vec() } else { t.offsets().to_vec() };
+            let lengths = records.iter().flat_map(|record| lengths_of(record, &offsets(&record.targets)));
+            Arc::new(ListArray::try_new(element(column.data_type()), OffsetBuffer::from_lengths(lengths), values, None)?)
         }
-        offsets.push(end);
-    }
-    let inner = OffsetBuffer::new(ScalarBuffer::from(offsets));
-    let ids =
-        ListArray::try_new(element(DataType::UInt32), inner.clone(), Arc::new(UInt32Array::from(targets.ids().to_vec())), None)?;
-    let logprobs = Arc::new(Float32Array::from(targets.logprobs().to_vec()));
-    let logprobs = ListArray::try_new(element(DataType::Float32), inner, logprobs, None)?;
-    let key = record.key();
-    let columns: Vec<ArrayRef> = vec![
-        Arc::new(StringArray::from(vec![key.to_string()])),
-        Arc::new(UInt64Array::from(vec![record.seq_id])),
-        Arc::new(UInt16Array::from(vec![k])),
-        Arc::new(one_list(Arc::new(UInt32Array::from(record.input_ids.clone())))?),
-        Arc::new(one_list(Arc::new(ids))?),
-        Arc::new(one_list(Arc::new(logprobs))?),
-        Arc::new(one_list(Arc::new(Float32Array::from(tails)))?),
-        Arc::new(UInt32Array::from(vec![row_checksum(&key, k, record)])),
-    ];
-    RecordBatch::try_new(arrow_schema(), columns)
+        _ => values,
+    };
+    let rows = OffsetBuffer::from_lengths(tokens());
+    Ok(Arc::new(ListArray::try_new(element(values.data_type().clone()), rows, values, None)?))
 }
 
-fn one_list(values: ArrayRef) -> Result<ListArray, ArrowError> {
-    let field = element(values.data_type().clone());
-    ListArray::try_new(field, OffsetBuffer::from_lengths([values.len()]), values, None)
+/// Slices end to end.
+fn joined<'a, T: Copy + 'a>(slices: impl Iterator<Item = &'a [T]> + Clone) -> Vec<T> {
+    let mut all = Vec::with_capacity(slices.clone().map(<[T]>::len).sum());
+    slices.for_each(|slice| all.extend_from_slice(slice));
+    all
 }
 
-/// The only row of `batch`, with its checksum, key and alignment checked. `k` is what the cache's description says.
-pub(crate) fn record_of(batch: &RecordBatch, k: u16) -> Result<Record, Flaw> {
-    if batch.num_rows() != 1 {
-        return Err(Flaw::new("1 row", batch.num_rows()));
+/// Length of each token's list, from where each scored position's ends.
+fn lengths_of(record: &Record, offsets: &[u32]) -> Vec<usize> {
+    let mut lengths = vec![0; record.input_ids.len()];
+    for (&position, bounds) in record.positions.iter().zip(offsets.windows(2)) {
+        if let Some(length) = lengths.get_mut(position as usize) {
+            *length = (bounds[1] - bounds[0]) as usize;
+        }
     }
-    let key = key_at(batch, 0)?;
-    let seq_id = scalar::<UInt64Type>(batch, SEQ_ID)?;
-    let stored_k = scalar::<UInt16Type>(batch, K)?;
-    if stored_k != k {
-        return Err(Flaw::new(format!("k = {k}"), stored_k));
+    lengths
+}
+
+/// One value a token, from one value a scored position.
+fn spread<'a>(records: &'a [Record], value: impl Fn(&'a SoftTargets, usize) -> Option<&'a f32>) -> Float32Array {
+    let mut values = Vec::with_capacity(records.iter().map(|r| r.input_ids.len()).sum());
+    for record in records {
+        let start = values.len();
+        values.resize(start + record.input_ids.len(), UNSCORED_TAIL_LOGPROB);
+        for (i, &position) in record.positions.iter().enumerate() {
+            if let (Some(to), Some(value)) = (values.get_mut(start + position as usize), value(&record.targets, i)) {
+                *to = *value;
+            }
+        }
     }
-    let input_ids = values::<UInt32Type>(&list(batch, INPUT_IDS)?, INPUT_IDS)?.to_vec();
-    let (ids, ids_offsets) = nested::<UInt32Type>(batch, TOPK_IDS, input_ids.len())?;
-    let (logprobs, logprob_offsets) = nested::<Float32Type>(batch, TOPK_LOGPROBS, input_ids.len())?;
-    let tail_list = list(batch, TAIL_LOGPROB)?;
-    let tails = values::<Float32Type>(&tail_list, TAIL_LOGPROB)?;
-    if tails.len() != input_ids.len() {
-        return Err(Flaw::new(format!("{} values in {TAIL_LOGPROB}", input_ids.len()), tails.len()));
+    Float32Array::from(values)
+}
+
+/// The record that these values are, with checksum, key and alignment checked. `lists` delivers a list column's part of the row.
+pub(crate) fn assemble(
+    layout: &Layout,
+    head: &RowHead,
+    mut lists: impl FnMut(Column) -> Result<Lists, Flaw>,
+) -> Result<Record, Flaw> {
+    let k = layout.selection.max_entries();
+    if head.k != k {
+        return Err(Flaw::new(format!("k = {k}"), head.k));
     }
-    if ids_offsets != logprob_offsets {
-        return Err(Flaw::new("topk_ids and topk_logprobs with lists of equal lengths", "different lengths"));
+    let input_ids = lists(Column::InputIds)?.words;
+    let tokens = input_ids.len();
+    let mut nested = |column| {
+        let lists = lists(column)?;
+        match lists.ends.len() {
+            n if n == tokens => Ok(lists),
+            n => Err(Flaw::new(format!("{tokens} lists in {}", layout.name(column)), n)),
+        }
+    };
+    let (mut ids, mut values, mut sample_ids, mut counts) = (None, None, None, None);
+    if layout.has_head() {
+        let value_column = if layout.has_logits() { Column::TopkLogits } else { Column::TopkLogprobs };
+        (ids, values) = (Some(nested(Column::TopkIds)?), Some(nested(value_column)?));
     }
-    let (positions, targets) = gather(&ids, &logprobs, &ids_offsets, tails)?;
-    let record = Record { seq_id, input_ids, positions, targets };
-    let (stored, computed) = (scalar::<UInt32Type>(batch, CRC32)?, row_checksum(&key, k, &record));
-    if stored != computed {
-        return Err(Flaw::new(format!("crc32 {stored:08x}"), format!("values with crc32 {computed:08x}")));
+    if layout.has_samples() {
+        (sample_ids, counts) = (Some(nested(Column::SampleIds)?), Some(nested(Column::SampleCounts)?));
+    }
+    let alike = |a: &Option<Lists>, b: &Option<Lists>| match (a, b) {
+        (Some(a), Some(b)) => a.ends == b.ends && a.words.len() == b.words.len(),
+        _ => true,
+    };
+    if !alike(&ids, &values) || !alike(&sample_ids, &counts) {
+        return Err(Flaw::new("ids and their values in lists of equal lengths", "different lengths"));
+    }
+    let positions = scored(ids.as_ref().or(sample_ids.as_ref()));
+    if let Some(lists) = &sample_ids
+        && let Some(token) = scored(Some(lists)).into_iter().find(|token| positions.binary_search(token).is_err())
+    {
+        return Err(Flaw::new(format!("position {token}: no draws where nothing is kept"), "some"));
+    }
+    let mut flat = |column| {
+        let words = lists(column)?.words;
+        gather(&layout.name(column), &words, &positions, tokens)
+    };
+    let tail_logprobs = flat(Column::TailLogprob)?;
+    let logsumexps = if layout.has_logits() { flat(Column::Logsumexp)? } else { Vec::new() };
+    let m = layout.temperatures();
+    let mut lse_t = vec![0f32; m * positions.len()];
+    for i in 0..m {
+        let values = flat(Column::LseT(i))?;
+        lse_t.iter_mut().skip(i).step_by(m).zip(values).for_each(|(to, value)| *to = value);
+    }
+    let floats = |lists: Option<Lists>| lists.map(|l| l.words.into_iter().map(f32::from_bits).collect()).unwrap_or_default();
+    let offsets = |lists: &Option<Lists>| offsets_at(lists.as_ref(), &positions);
+    let (head_offsets, sample_offsets) = (offsets(&ids), offsets(&sample_ids));
+    let numbers: Vec<f32> = floats(values);
+    let (logprobs, logits) = if layout.has_logits() { (Vec::new(), numbers) } else { (numbers, Vec::new()) };
+    let counts = counts.map(|l| l.words.into_iter().map(|w| u16::try_from(w).unwrap_or(0)).collect()).unwrap_or_default();
+    let words = |lists: Option<Lists>| lists.map(|l| l.words).unwrap_or_default();
+    let targets = SoftTargets::from_parts(
+        (head_offsets, words(ids), logprobs),
+        tail_logprobs,
+        (sample_offsets, words(sample_ids), counts),
+        (logits, logsumexps),
+        lse_t,
+    );
+    let record = Record { seq_id: head.seq_id, input_ids, positions, targets, codec: head.codec };
+    check_identity(layout, head, record)
+}
+
+fn check_identity(layout: &Layout, head: &RowHead, record: Record) -> Result<Record, Flaw> {
+    let computed = row_checksum(&head.key, layout, &record);
+    if head.crc32 != computed {
+        return Err(Flaw::new(format!("crc32 {:08x}", head.crc32), format!("values with crc32 {computed:08x}")));
     }
     match record.key() {
-        computed if computed != key => Err(Flaw::new(format!("the row with key {key}"), format!("tokens with key {computed}"))),
+        key if key != head.key => Err(Flaw::new(format!("the row with key {}", head.key), format!("tokens with key {key}"))),
         _ => Ok(record),
     }
 }
 
-/// The key in `row` of a batch that holds the key column.
-pub(crate) fn key_at(batch: &RecordBatch, row: usize) -> Result<RowKey, Flaw> {
-    let keys = column(batch, KEY)?
-        .as_any()
-        .downcast_ref::<StringArray>()
-        .ok_or_else(|| Flaw::new("a text column key", "another type"))?;
-    let bounds = keys.value_offsets().get(row..row + 2);
-    let digits = match bounds {
-        Some(&[a, b]) => usize::try_from(a).ok().zip(usize::try_from(b).ok()).and_then(|(a, b)| keys.value_data().get(a..b)),
-        _ => None,
-    };
-    digits.and_then(RowKey::from_hex).ok_or_else(|| Flaw::new("a key of 32 hexadecimal digits", "something else"))
-}
-
-/// From one list for each token to one target for each scored position.
-fn gather(ids: &[u32], logprobs: &[f32], offsets: &[usize], tails: &[f32]) -> Result<(Vec<u32>, SoftTargets), Flaw> {
-    let scored = offsets.windows(2).filter(|w| w[0] != w[1]).count();
-    let mut positions = Vec::with_capacity(scored);
-    let mut targets = SoftTargets::with_shape(scored, ids.len());
-    for (token, (bounds, &tail)) in offsets.windows(2).zip(tails).enumerate() {
-        let range = bounds[0]..bounds[1];
-        if range.is_empty() {
-            if tail.to_bits() != UNSCORED_TAIL_LOGPROB.to_bits() {
-                return Err(Flaw::new(format!("position {token}: tail {UNSCORED_TAIL_LOGPROB} where nothing is kept"), tail));
-            }
-            continue;
+/// Tokens whose list is not empty.
+fn scored(lists: Option<&Lists>) -> Vec<u32> {
+    let mut start = 0;
+    let mut positions = Vec::new();
+    for (token, &end) in lists.into_iter().flat_map(|l| &l.ends).enumerate() {
+        if end != start {
+            positions.push(token as u32);
         }
-        let (Some(ids), Some(logprobs)) = (ids.get(range.clone()), logprobs.get(range)) else {
-            return Err(Flaw::new(format!("position {token}: a list inside its column"), "one beyond its end"));
-        };
-        positions.push(token as u32);
-        targets.push(ids, logprobs, tail);
+        start = end;
     }
-    Ok((positions, targets))
+    positions
 }
 
-fn column<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a ArrayRef, Flaw> {
-    batch.column_by_name(name).ok_or_else(|| Flaw::new(format!("a column {name}"), "none"))
+/// N + 1 offsets of the scored positions; what lies between them is empty.
+fn offsets_at(lists: Option<&Lists>, positions: &[u32]) -> Vec<u32> {
+    let end = |&position: &u32| lists.and_then(|l| l.ends.get(position as usize).copied()).unwrap_or(0);
+    std::iter::once(0).chain(positions.iter().map(end)).collect()
 }
 
-fn scalar<T: ArrowPrimitiveType>(batch: &RecordBatch, name: &str) -> Result<T::Native, Flaw> {
-    values::<T>(column(batch, name)?, name)?.first().copied().ok_or_else(|| Flaw::new(format!("a value in {name}"), "none"))
-}
-
-fn values<'a, T: ArrowPrimitiveType>(array: &'a ArrayRef, name: &str) -> Result<&'a [T::Native], Flaw> {
-    let array = array.as_any().downcast_ref::<PrimitiveArray<T>>();
-    match array {
-        Some(array) if array.null_count() == 0 => Ok(array.values()),
-        _ => Err(Flaw::new(format!("{name} of type {} without nulls", T::DATA_TYPE), "something else")),
+/// The values at scored positions; all others hold 0.
+fn gather(name: &str, words: &[u32], positions: &[u32], tokens: usize) -> Result<Vec<f32>, Flaw> {
+    if words.len() != tokens {
+        return Err(Flaw::new(format!("{tokens} values in {name}"), words.len()));
     }
-}
-
-/// The values of the only row's list.
-fn list(batch: &RecordBatch, name: &str) -> Result<ArrayRef, Flaw> {
-    list_slice(column(batch, name)?, name, 0)
-}
-
-fn list_slice(array: &ArrayRef, name: &str, row: usize) -> Result<ArrayRef, Flaw> {
-    let array =
-        array.as_any().downcast_ref::<ListArray>().ok_or_else(|| Flaw::new(format!("lists in {name}"), "another type"))?;
-    match array.value_offsets().get(row..row + 2) {
-        Some(&[a, b]) if array.null_count() == 0 && 0 <= a && a <= b && b as usize <= array.values().len() => {
-            Ok(array.values().slice(a as usize, (b - a) as usize))
+    let mut values = Vec::with_capacity(positions.len());
+    let mut rest = positions.iter().copied().peekable();
+    for (token, &word) in words.iter().enumerate() {
+        if rest.next_if_eq(&(token as u32)).is_some() {
+            values.push(f32::from_bits(word));
+        } else if word != UNSCORED_TAIL_LOGPROB.to_bits() {
+            let found = f32::from_bits(word);
+            return Err(Flaw::new(format!("position {token}: {name} {UNSCORED_TAIL_LOGPROB} where nothing is kept"), found));
         }
-        _ => Err(Flaw::new(format!("a list in {name}, row {row}"), "none, or one beyond its column")),
     }
-}
-
-/// All values of the only row's lists, and `tokens + 1` offsets into them, rising from 0.
-fn nested<T: ArrowPrimitiveType>(batch: &RecordBatch, name: &str, tokens: usize) -> Result<(Vec<T::Native>, Vec<usize>), Flaw> {
-    let outer = list(batch, name)?;
-    let inner =
-        outer.as_any().downcast_ref::<ListArray>().ok_or_else(|| Flaw::new(format!("lists of lists in {name}"), "lists"))?;
-    if inner.len() != tokens || inner.null_count() != 0 {
-        return Err(Flaw::new(format!("{tokens} lists in {name}"), inner.len()));
-    }
-    let all = values::<T>(inner.values(), name)?;
-    let raw = inner.value_offsets();
-    let first = raw.first().copied().unwrap_or(0);
-    let bad = || Flaw::new(format!("rising list bounds inside {name}"), "bounds that do not rise or lie outside");
-    if first < 0 || raw.windows(2).any(|w| w[0] > w[1]) {
-        return Err(bad());
-    }
-    let last = raw.last().copied().unwrap_or(first);
-    let kept = all.get(first as usize..last as usize).ok_or_else(bad)?;
-    Ok((kept.to_vec(), raw.iter().map(|o| (o - first) as usize).collect()))
+    Ok(values)
 }

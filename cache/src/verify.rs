@@ -1,41 +1,114 @@
-//! Checking every byte of a cache. It reports all that is wrong, each with its place, and stops at nothing but a cache that is
-//! not there.
+//! Checking a cache: all of it, a share of it, or only that its files are there. It reports all that is wrong, each with its place,
+//! and stops at nothing but a cache that is not there.
+//!
+//! What is wrong is kept twice: in sentences for people, at most [`MAX_PROBLEMS`] of them, and as the rows to be computed again
+//! ([`ShardDamage`]), all of them, for [`RepairList`](crate::RepairList).
 
-use crate::error::Flaw;
-use crate::manifest::{MANIFEST_FILE, Manifest, ShardEntry};
+mod rows;
+
+use crate::error::{Flaw, Place};
+use crate::manifest::{MANIFEST_FILE, Manifest};
 use crate::progress::ScanProgress;
-use crate::shard::read::Shard;
-use crate::writer::{LOCK_FILE, check_digest};
-use crate::{Error, Result, RowKey, reader};
-use rayon::prelude::*;
-use serde::Serialize;
-use std::collections::HashSet;
+use crate::shard::{footer, index_of};
+use crate::writer::LOCK_FILE;
+use crate::{Error, Result, reader};
+use rows::Check;
+use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// Most problems that a report spells out; the rest is counted.
 pub const MAX_PROBLEMS: usize = 1000;
 
+/// How much is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VerifyMode {
+    /// Manifest, companions, and of every shard size, columns and footer. No row is read.
+    Quick,
+    /// Every byte and every row.
+    #[default]
+    Full,
+    /// As quick, and of every `of`-th shard the BLAKE3, of every `of`-th row everything, starting with the `number`-th. The samples
+    /// 1 to `of` together look at all that the full check looks at.
+    Sample {
+        /// Which share, from 1.
+        number: u32,
+        /// Of how many.
+        of: u32,
+    },
+}
+
+impl VerifyMode {
+    /// Whether the `index`-th thing (0-based) is looked into.
+    pub(crate) fn takes(&self, index: u64) -> bool {
+        match self {
+            VerifyMode::Quick => false,
+            VerifyMode::Full => true,
+            VerifyMode::Sample { number, of } => index % u64::from(*of).max(1) == u64::from(number.saturating_sub(1)),
+        }
+    }
+
+    /// How many of `rows` things from `first` on are looked into.
+    pub(crate) fn count(&self, first: u64, rows: u64) -> u64 {
+        let before = |end: u64| match self {
+            VerifyMode::Quick => 0,
+            VerifyMode::Full => end,
+            VerifyMode::Sample { number, of } => {
+                let (of, number) = (u64::from(*of).max(1), u64::from(*number));
+                end / of + u64::from(end % of >= number)
+            }
+        };
+        before(first.saturating_add(rows)) - before(first)
+    }
+
+    fn check(&self) -> Result<()> {
+        match self {
+            VerifyMode::Sample { number, of } if *number == 0 || number > of => {
+                Err(Error::Setting { name: "sample", found: format!("{number}/{of}"), expected: "N/T with N from 1 to T".into() })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// What was found.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct VerifyReport {
+    /// How much was looked at.
+    pub mode: VerifyMode,
     /// Whether the manifest says that all rows are there.
     pub complete: bool,
     /// Shards looked at.
     pub shards: u64,
-    /// Rows the manifest lists.
+    /// Rows the manifest lists, those in pieces of the shard under way included.
     pub rows: u64,
-    /// Rows that passed every check.
+    /// Rows that were to be read.
+    pub checked_rows: u64,
+    /// Of these, rows that passed every check.
     pub good_rows: u64,
     /// Bytes of all shards, by the manifest.
     pub bytes: u64,
-    /// Rows whose key an earlier row has too: the data holds a conversation more than once. No fault of the cache.
+    /// Durable pieces of the shard under way.
+    pub parts: u64,
+    /// Rows read whose key an earlier row has too: the data holds a conversation more than once. No fault of the cache.
     pub repeated_rows: u64,
-    /// Files in the folder that the manifest does not name; readers ignore them.
+    /// Files in the folder that the manifest does not name; readers ignore them. No problem by themselves, unless shards among them
+    /// show that the manifest is an earlier one ([`ManifestState::Stale`]).
     pub unlisted: Vec<String>,
     /// Everything that is wrong, at most [`MAX_PROBLEMS`] of it, in file and row order.
     pub problems: Vec<Problem>,
     /// Problems in all.
     pub problem_count: u64,
+    /// BLAKE3 (hex) of the cache's description: from the manifest, or from the shards where that is no good.
+    pub description_blake3: Option<String>,
+    /// How the manifest is.
+    pub manifest: ManifestState,
+    /// Damaged shards.
+    pub damaged_shards: Vec<ShardDamage>,
+    /// Damaged pieces of the shard under way.
+    pub damaged_parts: Vec<ShardDamage>,
+    /// Damaged companion files.
+    pub damaged_companions: Vec<String>,
 }
 
 /// One thing that is wrong.
@@ -53,13 +126,54 @@ pub struct Problem {
     pub found: String,
 }
 
+/// How a manifest is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ManifestState {
+    /// As it was written.
+    #[default]
+    Good,
+    /// Not what was written.
+    Damaged,
+    /// There are shards and no manifest.
+    Missing,
+    /// An earlier state of the cache: there are shards of later rows that it does not name.
+    Stale,
+}
+
+/// What has to be written anew of one shard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShardDamage {
+    /// The shard's file.
+    pub file: String,
+    /// Row of the cache that is its first.
+    pub first_row: u64,
+    /// Rows it has by the manifest.
+    pub rows: u64,
+    /// Whether nothing of it can be read.
+    pub whole: bool,
+    /// Else the rows that have to be computed again; none where only bytes outside rows are damaged.
+    pub damaged: Vec<DamagedRow>,
+}
+
+/// A row that has to be computed again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DamagedRow {
+    /// Row of the cache (0-based).
+    pub row: u64,
+    /// Number of the conversation in the data, as far as that can be read.
+    pub seq_id: Option<u64>,
+}
+
 impl VerifyReport {
     /// Whether nothing is wrong.
     pub fn is_good(&self) -> bool {
         self.problem_count == 0
     }
 
-    fn add(&mut self, file: &str, error: Error) {
+    pub(crate) fn add(&mut self, file: &str, error: Error) {
         self.problem_count += 1;
         if self.problems.len() < MAX_PROBLEMS {
             self.problems.push(Problem::of(file, error));
@@ -70,7 +184,7 @@ impl VerifyReport {
 impl Problem {
     fn of(file: &str, error: Error) -> Self {
         match error {
-            Error::Damaged { file, row_group, row, expected, found } => Self { file, row_group, row, expected, found },
+            Error::Damaged { file, row_group, row, expected, found, .. } => Self { file, row_group, row, expected, found },
             other => {
                 let (expected, found) = ("a file that can be read".into(), other.to_string());
                 Self { file: file.to_string(), row_group: None, row: None, expected, found }
@@ -79,114 +193,105 @@ impl Problem {
     }
 }
 
-/// What one row contributes to the checks over rows.
-struct Seen {
-    seq_id: u64,
-    key: RowKey,
-    tokens: u64,
-    scored: u64,
+/// Checks everything: [`verify_as`] in full.
+pub fn verify(dir: &Path, progress: &ScanProgress) -> Result<VerifyReport> {
+    verify_as(dir, VerifyMode::Full, progress)
 }
 
 /// Checks the manifest, the companions, every shard's size, BLAKE3, columns and footer, and of every row: its pages, checksum,
-/// key, alignment, order, ids, values and mass; then that row numbers of the data rise and that counts add up.
+/// key, alignment, order, ids, values and mass; then that row numbers of the data rise and that counts add up. Of a shard under way
+/// the durable pieces are checked alike. `mode` says how much of it.
 ///
-/// Errors only where there is nothing to check: no folder, no manifest, a newer format version. Damage is in the report.
-pub fn verify(dir: &Path, progress: &ScanProgress) -> Result<VerifyReport> {
-    let mut report = VerifyReport::default();
+/// Errors only where there is nothing to check: no folder, neither manifest nor shard, a newer format version. Damage is in the
+/// report.
+pub fn verify_as(dir: &Path, mode: VerifyMode, progress: &ScanProgress) -> Result<VerifyReport> {
+    mode.check()?;
+    let mut report = VerifyReport { mode, ..VerifyReport::default() };
+    // Before the manifest is read: a writer at work names shards after it made them, never before.
+    let names = crate::writer::names(dir);
     let manifest = match Manifest::load(dir) {
         Err(damage @ Error::Damaged { .. }) => {
-            report.add(MANIFEST_FILE, damage);
-            return Ok(report);
+            report.manifest = ManifestState::Damaged;
+            return without_manifest(dir, report, damage);
+        }
+        Err(error @ Error::NoManifest { .. }) => {
+            if !crate::writer::names(dir)?.iter().any(|name| index_of(name).is_some()) {
+                return Err(error);
+            }
+            report.manifest = ManifestState::Missing;
+            let missing = Flaw::new("this manifest, for there are shards", "no such file");
+            return without_manifest(dir, report, missing.damage(&Place::new(dir, MANIFEST_FILE), None, None));
         }
         loaded => loaded?,
     };
-    progress.begin(manifest.rows(), manifest.bytes());
     report.complete = manifest.complete;
     report.shards = manifest.shards.len() as u64;
-    report.rows = manifest.rows();
-    report.bytes = manifest.bytes();
+    report.rows = manifest.rows() + manifest.parts.iter().map(|part| part.rows).sum::<u64>();
+    report.bytes = manifest.bytes() + manifest.parts.iter().map(|part| part.bytes).sum::<u64>();
+    report.parts = manifest.parts.len() as u64;
+    report.description_blake3 = Some(manifest.description.digest());
     report.unlisted = unlisted(dir, &manifest)?;
+    if let Some(flaw) = crate::writer::stale(&manifest, &names?) {
+        report.manifest = ManifestState::Stale;
+        report.add(MANIFEST_FILE, flaw.damage(&Place::new(dir, MANIFEST_FILE), None, None));
+    }
     for companion in &manifest.companions {
         if let Err(error) = reader::read_companion(dir, &manifest, &companion.path) {
             report.add(&companion.path, error);
+            report.damaged_companions.push(companion.path.clone());
         }
     }
-    let mut keys = HashSet::new();
-    let mut last_seq_id = None;
-    for (index, entry) in manifest.shards.iter().enumerate() {
-        let shard = check_file(dir, &manifest, index, &mut report);
-        progress.add_bytes(entry.bytes);
-        match shard {
-            Some(shard) => check_rows(&shard, entry, &mut keys, &mut last_seq_id, progress, &mut report),
-            None => progress.add_rows(entry.rows),
+    Ok(Check::new(dir, &manifest, progress, report)?.all())
+}
+
+/// The report where nothing is known of the rows: what the shards say of themselves is left to a repair.
+fn without_manifest(dir: &Path, mut report: VerifyReport, damage: Error) -> Result<VerifyReport> {
+    report.add(MANIFEST_FILE, damage);
+    let mut stated: Vec<String> = Vec::new();
+    for name in crate::writer::names(dir)?.iter().filter(|name| index_of(name).is_some()) {
+        if let Some(digest) = footer::stated_description(&dir.join(name))
+            && !stated.contains(&digest)
+        {
+            stated.push(digest);
         }
+    }
+    if let [digest] = stated.as_slice() {
+        report.description_blake3 = Some(digest.clone());
     }
     Ok(report)
-}
-
-/// Size, digest, footer and columns of a shard; gives the shard if its rows can be looked at.
-fn check_file(dir: &Path, manifest: &Manifest, index: usize, report: &mut VerifyReport) -> Option<Shard> {
-    let entry = manifest.shards.get(index)?;
-    let opened = reader::open_shard(dir, manifest, index);
-    // A file that is missing or of another size has been named once already when it could not be opened.
-    let sized = std::fs::metadata(dir.join(&entry.file)).is_ok_and(|info| info.is_file() && info.len() == entry.bytes);
-    if sized && let Err(error) = check_digest(&dir.join(&entry.file), &entry.file, &entry.blake3) {
-        report.add(&entry.file, error);
-    }
-    opened.map_err(|error| report.add(&entry.file, error)).ok()
-}
-
-fn check_rows(
-    shard: &Shard,
-    entry: &ShardEntry,
-    keys: &mut HashSet<RowKey>,
-    last_seq_id: &mut Option<u64>,
-    progress: &ScanProgress,
-    report: &mut VerifyReport,
-) {
-    let look = |row: u64| {
-        let record = shard.row(row);
-        progress.add_rows(1);
-        record.map(|r| Seen {
-            seq_id: r.seq_id,
-            key: r.key(),
-            tokens: r.input_ids.len() as u64,
-            scored: r.positions.len() as u64,
-        })
-    };
-    let rows: Vec<Result<Seen>> = (0..shard.rows()).into_par_iter().map(look).collect();
-    let (mut good, mut tokens, mut scored) = (0u64, 0u64, 0u64);
-    for (within, row) in rows.into_iter().enumerate() {
-        let seen = match row {
-            Ok(seen) => seen,
-            Err(error) => {
-                report.add(&entry.file, error);
-                continue;
-            }
-        };
-        (good, tokens, scored) = (good + 1, tokens + seen.tokens, scored + seen.scored);
-        if let Some(last) = *last_seq_id
-            && seen.seq_id <= last
-        {
-            let flaw = Flaw::new(format!("a seq_id above {last}"), seen.seq_id);
-            report.add(&entry.file, flaw.damage(&entry.file, None, Some(entry.first_row + within as u64)));
-        }
-        *last_seq_id = Some(seen.seq_id);
-        report.repeated_rows += u64::from(!keys.insert(seen.key));
-    }
-    report.good_rows += good;
-    if good == entry.rows && (tokens, scored) != (entry.tokens, entry.scored) {
-        let flaw = Flaw::new(format!("{} tokens, {} scored", entry.tokens, entry.scored), format!("{tokens} and {scored}"));
-        report.add(&entry.file, flaw.damage(&entry.file, None, None));
-    }
 }
 
 fn unlisted(dir: &Path, manifest: &Manifest) -> Result<Vec<String>> {
     let listed = |name: &String| {
         name == MANIFEST_FILE
             || name == LOCK_FILE
-            || manifest.shards.iter().any(|s| &s.file == name)
+            || manifest.shards.iter().chain(&manifest.parts).any(|s| &s.file == name)
             || manifest.companions.iter().any(|c| c.path.split('/').next() == Some(name))
     };
     Ok(crate::writer::names(dir)?.into_iter().filter(|name| !listed(name)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn a_sample_counts_what_it_takes_and_all_samples_take_each_once() {
+        for of in [1u32, 2, 3, 7, 50] {
+            let samples = || (1..=of).map(|number| VerifyMode::Sample { number, of });
+            for index in 0..100 {
+                assert_eq!(samples().filter(|mode| mode.takes(index)).count(), 1, "{index} of {of}");
+            }
+            for (first, rows) in [(0, 0), (0, 1), (0, 49), (3, 11), (48, 3), (49, 51)] {
+                for mode in samples().chain([VerifyMode::Full, VerifyMode::Quick]) {
+                    let taken = (first..first + rows).filter(|&index| mode.takes(index)).count() as u64;
+                    assert_eq!(mode.count(first, rows), taken, "{mode:?} from {first}, {rows}");
+                }
+            }
+        }
+        assert!(
+            VerifyMode::Sample { number: 0, of: 3 }.check().is_err() && VerifyMode::Sample { number: 4, of: 3 }.check().is_err()
+        );
+    }
 }

@@ -8,24 +8,32 @@
 //!             a kill up to here loses this shard only ──┘                                 └── from here on it is kept
 //! ```
 //!
-//! The bytes depend on the description and the records alone, so a resumed run ends equal to one never interrupted.
+//! A shard that takes long is made durable piece by piece ([`CacheWriter::seal`]): pieces are shards of few rows under names of
+//! their own, named by the manifest, and joined when the shard is full. So the bytes depend on the description and the records
+//! alone, not on the clock, and a resumed run ends equal to one never interrupted.
 
 mod companion;
 mod folder;
+mod mend;
 
 pub use companion::Companion;
-pub(crate) use folder::{LOCK_FILE, names};
+pub(crate) use companion::entries as companion_entries;
+pub(crate) use folder::{LOCK_FILE, names, part_of, stale};
+pub(crate) use mend::{MendedShard, compare};
 
-use crate::error::Flaw;
-use crate::manifest::{Manifest, ShardEntry};
+use crate::error::{Flaw, Place};
+use crate::layout::Layout;
+use crate::manifest::{FORMAT_VERSION, Manifest, ShardCodec, ShardEntry};
 use crate::rules::{Form, Rules};
-use crate::shard::read::{Expected, Shard};
+use crate::shard::read::Shard;
 use crate::shard::write::ShardWriter;
-use crate::shard::{file_name, footer};
+use crate::shard::{file_name, footer, part_name};
 use crate::{Description, Error, Record, Result, RowKey, codec, durable, reader};
 use rayon::prelude::*;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// What a cache holds beside its rows.
 #[derive(Debug, Clone, Default)]
@@ -41,24 +49,28 @@ pub struct CacheWriter {
     dir: PathBuf,
     manifest: Manifest,
     rules: Rules,
+    layout: Arc<Layout>,
     open: Option<OpenShard>,
     last_seq_id: Option<u64>,
     failed: bool,
-    _lock: File,
+    _lock: durable::Lock,
 }
 
-/// The shard under way.
+/// The shard, or the piece of one, under way.
 struct OpenShard {
     writer: ShardWriter,
     tmp: PathBuf,
     entry: ShardEntry,
+    /// The rows' codec errors, summed.
+    kl_sum: f64,
+    since: Instant,
 }
 
 impl CacheWriter {
-    /// Creates the cache in `dir`, or continues the one there after its last whole shard.
+    /// Creates the cache in `dir`, or continues the one there after its last durable row.
     ///
-    /// Errors: another writer has it (`Locked`), it was made from something else (`Mismatch`), the folder holds other files
-    /// (`ForeignFolder`), a setting is out of range, what is there is damaged, or I/O.
+    /// Errors: another writer has it (`Locked`), it was made from something else (`Mismatch`) or in an older format, the folder
+    /// holds other files (`ForeignFolder`), a setting is out of range, what is there is damaged, or I/O.
     pub fn open(dir: &Path, description: &Description, options: WriterOptions) -> Result<Self> {
         description.validate()?;
         let companions = companion::entries(&options.companions)?;
@@ -74,18 +86,26 @@ impl CacheWriter {
             found => {
                 let manifest = found?;
                 folder::compare(dir, &manifest, description, &companions)?;
+                if manifest.format_version != FORMAT_VERSION && !manifest.complete {
+                    let (found, known) = (manifest.format_version, FORMAT_VERSION);
+                    return Err(Error::OlderFormat { dir: dir.to_path_buf(), found, known });
+                }
                 companion::store(dir, &options.companions)?;
                 manifest
             }
         };
         folder::clean(dir, &manifest)?;
+        let rules = Rules::of(description, manifest.format_version);
         let last_seq_id = last_seq_id(dir, &manifest)?;
-        Ok(Self { dir: dir.into(), rules: Rules::of(description), manifest, open: None, last_seq_id, failed: false, _lock: lock })
+        let layout = Arc::new(rules.layout.clone());
+        let mut writer = Self { dir: dir.into(), rules, layout, manifest, open: None, last_seq_id, failed: false, _lock: lock };
+        writer.join_full()?;
+        Ok(writer)
     }
 
-    /// Rows in durable shards. Append from this one on.
+    /// Rows that are durable. Append from this one on.
     pub fn committed_rows(&self) -> u64 {
-        self.manifest.rows()
+        self.manifest.rows() + self.part_rows()
     }
 
     /// Rows appended so far, those of the open shard included.
@@ -93,14 +113,19 @@ impl CacheWriter {
         self.committed_rows() + self.open.as_ref().map_or(0, |open| open.entry.rows)
     }
 
-    /// Keys of the committed rows in order, with which a caller proves that they are its first rows. Checks the shards' BLAKE3.
+    /// Keys of the committed rows in order, with which a caller proves that they are its first rows. Checks the files' BLAKE3.
     pub fn committed_keys(&self) -> Result<Vec<RowKey>> {
         let mut keys = Vec::new();
-        for (index, entry) in self.manifest.shards.iter().enumerate() {
-            check_digest(&self.dir.join(&entry.file), &entry.file, &entry.blake3)?;
-            keys.extend(reader::open_shard(&self.dir, &self.manifest, index)?.keys()?);
+        for entry in self.manifest.shards.iter().chain(&self.manifest.parts) {
+            check_digest(&self.dir, entry)?;
+            keys.extend(reader::open_entry(&self.dir, &self.manifest, entry)?.keys()?);
         }
         Ok(keys)
+    }
+
+    /// The cache's folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// The manifest as it is on disk.
@@ -112,23 +137,41 @@ impl CacheWriter {
     ///
     /// A record that breaks a rule is refused with `BadRecord` and changes nothing. After any other error the writer is spent.
     pub fn append(&mut self, record: &Record) -> Result<()> {
+        self.extend(std::slice::from_ref(record))
+    }
+
+    /// Adds rows as [`append`](Self::append) does, checking and rounding them in parallel. Of a bad record and those after it
+    /// nothing is added.
+    pub fn extend(&mut self, records: &[Record]) -> Result<()> {
+        self.add(records, Rules::encode)
+    }
+
+    /// Adds rows that come out of a cache, narrowed already to this one's selection.
+    pub(crate) fn extend_stored(&mut self, records: &[Record]) -> Result<()> {
+        self.add(records, |rules, record| {
+            let stored = codec::encode(record, &rules.storage);
+            rules.check(&stored, Form::Stored).map(|()| stored)
+        })
+    }
+
+    /// Makes the rows appended so far durable when `interval` has passed since the last time rows became durable. Gives whether
+    /// it did.
+    pub fn seal_after(&mut self, interval: Duration) -> Result<bool> {
+        match &self.open {
+            Some(open) if open.since.elapsed() >= interval => self.seal().map(|()| true),
+            _ => Ok(false),
+        }
+    }
+
+    /// Makes the rows appended so far durable, as a piece of the shard under way.
+    pub fn seal(&mut self) -> Result<()> {
         if self.failed {
             return Err(Error::WriterFailed { dir: self.dir.clone() });
         }
-        let (row, expected) = (self.rows(), self.manifest.description.expected_rows);
-        if row >= expected {
-            return Err(Error::RowCount { dir: self.dir.clone(), expected, found: row + 1 });
-        }
-        let stored = self.checked(record).map_err(|flaw| Error::BadRecord {
-            row,
-            seq_id: record.seq_id,
-            expected: flaw.expected,
-            found: flaw.found,
-        })?;
-        let written = self.write(&stored);
-        self.failed = written.is_err();
-        self.last_seq_id = Some(record.seq_id);
-        written
+        let Some(open) = self.open.take() else { return Ok(()) };
+        let sealed = self.publish_part(open);
+        self.failed |= sealed.is_err();
+        sealed
     }
 
     /// Closes the last shard and marks the cache complete. Of a complete cache it only gives the manifest.
@@ -143,72 +186,159 @@ impl CacheWriter {
             return Err(Error::RowCount { dir: self.dir.clone(), expected, found: self.rows() });
         }
         if !self.manifest.complete {
-            if let Some(open) = self.open.take() {
-                self.publish(open)?;
-            }
+            let open = self.open.take();
+            self.publish_shard(open)?;
             self.manifest.complete = true;
-            self.manifest.save(&self.dir)?;
+            self.save_and_remove_parts()?;
         }
         Ok(self.manifest)
     }
 
-    /// The record in stored form, proven to be one that every reader accepts.
-    fn checked(&self, record: &Record) -> std::result::Result<Record, Flaw> {
-        if let Some(last) = self.last_seq_id
-            && record.seq_id <= last
-        {
-            return Err(Flaw::new(format!("a seq_id above {last}, that of the row before"), record.seq_id));
-        }
-        self.rules.check(record, Form::Given)?;
-        let stored = codec::encode(record, self.rules.mantissa_bits);
-        self.rules.check(&stored, Form::Stored).map(|()| stored)
+    fn part_rows(&self) -> u64 {
+        self.manifest.parts.iter().map(|part| part.rows).sum()
     }
 
-    fn write(&mut self, record: &Record) -> Result<()> {
+    fn add(
+        &mut self,
+        records: &[Record],
+        stored: impl Fn(&Rules, &Record) -> std::result::Result<Record, Flaw> + Sync,
+    ) -> Result<()> {
+        if self.failed {
+            return Err(Error::WriterFailed { dir: self.dir.clone() });
+        }
+        let rules = &self.rules;
+        let stored: Vec<_> = records.par_iter().map(|record| stored(rules, record)).collect();
+        for (record, stored) in records.iter().zip(stored) {
+            let (row, expected) = (self.rows(), self.manifest.description.expected_rows);
+            if row >= expected {
+                return Err(Error::RowCount { dir: self.dir.clone(), expected, found: row + 1 });
+            }
+            let stored = stored.and_then(|stored| self.check_seq_id(record).map(|()| stored));
+            let stored = stored.map_err(|flaw| Error::BadRecord {
+                row,
+                seq_id: record.seq_id,
+                expected: flaw.expected,
+                found: flaw.found,
+            })?;
+            let written = self.write(stored);
+            self.failed = written.is_err();
+            self.last_seq_id = Some(record.seq_id);
+            written?;
+        }
+        Ok(())
+    }
+
+    fn check_seq_id(&self, record: &Record) -> std::result::Result<(), Flaw> {
+        match self.last_seq_id {
+            Some(last) if record.seq_id <= last => {
+                Err(Flaw::new(format!("a seq_id above {last}, that of the row before"), record.seq_id))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn write(&mut self, record: Record) -> Result<()> {
         let mut open = match self.open.take() {
             Some(open) => open,
             None => self.start()?,
         };
+        open.count(&record);
         open.writer.append(record)?;
-        open.entry.rows += 1;
-        open.entry.tokens += record.input_ids.len() as u64;
-        open.entry.scored += record.positions.len() as u64;
-        if open.entry.rows < u64::from(self.manifest.description.rows_per_shard) {
+        if self.part_rows() + open.entry.rows < u64::from(self.manifest.description.rows_per_shard) {
             self.open = Some(open);
             return Ok(());
         }
-        self.publish(open)?;
+        self.publish_shard(Some(open))?;
+        self.save_and_remove_parts()
+    }
+
+    /// Begins the shard under way, or its next piece.
+    fn start(&self) -> Result<OpenShard> {
+        let shards = self.manifest.shards.len();
+        let file = match self.manifest.parts.len() {
+            0 => file_name(shards),
+            parts => part_name(shards, parts),
+        };
+        self.start_file(file, self.committed_rows())
+    }
+
+    fn start_file(&self, file: String, first_row: u64) -> Result<OpenShard> {
+        let tmp = durable::tmp_of(&self.dir.join(&file));
+        let description = &self.manifest.description;
+        let footer = footer::entries(description, FORMAT_VERSION, first_row);
+        let writer = ShardWriter::create(&tmp, &footer, description.zstd_level, &self.layout)?;
+        let codec = Some(ShardCodec::default());
+        let entry = ShardEntry { file, first_row, rows: 0, tokens: 0, scored: 0, bytes: 0, blake3: String::new(), codec };
+        Ok(OpenShard { writer, tmp, entry, kl_sum: 0.0, since: Instant::now() })
+    }
+
+    /// Closes a piece and names it in the manifest.
+    fn publish_part(&mut self, open: OpenShard) -> Result<()> {
+        let name = part_name(self.manifest.shards.len(), self.manifest.parts.len());
+        let mut entry = self.publish(open, name)?;
+        entry.first_row = self.committed_rows();
+        self.manifest.parts.push(entry);
         self.manifest.save(&self.dir)
     }
 
-    fn start(&self) -> Result<OpenShard> {
-        let (file, first_row) = (file_name(self.manifest.shards.len()), self.manifest.rows());
-        let tmp = durable::tmp_of(&self.dir.join(&file));
-        let description = &self.manifest.description;
-        let footer = footer::entries(description, first_row);
-        let writer = ShardWriter::create(&tmp, &footer, description.zstd_level, self.rules.k)?;
-        let entry = ShardEntry { file, first_row, rows: 0, tokens: 0, scored: 0, bytes: 0, blake3: String::new() };
-        Ok(OpenShard { writer, tmp, entry })
-    }
-
-    /// Closes, checks and renames a shard and adds it to the manifest in memory.
-    fn publish(&mut self, open: OpenShard) -> Result<()> {
-        let OpenShard { writer, tmp, mut entry } = open;
-        writer.close()?;
-        entry.bytes = self.check_written(&tmp, &entry)?;
-        entry.blake3 = digest_of(&tmp)?;
-        durable::publish(&tmp, &self.dir.join(&entry.file))?;
+    /// Closes the shard under way, joins its pieces if there are any, and adds it to the manifest in memory.
+    fn publish_shard(&mut self, open: Option<OpenShard>) -> Result<()> {
+        let name = file_name(self.manifest.shards.len());
+        let whole = match (open, self.manifest.parts.is_empty()) {
+            (None, true) => return Ok(()),
+            (Some(open), true) => open,
+            (open, false) => {
+                if let Some(open) = open {
+                    self.publish_part(open)?;
+                }
+                self.join(&name)?
+            }
+        };
+        let entry = self.publish(whole, name)?;
         self.manifest.shards.push(entry);
         Ok(())
     }
 
-    /// Reads back every row of a shard that was just written; gives its size.
-    fn check_written(&self, tmp: &Path, entry: &ShardEntry) -> Result<u64> {
-        let footer = footer::entries(&self.manifest.description, entry.first_row);
-        let expected = Expected { file: &entry.file, first_row: entry.first_row, rows: entry.rows, bytes: None, footer };
-        let shard = Shard::open(tmp, expected, self.rules.clone())?;
+    /// Makes the shard of pieces that hold all of its rows: a run may have stopped between the last piece and the joining, and the
+    /// next row belongs to another shard.
+    fn join_full(&mut self) -> Result<()> {
+        if self.part_rows() < u64::from(self.manifest.description.rows_per_shard) {
+            return Ok(());
+        }
+        self.publish_shard(None)?;
+        self.save_and_remove_parts()
+    }
+
+    /// The rows of all pieces, written again as one shard: the very bytes of a shard that was never cut.
+    fn join(&self, name: &str) -> Result<OpenShard> {
+        let mut whole = self.start_file(name.into(), self.manifest.rows())?;
+        for part in &self.manifest.parts {
+            let shard = reader::open_entry(&self.dir, &self.manifest, part)?;
+            for row in 0..shard.rows() {
+                let record = shard.row(row)?;
+                whole.count(&record);
+                whole.writer.append(record)?;
+            }
+        }
+        Ok(whole)
+    }
+
+    /// Closes, checks and renames a file.
+    fn publish(&self, open: OpenShard, name: String) -> Result<ShardEntry> {
+        let OpenShard { writer, tmp, mut entry, .. } = open;
+        let written = writer.close()?;
+        (entry.file, entry.bytes, entry.blake3) = (name, written.bytes, written.blake3);
+        let shard = open_shard(&tmp, &self.dir, &self.manifest, &entry)?;
         (0..entry.rows).into_par_iter().try_for_each(|row| shard.row(row).map(|_| ()))?;
-        Ok(shard.bytes())
+        durable::publish(&tmp, &self.dir.join(&entry.file))?;
+        Ok(entry)
+    }
+
+    /// Saves the manifest, which names the whole shard now, and removes its pieces.
+    fn save_and_remove_parts(&mut self) -> Result<()> {
+        let parts = std::mem::take(&mut self.manifest.parts);
+        self.manifest.save(&self.dir)?;
+        parts.iter().try_for_each(|part| durable::remove(&self.dir.join(&part.file)))
     }
 }
 
@@ -218,24 +348,57 @@ impl std::fmt::Debug for OpenShard {
     }
 }
 
+impl OpenShard {
+    /// Adds a stored record to what the manifest will say of its shard.
+    fn count(&mut self, record: &Record) {
+        count(&mut self.entry, &mut self.kl_sum, record);
+    }
+}
+
+/// Adds a stored record to what the manifest will say of its shard; `kl_sum` is the sum of its rows' codec errors.
+pub(crate) fn count(entry: &mut ShardEntry, kl_sum: &mut f64, record: &Record) {
+    entry.rows += 1;
+    entry.tokens += record.input_ids.len() as u64;
+    entry.scored += record.positions.len() as u64;
+    *kl_sum += f64::from(record.codec.kl_sum);
+    let kl_max = entry.codec.map_or(0.0, |codec| codec.kl_max).max(record.codec.kl_max);
+    // Rows that were rewritten from version 1 do not know what storing them cost; then nothing is known of the shard either.
+    entry.codec = (!kl_sum.is_nan()).then_some(ShardCodec { kl_sum: *kl_sum as f32, kl_max });
+}
+
+/// Opens the file `path` as the shard that `entry` describes.
+pub(crate) fn open_shard(path: &Path, dir: &Path, manifest: &Manifest, entry: &ShardEntry) -> Result<Shard> {
+    reader::Opener::of(dir, manifest)?.open_at(path, entry)
+}
+
 /// BLAKE3 (hex) of a file's bytes.
 pub(crate) fn digest_of(path: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
-    hasher.update_mmap_rayon(path).map_err(Error::io(path))?;
+    // Read, not mapped: a file that shrinks meanwhile is an error and not the end of the process.
+    let file = durable::call(|| File::open(path)).map_err(Error::io(path))?;
+    hasher.update_reader(file).map_err(Error::io(path))?;
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-pub(crate) fn check_digest(path: &Path, file: &str, expected: &str) -> Result<()> {
-    match digest_of(path)? {
-        found if found != expected => {
-            Err(Flaw::new(format!("contents with BLAKE3 {expected}"), format!("contents with {found}")).damage(file, None, None))
+/// Compares a file with the BLAKE3 that the manifest states.
+pub(crate) fn check_digest(dir: &Path, entry: &ShardEntry) -> Result<()> {
+    let found = match digest_of(&dir.join(&entry.file)) {
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Flaw::new("this shard", "no such file").damage(&Place::new(dir, &entry.file), None, None));
+        }
+        found => found?,
+    };
+    match found {
+        found if found != entry.blake3 => {
+            let flaw = Flaw::new(format!("contents with BLAKE3 {}", entry.blake3), format!("contents with {found}"));
+            Err(flaw.damage(&Place::new(dir, &entry.file), None, None))
         }
         _ => Ok(()),
     }
 }
 
 fn last_seq_id(dir: &Path, manifest: &Manifest) -> Result<Option<u64>> {
-    let Some(index) = manifest.shards.len().checked_sub(1) else { return Ok(None) };
-    let shard = reader::open_shard(dir, manifest, index)?;
+    let Some(entry) = manifest.parts.last().or(manifest.shards.last()) else { return Ok(None) };
+    let shard = reader::open_entry(dir, manifest, entry)?;
     shard.row(shard.rows().saturating_sub(1)).map(|record| Some(record.seq_id))
 }

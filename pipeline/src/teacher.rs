@@ -4,15 +4,17 @@
 //! text can contain; they are left out before the softmax. Knows nothing of students, chats or files.
 
 use crate::data::pack::Pack;
+use crate::linear::product;
 use crate::model::ModelError;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, Holding};
 use crate::model::weights::Weights;
-use crate::ops::top_k;
+use crate::ops::capture::Capture;
+use crate::ops::draw::Place;
 use crate::run::RunContext;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
-use potstill_cache::SoftTargets;
+use potstill_cache::{RowKey, SoftTargets};
 use std::path::Path;
 
 /// A model that scores given text.
@@ -53,28 +55,37 @@ impl Teacher {
     /// Logits f32 [n, width] of scored places `start..start + n`.
     pub fn logits(&self, hidden: &ScoredHidden, start: usize, n: usize) -> Result<Tensor> {
         let rows = hidden.0.narrow(0, start, n)?;
-        if n == 1 {
-            // The matrix library adds up a lone row in another order; a row's bits must not depend on how chunks are cut.
-            return Ok(rows.repeat((2, 1))?.matmul(&self.head.t()?)?.narrow(0, 0, 1)?.contiguous()?);
-        }
-        Ok(rows.matmul(&self.head.t()?)?)
+        Ok(product(&rows, &self.head.t()?)?)
     }
 
-    /// Soft targets of all scored places of the pack: the k most likely ids, and the tail. Logits of at most `chunk` places exist at
-    /// once. Errors: k wider than the distribution; a logit that is not finite.
-    pub fn score(&self, pack: &Pack, k: usize, chunk: usize) -> Result<SoftTargets> {
+    /// Soft targets of all scored places of the pack, as `capture` says. Logits of at most `chunk` places exist at once. Errors: as
+    /// [`Capture::targets`].
+    pub fn score(&self, pack: &Pack, capture: &Capture, chunk: usize) -> Result<SoftTargets> {
         let n = pack.scored().len();
-        let mut targets = SoftTargets::with_capacity(n, k);
+        let mut targets = SoftTargets::default();
         if n == 0 {
             return Ok(targets);
         }
+        let places = places(pack);
         let hidden = self.hidden(pack)?;
         for start in (0..n).step_by(chunk.max(1)) {
-            let logits = self.logits(&hidden, start, chunk.max(1).min(n - start))?;
-            targets.extend(&top_k::soft_targets(&logits, k)?);
+            let rows = chunk.max(1).min(n - start);
+            targets.extend(&capture.targets(&self.logits(&hidden, start, rows)?, &places[start..start + rows])?);
         }
         Ok(targets)
     }
+}
+
+/// Where each of a pack's scored places stands in its own conversation, whatever else is in the pack.
+fn places(pack: &Pack) -> Vec<Place> {
+    let mut places = Vec::with_capacity(pack.scored().len());
+    for (i, bounds) in pack.segments().windows(2).enumerate() {
+        let ids = &pack.input_ids()[bounds[0] as usize..bounds[1] as usize];
+        let positions: Vec<u32> = pack.scored()[pack.scored_of(i)].iter().map(|at| at - bounds[0]).collect();
+        let row = RowKey::of(ids, &positions);
+        places.extend(positions.into_iter().map(|position| Place { row, position }));
+    }
+    places
 }
 
 fn check_width(folder: &Path, config: &ModelConfig, width: u32) -> Result<()> {

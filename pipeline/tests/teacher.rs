@@ -4,10 +4,12 @@
 mod support;
 
 use candle_core::{Device, Tensor};
-use potstill_pipeline::data::pack::{Pack, Sequence};
+use potstill_cache::{Selection, SoftTargets};
+use potstill_pipeline::data::pack::{self, Pack, Sequence};
+use potstill_pipeline::linear::product;
 use potstill_pipeline::model::decoder::{Decoder, Holding};
 use potstill_pipeline::model::layer::Geometry;
-use potstill_pipeline::ops::top_k;
+use potstill_pipeline::ops::capture::Capture;
 use potstill_pipeline::run::RunContext;
 use potstill_pipeline::teacher::Teacher;
 use support::{floats, golden, ids, load, max_difference, offsets};
@@ -36,13 +38,15 @@ fn top_64_equals_transformers() {
         let conversation = &input_ids[w[0]..w[1]];
         let positions = all_positions(conversation);
         let pack = Pack::new([Sequence { input_ids: conversation, positions: &positions }]);
-        let hidden = teacher.hidden(&pack).unwrap();
-        let rows = top_k::rows(&teacher.logits(&hidden, 0, positions.len()).unwrap(), 64).unwrap();
-        for (t, row) in rows.iter().enumerate() {
-            let at = w[0] + t;
-            worst_lse = worst_lse.max((row.logsumexp as f32 - lse[at]).abs());
+        let targets = teacher.score(&pack, &Capture::top_k(64), 100).unwrap();
+        let logits: Vec<Vec<f32>> =
+            teacher.logits(&teacher.hidden(&pack).unwrap(), 0, positions.len()).unwrap().to_vec2().unwrap();
+        for (t, logits) in logits.iter().enumerate() {
+            let (at, row) = (w[0] + t, targets.position(t));
+            let found = logits.iter().map(|z| f64::from(*z).exp()).sum::<f64>().ln();
+            worst_lse = worst_lse.max((found as f32 - lse[at]).abs());
             let (want_ids, want) = (&want_ids[at * 64..(at + 1) * 64], &want[at * 64..(at + 1) * 64]);
-            worst = worst.max(max_difference(&row.logprobs, want));
+            worst = worst.max(max_difference(row.logprobs, want));
             let kept: f64 = row.logprobs.iter().map(|l| f64::from(*l).exp()).sum();
             assert!((kept + f64::from(row.tail_logprob).exp() - 1.0).abs() < 1e-6, "mass at {at}");
             let order_is_clear = want.windows(2).all(|p| p[0] - p[1] > 1e-3);
@@ -55,7 +59,7 @@ fn top_64_equals_transformers() {
                     v.sort_unstable();
                     v
                 };
-                assert_eq!(sorted(&row.ids), sorted(want_ids), "set at {at}");
+                assert_eq!(sorted(row.ids), sorted(want_ids), "set at {at}");
                 sets += 1;
             }
         }
@@ -84,27 +88,93 @@ fn hidden_states_equal_transformers() {
     }
 }
 
+/// Four reference conversations, their scored positions, and the pack of all of them.
+struct Four {
+    conversations: Vec<Vec<u32>>,
+    positions: Vec<Vec<u32>>,
+}
+
+impl Four {
+    fn new() -> Self {
+        let expected = load("expected/teacher_topk.safetensors");
+        let (starts, input_ids) = (offsets(&expected["offsets"]), ids(&expected["input_ids"]));
+        let conversations: Vec<Vec<u32>> = starts.windows(2).take(4).map(|w| input_ids[w[0]..w[1]].to_vec()).collect();
+        let positions = conversations.iter().map(|c| all_positions(c)).collect();
+        Self { conversations, positions }
+    }
+
+    fn sequences(&self) -> impl Iterator<Item = Sequence<'_>> {
+        self.conversations.iter().zip(&self.positions).map(|(input_ids, positions)| Sequence { input_ids, positions })
+    }
+}
+
+/// The bits of everything that is stored of some positions.
+fn bits(targets: &SoftTargets, range: std::ops::Range<usize>) -> Vec<(Vec<u32>, Vec<u32>, u32)> {
+    let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
+    range.map(|i| targets.position(i)).map(|t| (t.ids.to_vec(), bits(t.logprobs), t.tail_logprob.to_bits())).collect()
+}
+
 #[test]
-fn packed_equals_alone_whatever_the_chunk() {
+fn packs_and_chunks_decide_no_bit() {
     let expected = load("expected/teacher_topk.safetensors");
     let (starts, input_ids) = (offsets(&expected["offsets"]), ids(&expected["input_ids"]));
-    let conversations: Vec<&[u32]> = starts.windows(2).take(4).map(|w| &input_ids[w[0]..w[1]]).collect();
+    let conversations: Vec<&[u32]> = starts.windows(2).map(|w| &input_ids[w[0]..w[1]]).collect();
+    // One of two tokens, the shortest that has a position: alone it is the smallest product there is.
+    let conversations = [conversations, vec![&input_ids[..2]]].concat();
     let positions: Vec<Vec<u32>> = conversations.iter().map(|c| all_positions(c)).collect();
-    let sequences = || conversations.iter().zip(&positions).map(|(c, p)| Sequence { input_ids: c, positions: p });
     let teacher = teacher();
-    let packed = teacher.score(&Pack::new(sequences()), 16, 7).unwrap();
-    let mut at = 0;
-    for sequence in sequences() {
-        let alone = teacher.score(&Pack::new([sequence]), 16, 1000).unwrap();
-        for i in 0..alone.len() {
-            let (a, b) = (packed.position(at + i), alone.position(i));
-            assert_eq!(a.ids, b.ids);
-            // The same sums in the same order but for the blocking of the products.
-            assert!(max_difference(a.logprobs, b.logprobs) < 2e-5);
+    let capture = Capture::top_k(2047);
+    let scored = |budget: usize, chunk: usize| {
+        let packs = pack::plan(conversations.iter().map(|c| c.len()), budget);
+        let mut all = Vec::new();
+        for range in &packs {
+            let sequences = range.clone().map(|i| Sequence { input_ids: conversations[i], positions: &positions[i] });
+            let targets = teacher.score(&Pack::new(sequences), &capture, chunk).unwrap();
+            all.extend(bits(&targets, 0..targets.len()));
         }
-        at += alone.len();
+        (packs.len(), all)
+    };
+    let (alone, want) = scored(1, 1000);
+    assert_eq!(alone, conversations.len());
+    for (budget, chunk) in [(64, 7), (300, 1), (512, 100), (4096, 256), (1 << 20, 1 << 20)] {
+        let (packs, found) = scored(budget, chunk);
+        let different = want.iter().zip(&found).filter(|(a, b)| a != b).count();
+        println!("{budget} tokens: {packs} packs, {different} of {} positions differ", want.len());
+        assert!(found == want, "{budget} tokens at once, {chunk} logits at once: {different} of {} positions", want.len());
     }
-    assert_eq!(at, packed.len());
+}
+
+/// Products as wide as a real teacher's are added up in blocks; how they are cut must not depend on the number of rows.
+#[test]
+fn a_row_of_a_product_does_not_depend_on_the_other_rows() {
+    for (inner, outer) in [(896, 4864), (4864, 896), (5120, 640), (5120, 128), (27_392, 65), (5120, 64), (700, 9)] {
+        let transposed = Tensor::randn(0f32, 1.0, (outer, inner), &Device::Cpu).unwrap().t().unwrap();
+        let straight = transposed.contiguous().unwrap();
+        let x = Tensor::randn(0f32, 1.0, (513, inner), &Device::Cpu).unwrap();
+        for (layout, weight) in [("[out, in]", &transposed), ("[in, out]", &straight)] {
+            let whole: Vec<Vec<f32>> = product(&x, weight).unwrap().to_vec2().unwrap();
+            for (start, rows) in [(17, 1), (0, 2), (511, 2), (3, 3), (7, 8), (1, 64), (2, 65), (100, 301)] {
+                let part: Vec<Vec<f32>> = product(&x.narrow(0, start, rows).unwrap(), weight).unwrap().to_vec2().unwrap();
+                let bits = |rows: &[Vec<f32>]| rows.concat().iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
+                assert!(bits(&part) == bits(&whole[start..start + rows]), "{inner} x {outer} {layout}, {rows} rows from {start}");
+            }
+        }
+    }
+}
+
+#[test]
+fn draws_belong_to_the_conversation_and_not_to_its_pack_or_chunk() {
+    let (four, teacher) = (Four::new(), teacher());
+    for selection in [Selection::Sampled { draws: 25, seed: 7 }, Selection::Hybrid { k: 8, draws: 25, seed: 7 }] {
+        let capture = Capture { selection, ..Capture::top_k(1) };
+        let packed = teacher.score(&Pack::new(four.sequences()), &capture, 7).unwrap();
+        assert_eq!(packed, teacher.score(&Pack::new(four.sequences()), &capture, 1000).unwrap(), "{selection}");
+        let mut alone = SoftTargets::default();
+        for sequence in four.sequences() {
+            alone.extend(&teacher.score(&Pack::new([sequence]), &capture, 100).unwrap());
+        }
+        assert_eq!(packed, alone, "{selection}");
+    }
 }
 
 #[test]
@@ -115,7 +185,7 @@ fn padding_columns_of_the_head_are_left_out_before_the_softmax() {
     let input_ids: Vec<u32> = (1..40).collect();
     let positions = all_positions(&input_ids);
     let pack = Pack::new([Sequence { input_ids: &input_ids, positions: &positions }]);
-    let targets = narrow.score(&pack, 8, 10).unwrap();
+    let targets = narrow.score(&pack, &Capture::top_k(8), 10).unwrap();
     let teacher = teacher();
     let full: Vec<Vec<f32>> = teacher.logits(&teacher.hidden(&pack).unwrap(), 0, positions.len()).unwrap().to_vec2().unwrap();
     let mut padding_would_have_won = 0;
@@ -132,22 +202,4 @@ fn padding_columns_of_the_head_are_left_out_before_the_softmax() {
     assert!(padding_would_have_won > 0, "the case is a real one");
     let error = Teacher::from_folder(&golden("teacher-awq"), 3000, &Device::Cpu, &RunContext::default()).unwrap_err();
     assert!(error.to_string().ends_with("vocab_size: expected at least the tokenizer's 3000 ids, found 2048"), "{error}");
-}
-
-#[test]
-fn top_k_is_exact_on_small_rows() {
-    let logits = Tensor::new(&[[1f32, 3.0, 3.0, -2.0, 0.5], [0.0, 0.0, 0.0, 0.0, 0.0]], &Device::Cpu).unwrap();
-    let rows = top_k::rows(&logits, 2).unwrap();
-    assert_eq!(rows[0].ids, [1, 2]);
-    assert_eq!(rows[1].ids, [0, 1], "ties go to the smaller id");
-    let z: Vec<f64> = vec![1.0, 3.0, 3.0, -2.0, 0.5];
-    let sum: f64 = z.iter().map(|v| v.exp()).sum();
-    assert!((f64::from(rows[0].logprobs[0]) - (3.0 - sum.ln())).abs() < 1e-7);
-    let tail = (z[0].exp() + z[3].exp() + z[4].exp()) / sum;
-    assert!((f64::from(rows[0].tail_logprob) - tail.ln()).abs() < 1e-6);
-    let whole = top_k::rows(&logits, 5).unwrap();
-    assert_eq!(whole[0].tail_logprob, f32::NEG_INFINITY);
-    assert!(top_k::rows(&logits, 6).is_err() && top_k::rows(&logits, 0).is_err());
-    let bad = Tensor::new(&[[1f32, f32::NAN]], &Device::Cpu).unwrap();
-    assert!(top_k::rows(&bad, 1).unwrap_err().to_string().contains("row 0: the logit of id 1 is NaN"));
 }

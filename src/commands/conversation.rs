@@ -4,7 +4,7 @@
 
 use crate::print::{self, COLUMNS};
 use crate::text;
-use potstill_cache::{Record, RowKey};
+use potstill_cache::{Record, RowKey, Target};
 use serde::Serialize;
 use std::io::Write;
 
@@ -51,16 +51,28 @@ pub struct Position {
 pub struct Distribution {
     /// The id that follows in the data.
     pub next_id: u32,
-    /// Its log-probability; absent when it lies in the tail.
+    /// Its log-probability; absent when it was not kept.
     pub next_logprob: Option<f32>,
-    /// Its probability; absent when it lies in the tail.
+    /// Its probability; absent when it was not kept.
     pub next_probability: Option<f64>,
-    /// ln of the probability of all tokens not kept.
+    /// Its probability as counts estimate it; absent when it was not drawn.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_estimate: Option<f64>,
+    /// ln of the probability of all tokens not kept; of all not drawn where none are kept.
     pub tail_logprob: f32,
-    /// The probability of all tokens not kept.
+    /// That probability.
     pub tail_probability: f64,
+    /// ln Σ exp(logit), where logits are kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logsumexp: Option<f32>,
+    /// ln Σ p^(1/T) at each temperature that the cache declares.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lse_t: Vec<f32>,
     /// Kept tokens, most likely first.
     pub kept: Vec<Kept>,
+    /// Drawn tokens, most often drawn first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub drawn: Vec<Drawn>,
 }
 
 /// One kept token.
@@ -74,6 +86,75 @@ pub struct Kept {
     pub logprob: f32,
     /// Its probability.
     pub probability: f64,
+    /// Its logit, where logits are kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logit: Option<f32>,
+}
+
+/// One drawn token.
+#[derive(Debug, Serialize)]
+pub struct Drawn {
+    /// Its id.
+    pub id: u32,
+    /// Its text.
+    pub token: String,
+    /// How often it was drawn.
+    pub count: u16,
+    /// Its probability as the count estimates it.
+    pub estimate: f64,
+}
+
+impl Distribution {
+    /// What `target` says of the token after which `next_id` stands.
+    fn of(target: &Target<'_>, next_id: u32, text_of: &impl Fn(u32) -> String) -> Self {
+        let entries = target.ids.iter().zip(target.logprobs).enumerate();
+        let kept: Vec<Kept> = entries
+            .map(|(i, (&id, &logprob))| Kept {
+                id,
+                token: text_of(id),
+                logprob,
+                probability: f64::from(logprob).exp(),
+                logit: target.logits.get(i).copied(),
+            })
+            .collect();
+        let estimates = target.drawn_probabilities().zip(target.sample_counts);
+        let mut drawn: Vec<Drawn> =
+            estimates.map(|((id, estimate), &count)| Drawn { id, token: text_of(id), count, estimate }).collect();
+        drawn.sort_by_key(|d| std::cmp::Reverse(d.count));
+        let next_logprob = kept.iter().find(|k| k.id == next_id).map(|k| k.logprob);
+        Distribution {
+            next_id,
+            next_logprob,
+            next_probability: next_logprob.map(|l| f64::from(l).exp()),
+            next_estimate: drawn.iter().find(|d| d.id == next_id).map(|d| d.estimate),
+            tail_logprob: target.tail_logprob,
+            tail_probability: f64::from(target.tail_logprob).exp(),
+            logsumexp: target.logsumexp,
+            lse_t: target.lse_t.to_vec(),
+            kept,
+            drawn,
+        }
+    }
+
+    /// The next token's probability, at most 7 columns.
+    fn next_shown(&self) -> String {
+        match (self.next_probability, self.next_estimate) {
+            (Some(p), _) => print::percent(p),
+            (None, Some(estimate)) => format!("~{:.1}%", estimate * 100.0),
+            (None, None) if self.kept.is_empty() => "undrawn".into(),
+            (None, None) => "in tail".into(),
+        }
+    }
+
+    /// Kept tokens and then drawn ones, with what is known of their probabilities.
+    fn alternatives(&self) -> impl Iterator<Item = (u32, &str, String)> {
+        let kept = self.kept.iter().map(|k| {
+            let chance = if k.probability < 0.0005 { "<0.1%".into() } else { format!("{:.1}%", k.probability * 100.0) };
+            (k.id, k.token.as_str(), chance)
+        });
+        let drawn = self.drawn.iter().map(|d| (d.id, d.token.as_str(), format!("×{} ~{:.1}%", d.count, d.estimate * 100.0)));
+        kept.chain(drawn)
+    }
 }
 
 impl Conversation {
@@ -87,23 +168,8 @@ impl Conversation {
             .map(|(position, &id)| {
                 let target = targets.next_if(|(at, _)| **at as usize == position).map(|(_, target)| target);
                 // A scored position is never the last one (`Record`), so there is a next token.
-                let after = target.zip(record.input_ids.get(position + 1)).map(|(target, &next_id)| {
-                    let kept: Vec<Kept> = target
-                        .ids
-                        .iter()
-                        .zip(target.logprobs)
-                        .map(|(&id, &logprob)| Kept { id, token: text_of(id), logprob, probability: f64::from(logprob).exp() })
-                        .collect();
-                    let next_logprob = kept.iter().find(|k| k.id == next_id).map(|k| k.logprob);
-                    Distribution {
-                        next_id,
-                        next_logprob,
-                        next_probability: next_logprob.map(|l| f64::from(l).exp()),
-                        tail_logprob: target.tail_logprob,
-                        tail_probability: f64::from(target.tail_logprob).exp(),
-                        kept,
-                    }
-                });
+                let next = record.input_ids.get(position + 1);
+                let after = target.zip(next).map(|(target, &next_id)| Distribution::of(&target, next_id, &text_of));
                 Position { position, id, token: text_of(id), scored: after.is_some(), after }
             })
             .collect();
@@ -133,7 +199,9 @@ impl Conversation {
     pub fn write_positions(&self, range: std::ops::Range<usize>, top: usize, out: &mut impl Write) -> std::io::Result<()> {
         let style = if print::colours() { Style { dim: "\u{1b}[2m", end: "\u{1b}[0m" } } else { Style { dim: "", end: "" } };
         let places = self.positions.len().to_string().len().max(3);
-        writeln!(out, "{:>places$}  {:<TOKEN_COLUMNS$}  {:>7}  {:>7}  most likely next", "pos", "token", "p(next)", "tail")?;
+        let drawn = self.positions.iter().filter_map(|p| p.after.as_ref()).all(|after| after.kept.is_empty());
+        let what = if drawn && self.scored > 0 { "drawn next" } else { "most likely next" };
+        writeln!(out, "{:>places$}  {:<TOKEN_COLUMNS$}  {:>7}  {:>7}  {what}", "pos", "token", "p(next)", "tail")?;
         self.positions.iter().skip(range.start).take(range.len()).try_for_each(|p| p.write(places, top, &style, out))
     }
 }
@@ -151,16 +219,14 @@ impl Position {
             return writeln!(out, "{}{:>places$}  {token}{}", style.dim, self.position, style.end);
         };
         let space = " ".repeat(TOKEN_COLUMNS.saturating_sub(text::width(&token)));
-        let next = after.next_probability.map_or_else(|| "in tail".into(), print::percent);
+        let next = after.next_shown();
         let head =
             format!("{:>places$}  {token}{space}  {next:>7}  {:>7}  ", self.position, print::percent(after.tail_probability));
         let indent = text::width(&head);
         let mut line = head;
-        for (i, kept) in after.kept.iter().take(top).enumerate() {
-            let mark = if kept.id == after.next_id { "▸" } else { "" };
-            let name = text::fit(&text::token(&kept.token), ALTERNATIVE_COLUMNS);
-            let chance = if kept.probability < 0.0005 { "<0.1%".into() } else { format!("{:.1}%", kept.probability * 100.0) };
-            let shown = format!("{mark}{name} {chance}");
+        for (i, (id, token, chance)) in after.alternatives().take(top).enumerate() {
+            let mark = if id == after.next_id { "▸" } else { "" };
+            let shown = format!("{mark}{} {chance}", text::fit(&text::token(token), ALTERNATIVE_COLUMNS));
             if i > 0 && text::width(&line) + 2 + text::width(&shown) > COLUMNS {
                 writeln!(out, "{}", line.trim_end())?;
                 line = " ".repeat(indent) + &shown;
@@ -173,54 +239,5 @@ impl Position {
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
-    use super::*;
-    use potstill_cache::SoftTargets;
-
-    fn example() -> Conversation {
-        let mut targets = SoftTargets::default();
-        targets.push(&[2, 7], &[0.5f32.ln(), 0.25f32.ln()], 0.25f32.ln());
-        targets.push(&[9, 8], &[0.75f32.ln(), 0.125f32.ln()], 0.125f32.ln());
-        let record = Record { seq_id: 4, input_ids: vec![1, 2, 3, 5], positions: vec![0, 2], targets };
-        Conversation::of(6, &record, |id| if id == 3 { "\u{1b}[31m 中".into() } else { format!(" t{id}") })
-    }
-
-    #[test]
-    fn entry_i_stands_beside_token_i_and_speaks_of_the_next() {
-        let row = example();
-        assert_eq!(row.positions.iter().map(|p| p.scored).collect::<Vec<_>>(), [true, false, true, false]);
-        let first = row.positions[0].after.as_ref().expect("scored");
-        // f32 logarithms are off by up to half a unit in the last place: 3e-8 of the probability.
-        assert!(first.next_id == 2 && first.next_probability.is_some_and(|p| (p - 0.5).abs() < 1e-7), "{first:?}");
-        assert!((first.tail_probability - 0.25).abs() < 1e-7, "{first:?}");
-        let third = row.positions[2].after.as_ref().expect("scored");
-        assert_eq!((third.next_id, third.next_logprob, third.kept[0].id), (5, None, 9));
-        assert!((row.mean_kept_loss.expect("one was kept") - std::f64::consts::LN_2).abs() < 1e-6);
-        assert_eq!((row.row, row.seq_id, row.tokens, row.scored), (6, 4, 4, 2));
-    }
-
-    #[test]
-    fn what_people_see_fits_and_cannot_act_on_the_terminal() {
-        let mut shown = Vec::new();
-        example().write(5, &mut shown).expect("memory");
-        let shown = String::from_utf8(shown).expect("UTF-8");
-        assert!(shown.chars().all(|c| c == '\n' || !c.is_control()), "{shown}");
-        assert!(shown.lines().all(|line| text::width(line) <= COLUMNS), "{shown}");
-        assert!(shown.contains("▸␣t2 50.0%  ␣t7 25.0%") && shown.contains("in tail"), "{shown}");
-        assert!(shown.contains("\\u{1b}[31m␣中"), "{shown}");
-    }
-
-    #[test]
-    fn long_lists_of_alternatives_wrap() {
-        let mut targets = SoftTargets::default();
-        let ids: Vec<u32> = (10..74).collect();
-        targets.push(&ids, &[(1.0f32 / 128.0).ln(); 64], 0.5f32.ln());
-        let record = Record { seq_id: 0, input_ids: vec![1, 2], positions: vec![0], targets };
-        let mut shown = Vec::new();
-        Conversation::of(0, &record, |id| format!(" quite a long token {id}")).write(64, &mut shown).expect("memory");
-        let shown = String::from_utf8(shown).expect("UTF-8");
-        assert!(shown.lines().all(|line| text::width(line) <= COLUMNS), "{shown}");
-        assert_eq!(shown.matches("0.8%").count(), 64);
-    }
-}
+#[path = "conversation_tests.rs"]
+mod tests;

@@ -151,7 +151,7 @@ fn stage_one(tiny: &Miniature, cache: &Path) -> PrecomputeConfig {
         teacher: tiny.teacher.clone(),
         data: vec![tiny.chats.clone()],
         cache: cache.to_path_buf(),
-        top_k: TOP_K,
+        top_k: Some(TOP_K),
         // The tiny models' context; no chat is nearly as long.
         max_length: miniature::CONTEXT,
         rows_per_shard: 128,

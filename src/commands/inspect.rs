@@ -8,7 +8,7 @@ use crate::cli::{self, Manner};
 use crate::exit::{Outcome, UsageError};
 use crate::print::{self, Side, Table};
 use anyhow::Context;
-use potstill_cache::{Cache, Description, Distributions, RowKey, Selection, Summary};
+use potstill_cache::{Cache, Cutoff, Description, Distributions, IdEncoding, RowKey, Selection, Summary, Values};
 use potstill_pipeline::data::ChatTokenizer;
 use serde::Serialize;
 use std::io::Write;
@@ -23,7 +23,18 @@ const DIGEST_SHOWN: usize = 12;
 struct Whole<'a> {
     format_version: u32,
     description: &'a Description,
+    /// KL of the stored distributions from the teacher's, in nats, as measured while writing; absent in format version 1.
+    codec_kl: Option<CodecKl>,
     summary: &'a Summary,
+}
+
+/// What storing cost.
+#[derive(Serialize)]
+struct CodecKl {
+    /// Mean over scored positions.
+    mean: f64,
+    /// Largest of one position.
+    largest: f64,
 }
 
 /// Shows a cache, or one of its rows.
@@ -44,9 +55,12 @@ pub fn run(flags: &cli::Inspect, manner: Manner) -> anyhow::Result<Outcome> {
             let summary = scanned("reading", manner, |scan| Summary::of(&cache, scan))?;
             if manner.json {
                 let manifest = cache.manifest();
-                let whole =
-                    Whole { format_version: manifest.format_version, description: &manifest.description, summary: &summary };
-                print::json(&whole)?;
+                print::json(&Whole {
+                    format_version: manifest.format_version,
+                    description: &manifest.description,
+                    codec_kl: manifest.codec_kl().map(|(mean, largest)| CodecKl { mean, largest }),
+                    summary: &summary,
+                })?;
             } else {
                 let mut out = print::out();
                 write_summary(&cache, &summary, &mut out)?;
@@ -96,6 +110,12 @@ fn identity(cache: &Cache) -> Table {
     let skipped: u64 = what.data.skipped.values().sum();
     let kept = match what.selection {
         Selection::TopK { k } => format!("the {k} most likely tokens and the rest as one (the tail)"),
+        Selection::Cutoff { k, rule: Cutoff::MinProb(p) } => format!("tokens of at least {p:e}, {k} at most, and the tail"),
+        Selection::Cutoff { k, rule: Cutoff::MinMass(mass) } => {
+            format!("the fewest tokens that make up {mass}, {k} at most, and the tail")
+        }
+        Selection::Sampled { draws, .. } => format!("{draws} draws from the distribution, as counts"),
+        Selection::Hybrid { k, draws, .. } => format!("the {k} most likely tokens, the tail, and {draws} draws from it"),
     };
     let mut table = Table::of_facts();
     table
@@ -122,8 +142,34 @@ fn identity(cache: &Cache) -> Table {
             format!("{} tokens; longer ones cut by {}", print::count(what.encoding.max_length.into()), what.encoding.truncation),
         )
         .fact("kept", kept)
-        .fact("stored as", format!("{} mantissa bits, zstd level {}", what.mantissa_bits, what.zstd_level));
+        .fact("stored as", stored_as(what));
+    if let Some(part) = what.part {
+        table.fact("part", format!("{} of {} of these conversations", part.number, part.of));
+    }
+    if !what.lse_temperatures.is_empty() {
+        let all: Vec<String> = what.lse_temperatures.iter().map(ToString::to_string).collect();
+        table.fact("tail known", format!("also at temperature {}", all.join(", ")));
+    }
+    match cache.manifest().codec_kl() {
+        // Counts are exact; what drawing costs is variance and no divergence of the stored from the given.
+        Some((mean, largest)) if what.selection.head() > 0 => {
+            let cost =
+                if largest == 0.0 { "none".into() } else { format!("KL {mean:.1e} nats on average, {largest:.1e} at most") };
+            table.fact("rounding", cost);
+        }
+        _ => {}
+    }
     table
+}
+
+fn stored_as(what: &Description) -> String {
+    let values = match (what.selection.head(), what.values) {
+        (0, _) => "ids and counts".to_string(),
+        (_, Values::LogitBf16) => "bf16 logits and their log-sum-exp".to_string(),
+        _ => format!("log-probabilities, {} mantissa bits", what.mantissa_bits),
+    };
+    let plain = if what.id_encoding == IdEncoding::Plain { ", plain ids" } else { "" };
+    format!("{values}, zstd level {}{plain}", what.zstd_level)
 }
 
 fn size(table: &mut Table, summary: &Summary) {
@@ -138,19 +184,31 @@ fn size(table: &mut Table, summary: &Summary) {
 }
 
 fn figures(table: &mut Table, d: &Distributions) {
-    let perplexity = d.perplexity_where_kept.map_or_else(|| "-".into(), |p| format!("{p:.3}"));
-    table
-        .fact(
-            "most likely token",
-            format!("{} on average, median {}", print::percent(d.mean_top1), print::percent(d.median_top1)),
-        )
-        .fact("kept mass", format!("{} on average, tail {}", print::percent(d.mean_kept_mass), print::percent(d.mean_tail_mass)))
-        .fact("entropy", format!("{:.3} nats on average, at least", d.mean_entropy))
-        .fact(
+    let tail = print::percent(d.mean_tail_mass);
+    if let Some(kept) = &d.kept {
+        let perplexity = kept.perplexity_where_kept.map_or_else(|| "-".into(), |p| format!("{p:.3}"));
+        let (top1, median) = (print::percent(kept.mean_top1), print::percent(kept.median_top1));
+        table
+            .fact("most likely token", format!("{top1} on average, median {median}"))
+            .fact("kept mass", format!("{} on average, tail {tail}", print::percent(kept.mean_kept_mass)))
+            .fact("entropy", format!("{:.3} nats on average, at least", kept.mean_entropy))
+            .fact(
+                "the data's token",
+                format!("most likely at {}, kept at {}", print::percent(kept.top1_is_next), print::percent(kept.next_is_kept)),
+            )
+            .fact("perplexity", format!("{perplexity} where the data's token was kept"));
+    }
+    if let Some(drawn) = &d.drawn {
+        let outside = if d.kept.is_none() { format!(", {tail} lies outside them") } else { String::new() };
+        table.fact("drawn", format!("{:.1} different tokens on average{outside}", drawn.mean_ids)).fact(
             "the data's token",
-            format!("most likely at {}, kept at {}", print::percent(d.top1_is_next), print::percent(d.next_is_kept)),
-        )
-        .fact("perplexity", format!("{perplexity} where the data's token was kept"));
+            format!(
+                "drawn at {}; its probability, estimated: {} on average",
+                print::percent(drawn.next_is_drawn),
+                print::percent(drawn.mean_next_probability)
+            ),
+        );
+    }
 }
 
 fn columns(summary: &Summary) -> Table {

@@ -1,10 +1,12 @@
 //! One linear function a verb, and what all long jobs share: counters, signals, drawing.
 
+mod combine;
 mod conversation;
 mod demo;
 mod inspect;
 mod merge;
 mod precompute;
+mod repack;
 mod train;
 mod verify;
 
@@ -23,6 +25,8 @@ pub fn run(invocation: Invocation) -> anyhow::Result<Outcome> {
         Verb::Precompute(flags) => precompute::run(*flags, manner),
         Verb::Inspect(flags) => inspect::run(&flags, manner),
         Verb::Verify(flags) => verify::run(&flags, manner),
+        Verb::Repack(flags) => repack::run(&flags, manner),
+        Verb::Combine(flags) => combine::run(&flags, manner),
         Verb::Train(flags) => train::run(*flags, manner),
         Verb::Merge(flags) => merge::run(flags, manner),
         Verb::Demo(flags) => demo::run(&flags, manner),

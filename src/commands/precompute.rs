@@ -4,15 +4,17 @@ use super::{drawn, interruptible};
 use crate::cli::{Manner, Precompute};
 use crate::config::{self, Sources};
 use crate::exit::Outcome;
-use crate::print::{self, Side, Table};
+use crate::print::{self, Out, Side, Table};
 use crate::settings;
+use potstill_cache::{ManifestState, RepairReport, Sameness};
 use potstill_pipeline::precompute::{self, PrecomputeConfig, PrecomputeReport};
 use std::io::Write;
 
 /// Runs stage one. Skipped conversations are counted and end in [`Outcome::Skipped`].
 pub fn run(flags: Precompute, manner: Manner) -> anyhow::Result<Outcome> {
     let sources = Sources::of_process(flags.config.clone(), &flags)?;
-    let config: PrecomputeConfig = config::resolve(&settings::PRECOMPUTE, &sources)?;
+    let mut config: PrecomputeConfig = config::resolve(&settings::PRECOMPUTE, &sources)?;
+    config.repair = flags.repair;
     // The echo goes to stderr: the folder of a cache holds only what decides its bytes, which its manifest names.
     manner.remark(&config::to_toml(&settings::PRECOMPUTE, &config)?);
 
@@ -24,6 +26,10 @@ pub fn run(flags: Precompute, manner: Manner) -> anyhow::Result<Outcome> {
     } else {
         let mut out = print::out();
         facts(&report).fact("cache", config.cache.display()).write(&mut out)?;
+        if let Some(repair) = &report.repair {
+            writeln!(out)?;
+            write_repair(repair, &mut out)?;
+        }
         if !report.skipped.is_empty() {
             writeln!(out)?;
             skipped(&report).write(&mut out)?;
@@ -47,6 +53,35 @@ pub fn facts(report: &PrecomputeReport) -> Table {
         .fact("time", print::duration(report.seconds))
         .fact("teacher's speed", print::rate(report.scored_tokens, report.seconds, "tokens"));
     table
+}
+
+/// What was mended, and whether it is what it was.
+fn write_repair(repair: &RepairReport, out: &mut Out) -> std::io::Result<()> {
+    if repair.manifest != ManifestState::Good {
+        let adopted = print::plural(repair.adopted_shards, "good shard");
+        writeln!(out, "the manifest has been rebuilt, with {adopted} as they were")?;
+    }
+    if repair.dropped_parts > 0 {
+        writeln!(out, "{} of the shard under way given up and scored again", print::plural(repair.dropped_parts, "piece"))?;
+    }
+    if repair.shards.is_empty() {
+        return writeln!(out, "no shard had to be mended");
+    }
+    let mut table = Table::with_heads(&[
+        ("mended", Side::Left),
+        ("scored again", Side::Right),
+        ("kept rows", Side::Right),
+        ("bytes", Side::Left),
+    ]);
+    for shard in &repair.shards {
+        let sameness = match shard.sameness {
+            Sameness::Identical => "as before the damage",
+            Sameness::Different => "others: the teacher's arithmetic differs",
+            Sameness::Unknown => "no manifest to compare with",
+        };
+        table.row([shard.file.clone(), print::count(shard.recomputed_rows), print::count(shard.kept_rows), sameness.into()]);
+    }
+    table.write(out)
 }
 
 fn skipped(report: &PrecomputeReport) -> Table {

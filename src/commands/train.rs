@@ -41,6 +41,7 @@ pub fn facts(report: &TrainReport, lr: f64) -> Table {
         table.fact("learning rate", format!("at most {share:.0} % of --lr: the run ended within its warm-up"));
     }
     table
+        .fact("targets", &report.targets)
         .fact("steps", format!("{}{from}", print::count(report.steps)))
         .fact("loss", format!("{:.4} → {:.4} nats a scored position (means of 10 steps)", report.first_loss, report.last_loss))
         .fact("trainable numbers", print::count(report.parameters))

@@ -14,7 +14,7 @@ pub struct Companion {
 }
 
 /// What the manifest says of these files. Refuses unsafe and repeated paths.
-pub(super) fn entries(companions: &[Companion]) -> Result<Vec<CompanionEntry>> {
+pub(crate) fn entries(companions: &[Companion]) -> Result<Vec<CompanionEntry>> {
     let mut entries: Vec<CompanionEntry> = Vec::with_capacity(companions.len());
     for companion in companions {
         let path = companion.path.clone();
@@ -43,8 +43,7 @@ pub(super) fn store(dir: &Path, companions: &[Companion]) -> Result<()> {
             continue;
         }
         if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(Error::io(parent))?;
-            durable::sync_parent(parent)?;
+            durable::create_folder(parent)?;
         }
         durable::replace(&path, &companion.bytes)?;
     }

@@ -24,11 +24,14 @@ fn columns_have_the_promised_types() {
     let expected = [
         "key Utf8 false".to_string(),
         "seq_id UInt64 false".into(),
+        "selection Utf8 false".into(),
         "k UInt16 false".into(),
         format!("input_ids {} false", list("UInt32")),
         format!("topk_ids {} false", nested("UInt32")),
         format!("topk_logprobs {} false", nested("Float32")),
         format!("tail_logprob {} false", list("Float32")),
+        "codec_kl_sum Float32 false".into(),
+        "codec_kl_max Float32 false".into(),
         "crc32 UInt32 false".into(),
     ];
     assert_eq!(shown, expected);
@@ -44,8 +47,7 @@ fn pages_follow_rows() {
         for (c, column) in group.columns().iter().enumerate() {
             let name = column.column_path().parts()[0].as_str();
             let encoding = match name {
-                "input_ids" => Encoding::DELTA_BINARY_PACKED,
-                "topk_ids" | "topk_logprobs" | "tail_logprob" => Encoding::BYTE_STREAM_SPLIT,
+                "input_ids" | "topk_ids" | "topk_logprobs" | "tail_logprob" => Encoding::BYTE_STREAM_SPLIT,
                 _ => Encoding::PLAIN,
             };
             assert!(column.encodings().any(|e| e == encoding), "{name}");
@@ -65,9 +67,9 @@ fn the_footer_says_what_the_shard_holds() {
     let stored = meta.metadata().file_metadata().key_value_metadata().unwrap();
     let value = |key: &str| stored.iter().find(|kv| kv.key == format!("potstill.{key}")).and_then(|kv| kv.value.clone()).unwrap();
     for (key, expected) in [
-        ("format_version", "1"),
+        ("format_version", "2"),
         ("first_row", "0"),
-        ("selection", "top-k"),
+        ("selection", "top-k 5"),
         ("k", "5"),
         ("vocab_size", "152064"),
         ("value_codec", "logprob-m7"),

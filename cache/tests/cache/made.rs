@@ -1,8 +1,9 @@
 //! Made-up descriptions and records, the same on every run.
 
 use potstill_cache::{
-    Cache, CacheWriter, Companion, DataFile, DataFingerprint, Description, EncodingFingerprint, Manifest, Record, Selection,
-    SoftTargets, TeacherFingerprint, TemplateFingerprint, TokenizerFingerprint, WriterOptions,
+    Cache, CacheWriter, Companion, DataFile, DataFingerprint, Description, EncodingFingerprint, IdEncoding, Knobs, Manifest,
+    Preset, Record, Selection, SelectionKind, SoftTargets, Storage, Target, TeacherFingerprint, TemplateFingerprint,
+    TokenizerFingerprint, Values, WriterOptions,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -29,10 +30,15 @@ pub fn description(rows: u64, rows_per_shard: u32, k: u16) -> Description {
         encoding: EncodingFingerprint { max_length: 1024, truncation: "turns".into(), truncated_tokens: 17 },
         selection: Selection::TopK { k },
         mantissa_bits: 7,
+        values: Default::default(),
+        lse_temperatures: Vec::new(),
         zstd_level: 3,
+        id_encoding: Default::default(),
         rows_per_shard,
         vocab_size: VOCAB,
         expected_rows: rows,
+        part: None,
+        derived: Vec::new(),
     }
 }
 
@@ -78,7 +84,84 @@ pub fn record(seq_id: u64, tokens: usize, k: u16) -> Record {
         let (ids, logprobs): (Vec<u32>, Vec<f32>) = pairs.into_iter().unzip();
         targets.push(&ids, &logprobs, (weights[entries] / total).ln() as f32);
     }
-    Record { seq_id, input_ids, positions, targets }
+    Record { seq_id, input_ids, positions, targets, codec: Default::default() }
+}
+
+/// Every way to store, with the temperatures that go with it.
+pub fn modes() -> Vec<(&'static str, Storage, Vec<f32>)> {
+    let with = |preset: Preset, knobs: Knobs| preset.with(&knobs).unwrap();
+    let none = Knobs { top_k: Some(6), ..Knobs::default() };
+    let drawn = Knobs { draws: Some(9), ..Knobs::default() };
+    vec![
+        ("exact", with(Preset::Exact, none), vec![]),
+        ("exact-cutoff", with(Preset::Exact, Knobs { min_prob: Some(0.05), ..none }), vec![2.0]),
+        ("standard", with(Preset::Standard, none), vec![]),
+        ("temperatures", with(Preset::Standard, none), vec![0.5, 1.5, 4.0]),
+        ("compact", with(Preset::Compact, Knobs { min_prob: Some(0.05), ..none }), vec![]),
+        ("small", with(Preset::Small, Knobs { min_mass: Some(0.8), ..none }), vec![]),
+        ("sampled", with(Preset::Sampled, drawn), vec![]),
+        ("hybrid", with(Preset::Standard, Knobs { selection: Some(SelectionKind::Hybrid), top_k: Some(3), ..drawn }), vec![3.0]),
+        ("plain", with(Preset::Standard, Knobs { id_encoding: Some(IdEncoding::Plain), ..none }), vec![]),
+    ]
+}
+
+/// A description of a cache that is stored so.
+pub fn described(storage: &Storage, temperatures: &[f32], rows: u64, rows_per_shard: u32) -> Description {
+    let base = description(rows, rows_per_shard, 1);
+    Description { lse_temperatures: temperatures.to_vec(), ..base.stored_as(storage) }
+}
+
+/// A record as a teacher would give it to a cache that is stored so. About two of three positions are scored.
+pub fn record_as(seq_id: u64, tokens: usize, storage: &Storage, temperatures: &[f32]) -> Record {
+    let mut random = Random(seq_id.wrapping_mul(104_729) + tokens as u64);
+    let input_ids: Vec<u32> = (0..tokens).map(|_| random.below(u64::from(VOCAB)) as u32).collect();
+    let mut positions: Vec<u32> = (0..tokens as u32 - 1).filter(|_| random.below(3) > 0).collect();
+    if positions.is_empty() {
+        positions.push(0);
+    }
+    let mut targets = SoftTargets::default();
+    positions.iter().for_each(|_| push_position(&mut targets, &mut random, storage, temperatures));
+    Record { seq_id, input_ids, positions, targets, codec: Default::default() }
+}
+
+/// Adds one position: a distribution over a dozen ids of the vocabulary, and what `storage` keeps of it.
+fn push_position(targets: &mut SoftTargets, random: &mut Random, storage: &Storage, temperatures: &[f32]) {
+    let mut ids = BTreeSet::new();
+    while ids.len() < 12 {
+        ids.insert(random.below(u64::from(VOCAB)) as u32);
+    }
+    let bf16 = |z: f64| potstill_cache::round_to_mantissa(z as f32, 7);
+    let mut logits: Vec<(u32, f32)> = ids.into_iter().map(|id| (id, bf16(12.0 * random.unit() - 3.0))).collect();
+    logits.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let lse = logits.iter().map(|(_, z)| f64::from(*z).exp()).sum::<f64>().ln() as f32;
+    let p: Vec<f64> = logits.iter().map(|(_, z)| (f64::from(*z) - f64::from(lse)).exp()).collect();
+    let logprobs: Vec<f32> = logits.iter().map(|(_, z)| ((f64::from(*z) - f64::from(lse)) as f32).min(0.0)).collect();
+    let ids: Vec<u32> = logits.iter().map(|(id, _)| *id).collect();
+    let logits: Vec<f32> = logits.iter().map(|(_, z)| *z).collect();
+    let kept = storage.selection.kept(&logprobs);
+    let mut counts = std::collections::BTreeMap::new();
+    for _ in 0..storage.selection.draws().unwrap_or(0) {
+        let mut left = random.unit() * p[kept..].iter().sum::<f64>();
+        let drawn = p[kept..].iter().position(|p| {
+            left -= p;
+            left <= 0.0
+        });
+        *counts.entry(ids[kept + drawn.unwrap_or(p.len() - kept - 1)]).or_insert(0u16) += 1;
+    }
+    let known = |id: &u32| if kept > 0 { ids[..kept].contains(id) } else { counts.contains_key(id) };
+    let tail: f64 = ids.iter().zip(&p).filter(|(id, _)| !known(id)).map(|(_, p)| p).sum();
+    let lse_t = |t: &f32| p.iter().map(|p| p.powf(1.0 / f64::from(*t))).sum::<f64>().ln() as f32;
+    let exact = storage.values == Values::LogitBf16;
+    targets.push_target(&Target {
+        ids: &ids[..kept],
+        logprobs: &logprobs[..kept],
+        tail_logprob: tail.ln() as f32,
+        sample_ids: &counts.keys().copied().collect::<Vec<u32>>(),
+        sample_counts: &counts.values().copied().collect::<Vec<u16>>(),
+        logits: if exact { &logits[..kept] } else { &[] },
+        logsumexp: exact.then_some(lse),
+        lse_t: &temperatures.iter().map(lse_t).collect::<Vec<f32>>(),
+    });
 }
 
 /// Records of a few lengths, with gaps in their numbers.
@@ -101,7 +184,8 @@ pub fn cache(rows: u64, rows_per_shard: u32, k: u16) -> (tempfile::TempDir, Vec<
     let dir = tempfile::tempdir().unwrap();
     let records = records(rows, k);
     write(dir.path(), &description(rows, rows_per_shard, k), &records);
-    let stored = records.iter().map(|record| potstill_cache::encode(record, 7)).collect();
+    let stored =
+        records.iter().map(|record| potstill_cache::encode(record, &potstill_cache::Preset::Standard.storage())).collect();
     (dir, stored)
 }
 

@@ -7,7 +7,7 @@ use potstill_cache::{Cache, CacheWriter, Companion, Error, ErrorClass, Record, S
 fn one(ids: &[u32], logprobs: &[f32], tail: f32) -> Record {
     let mut targets = SoftTargets::default();
     targets.push(ids, logprobs, tail);
-    Record { seq_id: 0, input_ids: vec![1, 2, 3], positions: vec![0], targets }
+    Record { seq_id: 0, input_ids: vec![1, 2, 3], positions: vec![0], targets, codec: Default::default() }
 }
 
 fn refused(record: &Record) -> String {
@@ -16,7 +16,7 @@ fn refused(record: &Record) -> String {
     let error = writer.append(record).unwrap_err();
     assert_eq!(error.class(), ErrorClass::Runtime);
     // The writer is none the worse for it.
-    writer.append(&one(&[5, 6], &[-1.0, -2.0], -0.9)).unwrap();
+    writer.append(&one(&[5, 6], &[-1.0, -2.0], -0.7)).unwrap();
     assert_eq!(writer.finish().unwrap().rows(), 1);
     assert_eq!(Cache::open(dir.path()).unwrap().row(0).unwrap().targets.ids(), [5, 6]);
     error.to_string()
@@ -24,7 +24,7 @@ fn refused(record: &Record) -> String {
 
 #[test]
 fn records_that_break_a_rule_are_refused_with_both_sides() {
-    let good = || one(&[5, 6], &[-1.0, -2.0], -0.9);
+    let good = || one(&[5, 6], &[-1.0, -2.0], -0.7);
     let with = |change: &dyn Fn(&mut Record)| {
         let mut record = good();
         change(&mut record);
@@ -44,7 +44,7 @@ fn records_that_break_a_rule_are_refused_with_both_sides() {
             }),
             "rising positions (at least 2 here), found 1",
         ),
-        (with(&|r| r.input_ids = vec![]), "2 to 16777216 tokens, found 0"),
+        (with(&|r| r.input_ids = vec![]), "2 to 1024 tokens, found 0"),
         (with(&|r| r.input_ids[2] = VOCAB), "input ids below the vocabulary size 152064, found 152064"),
         (refused(&one(&[5, VOCAB], &[-1.0, -2.0], -0.9)), "position 0: ids below the vocabulary size 152064, found 152064"),
         (
@@ -67,8 +67,10 @@ fn records_that_break_a_rule_are_refused_with_both_sides() {
         (refused(&one(&[5], &[0.25], -0.9)), "position 0: finite log-probabilities of at most 0, found 0.25"),
         (refused(&one(&[5], &[-0.1], f32::NAN)), "position 0: a tail log-probability of at most 0, found NaN"),
         (refused(&one(&[5], &[-0.1], 0.5)), "position 0: a tail log-probability of at most 0, found 0.5"),
-        // exp(-0.125) + exp(-0.5) = 0.8825 + 0.6065; the bound is 3^(1/256) * 1.001.
-        (refused(&one(&[5], &[-0.125], -0.5)), "position 0: kept and tail probability of at most 1.0053, found 1.4890"),
+        // exp(-0.125) + exp(-0.5) = 0.8825 + 0.6065; the bound is 3^(1/128) * 1.001 = 1.0096.
+        (refused(&one(&[5], &[-0.125], -0.5)), "position 0: kept and tail probability of 0.9905 to 1.0096, found 1.4890"),
+        // A tail that was forgotten.
+        (refused(&one(&[5], &[-0.125], -30.0)), "position 0: kept and tail probability of 0.9905 to 1.0096, found 0.8825"),
     ];
     for (found, expected) in cases {
         assert_eq!(found, format!("{row}{expected}"));

@@ -88,7 +88,7 @@ fn a_damaged_committed_shard_is_not_continued() {
     let writer = CacheWriter::open(dir.path(), &description(ROWS, ROWS_PER_SHARD, K), companions()).unwrap();
     let error = writer.committed_keys().unwrap_err();
     assert_eq!(error.class(), ErrorClass::Integrity);
-    assert!(error.to_string().starts_with("shard-00000.parquet: expected contents with BLAKE3 "), "{error}");
+    assert!(error.to_string().contains("/shard-00000.parquet: expected contents with BLAKE3 "), "{error}");
 }
 
 #[test]
@@ -103,4 +103,27 @@ fn a_folder_may_be_named_relative_to_the_current_one() {
     records(2, K).iter().for_each(|record| writer.append(record).unwrap());
     writer.finish().unwrap();
     assert_eq!(Cache::open(relative).unwrap().companion("note.txt").unwrap(), b"x");
+}
+
+#[test]
+fn pieces_that_make_up_a_shard_are_joined_before_anything_else() {
+    let whole = tempfile::tempdir().unwrap();
+    let description = description(10, 4, 16);
+    let records: Vec<_> = (0..10).map(|i| made::record(i, 9, 16)).collect();
+    made::write(whole.path(), &description, &records);
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = CacheWriter::open(dir.path(), &description, made::companions()).unwrap();
+    writer.extend(&records[..3]).unwrap();
+    writer.seal().unwrap();
+    // Where a folder stands in the shard's place its pieces are all durable when publishing it fails.
+    let shard = dir.path().join("shard-00000.parquet");
+    std::fs::create_dir(&shard).unwrap();
+    assert!(writer.append(&records[3]).is_err());
+    drop(writer);
+    std::fs::remove_dir(&shard).unwrap();
+    let mut writer = CacheWriter::open(dir.path(), &description, made::companions()).unwrap();
+    assert_eq!((writer.committed_rows(), writer.manifest().shards.len()), (4, 1));
+    writer.extend(&records[4..]).unwrap();
+    writer.finish().unwrap();
+    assert!(files(dir.path()) == files(whole.path()), "other bytes");
 }

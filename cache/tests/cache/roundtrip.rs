@@ -39,8 +39,8 @@ fn ids_above_seventeen_bits_are_kept() {
     let dir = tempfile::tempdir().unwrap();
     let top = VOCAB - 1;
     let mut targets = SoftTargets::default();
-    targets.push(&[top, 1 << 17, (1 << 17) + 1, 0], &[-0.5, -2.0, -3.0, -4.0], -3.5);
-    let given = Record { seq_id: 0, input_ids: vec![top, 1 << 17, 5], positions: vec![1], targets };
+    targets.push(&[top, 1 << 17, (1 << 17) + 1, 0], &[-0.5, -2.0, -3.0, -4.0], -1.65625);
+    let given = Record { seq_id: 0, input_ids: vec![top, 1 << 17, 5], positions: vec![1], targets, codec: Default::default() };
     made::write(dir.path(), &description(1, 4, 4), std::slice::from_ref(&given));
     // All values have few mantissa bits already, so the record comes back as it was given.
     assert_eq!(Cache::open(dir.path()).unwrap().row(0).unwrap(), given);
@@ -50,14 +50,14 @@ fn ids_above_seventeen_bits_are_kept() {
 fn equal_stored_values_are_ordered_by_id_and_tails_have_a_floor() {
     let dir = tempfile::tempdir().unwrap();
     let mut targets = SoftTargets::default();
-    // 7 mantissa bits cannot tell -2.0001 from -2.0002, nor 1e-6 above 0 from 0.
-    targets.push(&[9, 4, 2], &[-2.0, -2.0001, -2.0002], f32::NEG_INFINITY);
+    // 7 mantissa bits cannot tell -1.1001 from -1.1002, nor 1e-6 above 0 from 0.
+    targets.push(&[9, 4, 2], &[-1.1, -1.1001, -1.1002], f32::NEG_INFINITY);
     targets.push(&[3], &[1e-6], -30.0);
-    let given = Record { seq_id: 0, input_ids: vec![1, 2, 3], positions: vec![0, 1], targets };
+    let given = Record { seq_id: 0, input_ids: vec![1, 2, 3], positions: vec![0, 1], targets, codec: Default::default() };
     made::write(dir.path(), &description(1, 4, 3), &[given]);
     let row = Cache::open(dir.path()).unwrap().row(0).unwrap();
     assert_eq!(row.targets.position(0).ids, [2, 4, 9]);
-    assert_eq!(row.targets.position(0).logprobs, [-2.0, -2.0, -2.0]);
+    assert_eq!(row.targets.position(0).logprobs, [-1.101_562_5; 3]);
     assert_eq!(row.targets.position(1).logprobs, [0.0]);
     // ln 1e-9 = -20.723 lies between the multiples of 1/8 -20.75 and -20.625.
     assert_eq!(row.targets.tail_logprobs(), [-20.75, -20.75]);

@@ -1,16 +1,16 @@
 //! Figures of a cache against figures worked out by hand.
 
 use crate::made::{self, description};
-use potstill_cache::{Cache, Record, ScanProgress, SoftTargets, Summary};
+use potstill_cache::{Cache, Description, Drawn, Record, ScanProgress, Selection, SoftTargets, Summary, Target};
 
 #[test]
 fn figures_of_two_known_positions() {
     let dir = tempfile::tempdir().unwrap();
-    // Powers of two times -1 have no mantissa bits to lose, so nothing is rounded.
+    // Numbers of few mantissa bits, so nothing is rounded.
     let mut targets = SoftTargets::default();
-    targets.push(&[7, 8], &[-0.5, -2.0], -2.0);
-    targets.push(&[9], &[-0.25], -4.0);
-    let record = Record { seq_id: 0, input_ids: vec![1, 8, 9], positions: vec![0, 1], targets };
+    targets.push(&[7, 8], &[-0.5, -1.5], -1.75);
+    targets.push(&[9], &[-0.25], -1.5);
+    let record = Record { seq_id: 0, input_ids: vec![1, 8, 9], positions: vec![0, 1], targets, codec: Default::default() };
     made::write(dir.path(), &description(1, 2, 2), &[record]);
     let cache = Cache::open(dir.path()).unwrap();
     let progress = ScanProgress::default();
@@ -21,19 +21,21 @@ fn figures_of_two_known_positions() {
     let file = std::fs::metadata(dir.path().join("shard-00000.parquet")).unwrap().len();
     assert_eq!(summary.bytes, file);
     assert_eq!(summary.columns.iter().map(|c| c.compressed).sum::<u64>() + summary.other_bytes, file);
-    assert_eq!(summary.columns.len(), 8);
+    assert_eq!(summary.columns.len(), 11);
     assert_eq!(summary.bytes_per_scored, Some(file as f64 / 2.0));
-    let figures = summary.distributions.unwrap();
+    let whole = summary.distributions.unwrap();
+    assert_eq!((summary.drawn, &whole.drawn), (0, &None));
+    let figures = whole.kept.unwrap();
     let e = |x: f64| x.exp();
     // f64 sums of a handful of terms near 1: 1e-12 leaves room for a thousand roundings.
     let near = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-12, "{found} against {expected}");
     near(figures.mean_top1, (e(-0.5) + e(-0.25)) / 2.0);
-    near(figures.mean_kept_mass, (e(-0.5) + e(-2.0) + e(-0.25)) / 2.0);
-    near(figures.mean_tail_mass, (e(-2.0) + e(-4.0)) / 2.0);
-    near(figures.mean_entropy, (0.5 * e(-0.5) + 2.0 * 2.0 * e(-2.0) + 0.25 * e(-0.25) + 4.0 * e(-4.0)) / 2.0);
+    near(figures.mean_kept_mass, (e(-0.5) + e(-1.5) + e(-0.25)) / 2.0);
+    near(whole.mean_tail_mass, (e(-1.75) + e(-1.5)) / 2.0);
+    near(figures.mean_entropy, (0.5 * e(-0.5) + 1.5 * e(-1.5) + 1.75 * e(-1.75) + 0.25 * e(-0.25) + 1.5 * e(-1.5)) / 2.0);
     // Position 0 predicts token 1, which is 8: kept, second. Position 1 predicts 9: the first.
     assert_eq!((figures.top1_is_next, figures.next_is_kept), (0.5, 1.0));
-    near(figures.perplexity_where_kept.unwrap(), e((2.0 + 0.25) / 2.0));
+    near(figures.perplexity_where_kept.unwrap(), e((1.5 + 0.25) / 2.0));
     // The lower of two values, to half a bin of 1/4096.
     assert!((figures.median_top1 - e(-0.5)).abs() <= 1.0 / 8192.0);
 }
@@ -54,4 +56,58 @@ fn an_empty_cache_has_no_figures() {
     made::write(dir.path(), &description(0, 2, 2), &[]);
     let summary = Summary::of(&Cache::open(dir.path()).unwrap(), &ScanProgress::default()).unwrap();
     assert_eq!((summary.distributions, summary.bytes_per_scored, summary.raw_ratio), (None, None, None));
+}
+
+#[test]
+fn draws_give_what_they_tell_and_no_more() {
+    let draws = |selection, push: &dyn Fn(&mut SoftTargets)| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut targets = SoftTargets::default();
+        push(&mut targets);
+        let record = Record { seq_id: 0, input_ids: vec![1, 8, 9], positions: vec![0, 1], targets, codec: Default::default() };
+        made::write(dir.path(), &Description { selection, ..description(1, 2, 2) }, &[record]);
+        let summary = Summary::of(&Cache::open(dir.path()).unwrap(), &ScanProgress::default()).unwrap();
+        (summary.entries, summary.drawn, summary.raw_bytes, summary.distributions.unwrap())
+    };
+    // Position 0 predicts 8, drawn once in 4; position 1 predicts 9, not drawn.
+    let (entries, drawn, raw, figures) = draws(Selection::Sampled { draws: 4, seed: 0 }, &|targets| {
+        let (sample_ids, sample_counts, tail_logprob) = (&[5, 8][..], &[3, 1][..], -0.5);
+        targets.push_target(&Target { sample_ids, sample_counts, tail_logprob, ..Target::default() });
+        targets.push_target(&Target { sample_ids: &[3], sample_counts: &[4], tail_logprob, ..Target::default() });
+    });
+    assert_eq!((entries, drawn, raw), (0, 3, 2 * 4 * 6));
+    assert_eq!(figures.kept, None);
+    // One f64 exponential, added twice and halved.
+    assert!((figures.mean_tail_mass - (-0.5f64).exp()).abs() < 1e-15);
+    assert_eq!(figures.drawn, Some(Drawn { mean_ids: 1.5, next_is_drawn: 0.5, mean_next_probability: 0.125 }));
+    let json = serde_json::to_value(&figures).unwrap();
+    assert!(json.get("mean_top1").is_none() && json["drawn"]["mean_ids"] == 1.5, "{json}");
+
+    // ln of what exp(-0.5) leaves, to 8 bits.
+    const TAIL: f32 = -239.0 / 256.0;
+    // With a head, drawn counts share the tail: 8 has a quarter of it; 9 is kept.
+    let (entries, drawn, raw, figures) = draws(Selection::Hybrid { k: 2, draws: 4, seed: 0 }, &|targets| {
+        let (sample_ids, sample_counts) = (&[5, 8][..], &[3, 1][..]);
+        targets.push_target(&Target {
+            ids: &[2],
+            logprobs: &[-0.5],
+            tail_logprob: TAIL,
+            sample_ids,
+            sample_counts,
+            ..Target::default()
+        });
+        targets.push_target(&Target {
+            ids: &[9],
+            logprobs: &[-0.5],
+            tail_logprob: TAIL,
+            sample_ids,
+            sample_counts,
+            ..Target::default()
+        });
+    });
+    assert_eq!((entries, drawn, raw), (2, 4, 2 * (2 + 4) * 6));
+    let (kept, drawn) = (figures.kept.unwrap(), figures.drawn.unwrap());
+    assert_eq!((kept.next_is_kept, drawn.next_is_drawn), (0.5, 0.5));
+    // Two exponentials and a mean.
+    assert!((drawn.mean_next_probability - (f64::from(TAIL).exp() / 4.0 + (-0.5f64).exp()) / 2.0).abs() < 1e-15, "{drawn:?}");
 }

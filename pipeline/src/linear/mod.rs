@@ -7,6 +7,11 @@ pub mod nf4;
 
 use candle_core::{Device, Result, Tensor};
 
+/// Products of at most so many entries (and those of a single row) are made of dot products rather than blocks.
+const OTHER_ORDER_ENTRIES: usize = 256;
+/// Products of at most so many rows and as many columns are cut into blocks of another depth.
+const OTHER_ORDER_SIDE: usize = 64;
+
 /// A frozen weight.
 #[derive(Debug, Clone)]
 pub enum Weight {
@@ -58,9 +63,9 @@ impl Linear {
     /// y [T, out] of x [T, in], both f32 and contiguous.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let mut y = match &self.weight {
-            Weight::Dense(w) => x.matmul(&w.t()?)?,
-            Weight::Awq(w) => x.matmul(&awq_matrix(w, x.device())?)?,
-            Weight::Nf4(w) => x.matmul(&nf4_matrix(w, x.device())?.t()?)?,
+            Weight::Dense(w) => product(x, &w.t()?)?,
+            Weight::Awq(w) => product(x, &awq_matrix(w, x.device())?)?,
+            Weight::Nf4(w) => product(x, &nf4_matrix(w, x.device())?.t()?)?,
         };
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(bias)?;
@@ -88,6 +93,20 @@ impl Linear {
         let gradient = LoraGradient { a: du.t()?.matmul(x)?, b: scaled.t()?.matmul(&u)? };
         Ok(((dx + du.matmul(&lora.a)?)?, Some(gradient)))
     }
+}
+
+/// x [T, in] · m [in, out], f32, of which a row's bits do not depend on T or on the other rows.
+///
+/// The matrix library adds up small products in another order ([`OTHER_ORDER_ENTRIES`], [`OTHER_ORDER_SIDE`]). Such a product is made
+/// larger by copies of its rows, so that a conversation scores alike alone and among others.
+pub fn product(x: &Tensor, m: &Tensor) -> Result<Tensor> {
+    let (rows, out) = (x.dim(0)?, m.dim(1)?.max(1));
+    let least = (OTHER_ORDER_ENTRIES / out + 1).max(2);
+    let least = if out <= OTHER_ORDER_SIDE { least.max(OTHER_ORDER_SIDE + 1) } else { least };
+    if rows == 0 || rows >= least {
+        return x.matmul(m);
+    }
+    x.repeat((least.div_ceil(rows), 1))?.matmul(m)?.narrow(0, 0, rows)?.contiguous()
 }
 
 fn awq_matrix(w: &awq::AwqWeight, device: &Device) -> Result<Tensor> {

@@ -1,13 +1,14 @@
-//! The decoder's blocks beside the linear layers: norm, rotary, attention, SwiGLU, top-k. Each file holds a forward, its backward
-//! and the formula; the CPU code is the definition. All of it is f32 on contiguous tensors.
+//! The decoder's blocks beside the linear layers: norm, rotary, attention, SwiGLU, each file a forward, its backward and the
+//! formula; and what a cache keeps of logits. The CPU code is the definition. All of it is f32 on contiguous tensors.
 //!
 //! A backward takes what the forward took (or what it saved) and dL/dy, and gives dL/dx. Nothing here knows of models or losses.
 
 pub mod attention;
+pub mod capture;
+pub mod draw;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
-pub mod top_k;
 
 use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
 

@@ -55,7 +55,7 @@ pub const DEFAULT_KEEP_CHECKPOINTS: u32 = 2;
 pub enum Objective {
     /// Cross entropy on the data's tokens.
     Sft,
-    /// Forward KL to the cached distributions: kept ids and one tail bucket.
+    /// Forward KL to the cached distributions: kept ids and one tail bucket; estimates of the whole where tokens were drawn.
     #[default]
     Distill,
     /// Both, weighted.
@@ -92,8 +92,15 @@ pub struct TrainConfig {
     pub kd_alpha: Option<f64>,
     /// Weight of the cross entropy; by objective when not given (sft 1, distill 0, distill+sft 0.5).
     pub kd_ce_alpha: Option<f64>,
-    /// Temperature of the distillation term.
+    /// Temperature T of the distillation term. Where the cache declares `lse_t` at T the tail is formed at T
+    /// (exactly where it keeps logits, else as exactly as its values are rounded), else at 1.
     pub temperature: f64,
+    /// Read at most so many entries of each distribution.
+    pub top_k: Option<u16>,
+    /// Read entries of at least this probability.
+    pub min_prob: Option<f64>,
+    /// Read the fewest entries that make up this mass.
+    pub min_mass: Option<f64>,
     /// Optimiser steps; overrides `epochs`.
     pub steps: Option<u64>,
     /// Passes over the cache when `steps` is not given.
@@ -148,6 +155,9 @@ impl Default for TrainConfig {
             kd_alpha: None,
             kd_ce_alpha: None,
             temperature: DEFAULT_TEMPERATURE,
+            top_k: None,
+            min_prob: None,
+            min_mass: None,
             steps: None,
             epochs: DEFAULT_EPOCHS,
             batch_size: DEFAULT_BATCH_SIZE,
@@ -208,6 +218,15 @@ impl TrainConfig {
             let expected = "kd_alpha or kd_ce_alpha above 0".into();
             return Err(Error::Setting { name: "kd_alpha", found: "0, and kd_ce_alpha 0".into(), expected });
         }
+        for (name, value) in [("min_prob", self.min_prob), ("min_mass", self.min_mass)] {
+            if let Some(value) = value.filter(|value| !(*value as f32 > 0.0 && (*value as f32) < 1.0)) {
+                let expected = "a number above 0 and below 1".into();
+                return Err(Error::Setting { name, found: value.to_string(), expected });
+            }
+        }
+        if self.top_k == Some(0) {
+            return Err(Error::Setting { name: "top_k", found: "0".into(), expected: "at least 1".into() });
+        }
         for (name, value) in [("batch_size", self.batch_size), ("pack_tokens", self.pack_tokens), ("head_chunk", self.head_chunk)]
         {
             if value == 0 {
@@ -241,6 +260,8 @@ impl TrainConfig {
 /// What stage two did.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct TrainReport {
+    /// What was learned from, in words: the selection read, how the tail is formed, which part of the data.
+    pub targets: String,
     /// Optimiser steps done in all.
     pub steps: u64,
     /// Step the run started from.

@@ -1,6 +1,6 @@
 //! Ways training can be wrong.
 
-use potstill_cache::ErrorClass;
+use potstill_cache::{ErrorClass, Selection};
 use std::path::PathBuf;
 
 /// Ways training can be wrong.
@@ -75,6 +75,25 @@ pub enum TrainError {
         /// The student's context.
         found: usize,
     },
+    /// The thread that reads batches ended though more were wanted: a defect, not the cache's fault.
+    #[error("{cache}: the thread that reads it ended before the training did", cache = cache.display())]
+    ReaderGone {
+        /// The cache.
+        cache: PathBuf,
+    },
+    /// A loss that drawn tokens give no unbiased gradient of.
+    #[error(
+        "{cache}: tokens were drawn ({selection}), which can be trained on with forward KL at temperature 1 alone: found {found}",
+        cache = cache.display()
+    )]
+    Drawn {
+        /// The cache.
+        cache: PathBuf,
+        /// What it keeps.
+        selection: Selection,
+        /// The loss asked for.
+        found: String,
+    },
     /// Another process trains into this folder.
     #[error("{out}: another process is training into this folder; wait for it or choose another --out", out = out.display())]
     Locked {
@@ -140,7 +159,7 @@ impl TrainError {
             | TrainError::OtherRun { .. }
             | TrainError::Narrow { .. }
             | TrainError::Short { .. } => ErrorClass::Mismatch,
-            TrainError::Occupied { .. } | TrainError::Incomplete { .. } => ErrorClass::Usage,
+            TrainError::Occupied { .. } | TrainError::Incomplete { .. } | TrainError::Drawn { .. } => ErrorClass::Usage,
             _ => ErrorClass::Runtime,
         }
     }

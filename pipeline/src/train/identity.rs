@@ -3,6 +3,7 @@
 //! Where a checkpoint's identity differs, continuing from it would give an adapter that no single command describes. Settings
 //! that change nothing (device, folders, how often a checkpoint is written, how many logits exist at once) are left out.
 
+use super::reading::Reading;
 use super::schedule::Schedule;
 use super::{TrainConfig, TrainError};
 use crate::Result;
@@ -17,7 +18,13 @@ use std::collections::BTreeMap;
 pub(super) type Identity = BTreeMap<String, String>;
 
 /// The identity of a run of `total` steps.
-pub(super) fn of(config: &TrainConfig, loss: &LossSettings, cache: &Cache, total: u64, context: &RunContext) -> Result<Identity> {
+pub(super) fn of(
+    config: &TrainConfig,
+    (loss, reading): (&LossSettings, &Reading),
+    cache: &Cache,
+    total: u64,
+    context: &RunContext,
+) -> Result<Identity> {
     let student = Weights::open(&config.student)?.fingerprint(context)?;
     let manifest = cache.dir().join(MANIFEST_FILE);
     let manifest = std::fs::read(&manifest).map_err(|source| TrainError::Io { path: manifest, source })?;
@@ -48,6 +55,9 @@ pub(super) fn of(config: &TrainConfig, loss: &LossSettings, cache: &Cache, total
     .into_iter()
     .map(|(name, value)| (name.to_string(), value))
     .collect();
+    if let Some(narrower) = reading.narrower() {
+        identity.insert("selection".into(), narrower.to_string());
+    }
     // A constant rate does not look at the end, so such a run may be made longer.
     if config.schedule != Schedule::Constant {
         identity.insert("steps".into(), total.to_string());

@@ -11,6 +11,7 @@ mod error;
 mod identity;
 mod metrics;
 pub mod optimizer;
+mod reading;
 pub mod schedule;
 
 pub use config::*;
@@ -19,7 +20,7 @@ pub use error::TrainError;
 use crate::adapter::{self, AdapterConfig, Scaling, Surroundings};
 use crate::data::ChatTokenizer;
 use crate::data::pack::{self, Pack, Sequence};
-use crate::loss::{self, LossSettings, LossSums};
+use crate::loss::{self, Batch, LossSettings, LossSums};
 use crate::model::config::ModelConfig;
 use crate::model::layer::PROJECTIONS;
 use crate::run::{RUN_AGAIN, RunContext};
@@ -29,8 +30,9 @@ use candle_core::Tensor;
 use checkpoint::{Progress, RunFolder};
 use metrics::{Metrics, StepMetrics};
 use optimizer::AdamW;
-use potstill_cache::{Cache, Order, Record, Sampler, SoftTargets};
-use rayon::prelude::*;
+use potstill_cache::{Batches, Cache, Order, Record, Sampler, SoftTargets};
+use reading::Reading;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Name of the folder of the finished adapter within `out`.
@@ -41,14 +43,16 @@ pub const ADAPTER_FOLDER: &str = "adapter";
 /// Errors: bad settings, a cache that is incomplete or made with another vocabulary, a model folder that does not fit, a run
 /// folder in use or of another run, a loss that is not finite, a stop asked for by `context` (after a durable checkpoint).
 pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
-    let loss = config.loss_settings()?;
+    let mut loss = config.loss_settings()?;
     let device = device::pick(&config.device)?;
     // What can be refused at once is refused before weights are hashed and read.
     let cache = open_cache(config)?;
+    let reading = Reading::of(config, &cache, &mut loss)?;
+    let targets = reading.in_words(&cache.manifest().description, &loss);
     let total = config.total_steps(cache.len());
     let folder = RunFolder::open(config)?;
     let found = folder.find(config, total)?;
-    let identity = identity::of(config, &loss, &cache, total, context)?;
+    let identity = identity::of(config, (&loss, &reading), &cache, total, context)?;
     found.as_ref().map_or(Ok(()), |checkpoint| checkpoint.check_identity(&identity))?;
     let mut student = Student::from_folder(&config.student, &config.lora(), &device, context)?;
     let mut adamw = AdamW::new(config.optimizer(), &student.parameters())?;
@@ -59,14 +63,18 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     folder.write_settings(config)?;
     let mut metrics = Metrics::open(folder.path(), progress.step)?;
     let sampler = Sampler::new(cache.len(), config.seed, if config.shuffle { Order::Seeded } else { Order::Sequential });
+    let mut batches = Batches::start(Arc::new(cache), sampler, progress.step, u64::from(config.batch_size))
+        .map_err(|source| TrainError::Io { path: config.cache.clone(), source })?;
     let rate = |step: u64| config.schedule.rate(step, total, config.warmup_steps, config.lr);
 
     let (started, first_step, first_tokens) = (Instant::now(), progress.step, progress.tokens);
     let mut saved = progress.step;
     context.progress.begin_at("training", "steps", total, first_step);
     while progress.step < total {
-        let records = batch(&cache, &sampler, progress.step, u64::from(config.batch_size))?;
-        let step = accumulate(&student, &records, config, &loss, context)?;
+        let Some(records) = batches.next().transpose()? else {
+            return Err(TrainError::ReaderGone { cache: config.cache.clone() }.into());
+        };
+        let step = accumulate(&student, &records, config, (&loss, &reading), context)?;
         let stopping = step.is_none();
         if let Some(mut step) = step {
             let grad_norm = optimizer::clip(&mut step.gradients, config.max_grad_norm)?;
@@ -96,6 +104,7 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     let adapter = folder.path().join(ADAPTER_FOLDER);
     save_adapter(&adapter, config, &student, &progress)?;
     Ok(TrainReport {
+        targets,
         steps: progress.step,
         resumed_from: first_step,
         first_loss: progress.first_loss(),
@@ -154,15 +163,6 @@ fn open_cache(config: &TrainConfig) -> Result<Cache> {
     Ok(cache)
 }
 
-/// The rows of a step, read in parallel, in order. A pass over the cache follows the other; each has its own order.
-fn batch(cache: &Cache, sampler: &Sampler, step: u64, size: u64) -> Result<Vec<Record>> {
-    let rows = cache.len();
-    let numbers = (step * size..(step + 1) * size).map(|i| sampler.row(i / rows, i % rows));
-    let numbers: Vec<u64> = numbers.collect();
-    let records: Vec<potstill_cache::Result<Record>> = numbers.par_iter().map(|row| cache.row(*row)).collect();
-    Ok(records.into_iter().collect::<potstill_cache::Result<_>>()?)
-}
-
 /// What the packs of a step add up to.
 #[derive(Debug, Default)]
 struct Step {
@@ -179,7 +179,7 @@ fn accumulate(
     student: &Student,
     records: &[Record],
     config: &TrainConfig,
-    settings: &LossSettings,
+    (settings, reading): (&LossSettings, &Reading),
     context: &RunContext,
 ) -> Result<Option<Step>> {
     let scored: usize = records.iter().map(|r| r.positions.len()).sum();
@@ -191,13 +191,17 @@ fn accumulate(
         }
         let records = &records[range];
         let pack = Pack::new(records.iter().map(|r| Sequence { input_ids: &r.input_ids, positions: &r.positions }));
-        let mut targets = SoftTargets::with_capacity(pack.scored().len(), 0);
-        records.iter().for_each(|r| targets.extend(&r.targets));
         // Without a distillation term the distributions are not looked at.
-        let targets = (settings.kd_alpha > 0.0).then_some(&targets);
+        let targets = (settings.kd_alpha > 0.0).then(|| {
+            let mut targets = SoftTargets::with_capacity(pack.scored().len(), 0);
+            records.iter().for_each(|r| targets.extend(&reading.targets(&r.targets)));
+            targets
+        });
+        let lse_t = targets.as_ref().and_then(|targets| reading.lse_t(targets));
+        let (targets, lse_t) = (targets.as_ref(), lse_t.as_deref());
+        let batch = Batch { labels: pack.labels(), targets, lse_t, settings, scale };
         let (hidden, tape) = student.forward(&pack)?;
-        let head = student.decoder().head();
-        let (sums, d_hidden) = loss::fused(&hidden, head, pack.labels(), targets, settings, scale, config.head_chunk as usize)?;
+        let (sums, d_hidden) = loss::fused_batch(&hidden, student.decoder().head(), &batch, config.head_chunk as usize)?;
         let gradients = student.backward(tape, &d_hidden)?;
         if step.gradients.is_empty() {
             step.gradients = gradients;

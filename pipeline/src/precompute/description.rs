@@ -1,0 +1,75 @@
+//! What a cache says it was made from, found out before the teacher is loaded. Refuses a model folder that could not be loaded.
+
+use super::PrecomputeConfig;
+use crate::data::{self, ChatTokenizer, DataError, Dataset, Truncation};
+use crate::model::ModelError;
+use crate::model::config::{ModelConfig, Quantization};
+use crate::model::weights::Weights;
+use crate::run::RunContext;
+use crate::teacher::Teacher;
+use crate::{Result, bounded};
+use potstill_cache::{Companion, Description, EncodingFingerprint, Storage, TeacherFingerprint};
+use std::path::Path;
+
+/// Everything that decides the cache's bytes.
+pub(super) fn describe(
+    config: &PrecomputeConfig,
+    storage: &Storage,
+    model: &ModelConfig,
+    tokenizer: &ChatTokenizer,
+    dataset: &Dataset,
+    context: &RunContext,
+) -> Result<Description> {
+    let template = tokenizer.template_fingerprint().cloned();
+    Ok(Description {
+        teacher: teacher_fingerprint(&config.teacher, model, tokenizer.tokenizer_fingerprint().size, context)?,
+        tokenizer: tokenizer.tokenizer_fingerprint().clone(),
+        template: template.ok_or_else(|| DataError::NoTemplate { folder: config.teacher.clone(), found: "none".into() })?,
+        data: dataset.fingerprint.clone(),
+        encoding: EncodingFingerprint {
+            max_length: config.max_length,
+            truncation: match config.truncate {
+                Truncation::Turns => "turns".into(),
+                Truncation::Right => "right".into(),
+            },
+            truncated_tokens: dataset.truncated_tokens,
+        },
+        selection: storage.selection,
+        mantissa_bits: storage.mantissa_bits,
+        values: storage.values,
+        lse_temperatures: config.temperatures(),
+        zstd_level: storage.zstd_level,
+        id_encoding: storage.id_encoding,
+        rows_per_shard: config.rows_per_shard,
+        vocab_size: tokenizer.tokenizer_fingerprint().size,
+        expected_rows: dataset.examples.len() as u64,
+        part: None,
+        derived: Vec::new(),
+    })
+}
+
+fn teacher_fingerprint(folder: &Path, model: &ModelConfig, width: u32, context: &RunContext) -> Result<TeacherFingerprint> {
+    let weights = Weights::open(folder)?;
+    // A folder that cannot be loaded must not leave a cache behind that was made from it.
+    Teacher::check_folder(folder, model, &weights, width)?;
+    let name = folder.canonicalize().ok().and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
+    let dense =
+        weights.info("model.embed_tokens.weight").map_or("unknown".into(), |info| format!("{:?}", info.dtype).to_lowercase());
+    Ok(TeacherFingerprint {
+        name: name.unwrap_or_else(|| folder.display().to_string()),
+        config_blake3: ModelConfig::fingerprint(folder)?,
+        weights_blake3: weights.fingerprint(context)?,
+        weights: match model.quantization {
+            Quantization::Awq { .. } => "awq-int4".into(),
+            Quantization::None => dense,
+        },
+        compute: "float32".into(),
+    })
+}
+
+/// The tokenizer travels with the cache, so that an inspector can show tokens as text.
+pub(super) fn companions(folder: &Path) -> Result<Vec<Companion>> {
+    let file = folder.join("tokenizer.json");
+    let bytes = bounded::read(&file, data::MAX_TOKENIZER_BYTES).map_err(|source| ModelError::Io { path: file, source })?;
+    Ok(vec![Companion { path: "tokenizer/tokenizer.json".into(), bytes }])
+}

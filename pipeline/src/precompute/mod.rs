@@ -1,0 +1,179 @@
+//! STAGE ONE: chats → tokens → teacher → cache. The loop a newcomer reads first.
+//!
+//! Owns the order of things; what a token, a distribution or a shard is, is said elsewhere. The one idea: the whole dataset is
+//! encoded before the teacher is loaded, so the cache knows from the start what it will hold, a second run proves that what is
+//! there are its own first rows, and progress has an end. A conversation scores to the same bits in any pack, so neither where a run
+//! was stopped nor how many tokens go through the model at once decides a byte. Packs still never cross a shard.
+
+mod config;
+mod description;
+mod part;
+mod repair;
+
+pub use config::*;
+pub use part::Share;
+
+use crate::data::pack::{self, Pack, Sequence};
+use crate::data::{self, ChatTokenizer, DataOptions, Dataset, Example};
+use crate::model::config::ModelConfig;
+use crate::ops::capture::Capture;
+use crate::run::{RUN_AGAIN, RunContext};
+use crate::teacher::Teacher;
+use crate::{Error, Result, device};
+use potstill_cache::{CacheWriter, Description, Manifest, Record, RepairReport, RowKey, WriterOptions, WriterQueue};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+use std::time::Instant;
+
+/// What stage one did.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct PrecomputeReport {
+    /// Rows in the cache now.
+    pub rows: u64,
+    /// Rows that were there before this run.
+    pub resumed_rows: u64,
+    /// Tokens in the cache.
+    pub tokens: u64,
+    /// Scored positions in the cache.
+    pub scored: u64,
+    /// Bytes of all shards.
+    pub bytes: u64,
+    /// Skipped conversations by reason.
+    pub skipped: BTreeMap<String, u64>,
+    /// The first skipped conversation of each reason: `file:line`.
+    pub first_skipped: BTreeMap<String, String>,
+    /// Tokens cut away by truncation.
+    pub truncated_tokens: u64,
+    /// What was mended first, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repair: Option<RepairReport>,
+    /// Seconds spent scoring in this run.
+    pub seconds: f64,
+    /// Tokens that went through the teacher in this run.
+    pub scored_tokens: u64,
+}
+
+/// Runs stage one: scores every conversation that the cache does not hold yet.
+///
+/// A second run with the same settings continues after the last durable row; of a complete cache it only reports. Errors: bad
+/// settings, data, model folder or cache; a stop asked for by `context` (every row scored until then stays).
+pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<PrecomputeReport> {
+    let storage = config.storage()?;
+    let device = device::pick(&config.device)?;
+    let model = ModelConfig::from_folder(&config.teacher)?;
+    if config.max_length as usize > model.context {
+        let expected = format!("at most the teacher's context of {} tokens", model.context);
+        return Err(Error::Setting { name: "max_length", found: config.max_length.to_string(), expected });
+    }
+    let tokenizer = ChatTokenizer::from_folder(&config.teacher)?;
+    let width = tokenizer.tokenizer_fingerprint().size;
+    if u32::from(storage.selection.head()) > width {
+        let expected = format!("at most the tokenizer's {width} ids");
+        return Err(Error::Setting { name: "top_k", found: storage.selection.head().to_string(), expected });
+    }
+    let options = DataOptions { max_length: config.max_length, truncation: config.truncate, on_bad_roles: config.on_bad_roles };
+    let mut dataset = data::load(&config.data, &tokenizer, &options, context)?;
+    let part = part::cut(&mut dataset.examples, config.part, config.rows_per_shard)?;
+    let description = description::describe(config, &storage, &model, &tokenizer, &dataset, context)?;
+    let description = Description { part, ..description };
+    let options = WriterOptions { companions: description::companions(&config.teacher)? };
+    let capture = Capture::of(&storage, &config.temperatures());
+    let teacher = || Teacher::from_folder(&config.teacher, width, &device, context);
+    let mend = |list| repair::run(config, list, (&description, &options), (&dataset.examples, &capture), teacher, context);
+    let repair = config.repair.as_deref().map(mend).transpose()?;
+    let mut writer = CacheWriter::open(&config.cache, &description, options)?;
+    let resumed_rows = writer.committed_rows();
+    check_committed(&writer, &dataset.examples, &config.cache)?;
+
+    let mut report = PrecomputeReport { resumed_rows, repair, ..PrecomputeReport::default() };
+    let packs = packs(&dataset.examples, resumed_rows as usize, config);
+    if !packs.is_empty() {
+        let teacher = teacher()?;
+        let tokens_of = |examples: &[Example]| examples.iter().map(|e| e.input_ids.len() as u64).sum::<u64>();
+        // Encoding and compressing go on beside the teacher, which waits only where they are slower than it for long.
+        let mut queue = WriterQueue::start(writer, config.seal_interval())?;
+        let started = Instant::now();
+        report.scored_tokens = packs.iter().map(|pack| tokens_of(&dataset.examples[pack.clone()])).sum();
+        context.progress.begin("scoring", "tokens", report.scored_tokens);
+        for pack in packs {
+            if context.stopping() {
+                let mut writer = queue.close()?;
+                writer.seal()?;
+                let kept = format!("{} of {} rows are durable", writer.committed_rows(), dataset.examples.len());
+                return Err(Error::Interrupted { kept, again: RUN_AGAIN });
+            }
+            let examples = &dataset.examples[pack.clone()];
+            let mut records =
+                score(&teacher, examples, &capture, config.head_chunk as usize).map_err(|source| Error::Scoring {
+                    first: examples.first().map_or(0, |e| e.seq_id),
+                    last: examples.last().map_or(0, |e| e.seq_id),
+                    source: Box::new(source),
+                })?;
+            // Where a resumed run was given other packs, one may begin before the first row that is missing.
+            records.drain(..(resumed_rows as usize).saturating_sub(pack.start));
+            queue.send(records)?;
+            context.progress.add(tokens_of(examples));
+            context.progress.note(format!("row {} of {}", pack.end, dataset.examples.len()));
+        }
+        writer = queue.close()?;
+        context.progress.end();
+        report.seconds = started.elapsed().as_secs_f64();
+    }
+    let manifest = writer.finish()?;
+    Ok(fill(report, &manifest, dataset))
+}
+
+/// The packs that hold a row after the first `committed`, as ranges of rows: each shard cut anew from its start, also one of which
+/// some rows are there already.
+fn packs(examples: &[Example], committed: usize, config: &PrecomputeConfig) -> Vec<Range<usize>> {
+    let per_shard = config.rows_per_shard as usize;
+    let mut packs = Vec::new();
+    for start in (committed - committed % per_shard..examples.len()).step_by(per_shard) {
+        let shard = &examples[start..examples.len().min(start + per_shard)];
+        let planned = pack::plan(shard.iter().map(|e| e.input_ids.len()), config.pack_tokens as usize);
+        packs.extend(planned.into_iter().map(|pack| start + pack.start..start + pack.end).filter(|pack| pack.end > committed));
+    }
+    packs
+}
+
+/// One pack's records.
+fn score(teacher: &Teacher, examples: &[Example], capture: &Capture, chunk: usize) -> Result<Vec<Record>> {
+    let positions: Vec<Vec<u32>> = examples.iter().map(Example::positions).collect();
+    let pack = Pack::new(examples.iter().zip(&positions).map(|(e, positions)| Sequence { input_ids: &e.input_ids, positions }));
+    let targets = teacher.score(&pack, capture, chunk)?;
+    let records = examples.iter().zip(positions).enumerate().map(|(i, (example, positions))| Record {
+        seq_id: example.seq_id,
+        input_ids: example.input_ids.clone(),
+        positions,
+        targets: targets.slice(pack.scored_of(i)),
+        codec: Default::default(),
+    });
+    Ok(records.collect())
+}
+
+/// Proves that the rows already in the cache are this run's first rows.
+fn check_committed(writer: &CacheWriter, examples: &[Example], cache: &Path) -> Result<()> {
+    for (row, (key, example)) in writer.committed_keys()?.into_iter().zip(examples).enumerate() {
+        let ours = RowKey::of(&example.input_ids, &example.positions());
+        if key != ours {
+            let (expected, found) = (ours.to_string(), key.to_string());
+            return Err(Error::OtherRow { cache: cache.to_path_buf(), row, expected, found });
+        }
+    }
+    Ok(())
+}
+
+fn fill(report: PrecomputeReport, manifest: &Manifest, dataset: Dataset) -> PrecomputeReport {
+    PrecomputeReport {
+        rows: manifest.rows(),
+        tokens: manifest.tokens(),
+        scored: manifest.scored(),
+        bytes: manifest.bytes(),
+        skipped: dataset.fingerprint.skipped,
+        first_skipped: dataset.first_skipped,
+        truncated_tokens: dataset.truncated_tokens,
+        ..report
+    }
+}

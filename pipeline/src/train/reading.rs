@@ -1,0 +1,146 @@
+//! How a run reads its cache: narrower than it is, as estimates where tokens were drawn, with the tail formed at T where the cache
+//! knows how. Refuses, before any weight is read, what a cache cannot give.
+//!
+//! | cache (after narrowing) | T = 1 | T ≠ 1 |
+//! |---|---|---|
+//! | exact entries | kept ids and the tail as one bucket | the tail formed at T, where the cache declares `lse_t` at T; else one bucket |
+//! | drawn entries | estimate against the student's whole distribution | refused |
+//!
+//! A tail formed at T is exact where the cache keeps logits, else as exact as its rounded values.
+//!
+//! Drawn counts estimate probabilities without bias, so a loss must be linear in them: forward KL at temperature 1 with the student's
+//! full distribution is, but for the teacher's own entropy, which has no gradient. Its value is therefore not the divergence from the
+//! teacher and not to be compared with that of an exact cache; its gradient has the same expectation.
+
+use super::{TrainConfig, TrainError};
+use crate::loss::{Divergence, LossSettings, Tail};
+use crate::{Error, Result};
+use potstill_cache::{Cache, Cutoff, Description, Selection, SoftTargets};
+
+/// How distributions are taken from the cache.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Reading {
+    /// What the cache keeps.
+    own: Selection,
+    /// What is read of it, where that is less.
+    narrower: Option<Selection>,
+    /// Which of the cache's temperatures is the loss's, with the number of them.
+    temperature: Option<(usize, usize)>,
+    /// Whether counts become estimates.
+    drawn: bool,
+}
+
+impl Reading {
+    /// How `cache` is read for `loss`, whose tail is chosen here.
+    ///
+    /// Errors: a selection that the cache's own does not cover, draws with another loss than forward KL at temperature 1.
+    pub(super) fn of(config: &TrainConfig, cache: &Cache, loss: &mut LossSettings) -> Result<Self> {
+        let description = &cache.manifest().description;
+        let own = description.selection;
+        // A cache's own selection asks for nothing: the run is the one without these settings.
+        let narrower = narrower(config, &own)?.filter(|narrower| *narrower != own);
+        if let Some(narrower) = &narrower {
+            own.check_narrows_to(narrower)?;
+        }
+        let drawn = narrower.unwrap_or(own).draws().is_some();
+        // Without a distillation term the distributions are not looked at.
+        if loss.kd_alpha == 0.0 {
+            return Ok(Self { own, narrower, temperature: None, drawn });
+        }
+        if drawn {
+            let loss_is_linear = loss.divergence == Divergence::ForwardKl && loss.temperature == 1.0;
+            if !loss_is_linear {
+                return Err(drawn_error(config, description, loss).into());
+            }
+            loss.tail = Tail::StudentFull;
+        }
+        let temperature = temperature(description, loss.temperature);
+        if temperature.is_some() {
+            loss.tail = Tail::ExactTail;
+        }
+        Ok(Self { own, narrower, temperature, drawn })
+    }
+
+    /// What is read of a wider cache.
+    pub(super) fn narrower(&self) -> Option<&Selection> {
+        self.narrower.as_ref()
+    }
+
+    /// What is learned from, in words.
+    pub(super) fn in_words(&self, description: &Description, loss: &LossSettings) -> String {
+        let part = description.part.map(|part| format!("; part {} of {} of the data", part.number, part.of)).unwrap_or_default();
+        if loss.kd_alpha == 0.0 {
+            return format!("the data's tokens{part}");
+        }
+        let draws = self.own.draws().is_some();
+        let what = match &self.narrower {
+            Some(narrower) if draws && narrower.draws().is_none() => format!("{narrower} of {}, without its draws", self.own),
+            Some(narrower) => format!("{narrower} of {}", self.own),
+            None => self.own.to_string(),
+        };
+        let t = loss.temperature;
+        let tail = match (self.drawn, self.temperature) {
+            (true, _) => ", as estimates of the whole distribution".to_string(),
+            (false, Some(_)) => format!(", the tail formed at temperature {t}"),
+            (false, None) if t == 1.0 => ", the tail as one bucket".into(),
+            (false, None) => format!(", the tail as one bucket tempered to {t} (known at {:?})", description.lse_temperatures),
+        };
+        format!("{what}{tail}{part}")
+    }
+
+    /// A row's targets as the loss takes them.
+    pub(super) fn targets(&self, stored: &SoftTargets) -> SoftTargets {
+        let narrowed = self.narrower.as_ref().map(|selection| stored.narrowed_from(&self.own, selection));
+        match self.drawn {
+            true => narrowed.as_ref().unwrap_or(stored).estimate(),
+            false => narrowed.unwrap_or_else(|| stored.clone()),
+        }
+    }
+
+    /// ln Z_T of every position, where the loss needs it.
+    pub(super) fn lse_t(&self, targets: &SoftTargets) -> Option<Vec<f32>> {
+        let (at, of) = self.temperature?;
+        Some(targets.lse_t().chunks_exact(of).filter_map(|all| all.get(at).copied()).collect())
+    }
+}
+
+/// Where the cache's ln Σ p^(1/T) for this temperature stands.
+fn temperature(description: &Description, temperature: f64) -> Option<(usize, usize)> {
+    let declared = &description.lse_temperatures;
+    declared.iter().position(|t| *t == temperature as f32).map(|at| (at, declared.len()))
+}
+
+/// What the settings ask to be read of a cache of this selection; `None` for all of it.
+fn narrower(config: &TrainConfig, has: &Selection) -> Result<Option<Selection>> {
+    let rule = match (config.min_prob, config.min_mass) {
+        (Some(_), Some(mass)) => {
+            let (found, expected) = (mass.to_string(), "either min_prob or min_mass".into());
+            return Err(Error::Setting { name: "min_mass", found, expected });
+        }
+        (Some(p), None) => Some(Cutoff::MinProb(p as f32)),
+        (None, Some(mass)) => Some(Cutoff::MinMass(mass as f32)),
+        (None, None) => None,
+    };
+    if config.top_k.is_none() && rule.is_none() {
+        return Ok(None);
+    }
+    let k = config.top_k.unwrap_or(has.max_entries());
+    let own = match has {
+        Selection::Cutoff { rule, .. } => Some(*rule),
+        _ => None,
+    };
+    Ok(Some(rule.or(own).map_or(Selection::TopK { k }, |rule| Selection::Cutoff { k, rule })))
+}
+
+fn drawn_error(config: &TrainConfig, description: &Description, loss: &LossSettings) -> TrainError {
+    let divergence = match loss.divergence {
+        Divergence::ForwardKl => "forward KL",
+        Divergence::ReverseKl => "reverse KL",
+        Divergence::Jsd { .. } => "Jensen-Shannon divergence",
+    };
+    TrainError::Drawn {
+        cache: config.cache.clone(),
+        selection: description.selection,
+        found: format!("{divergence} at temperature {}", loss.temperature),
+    }
+}

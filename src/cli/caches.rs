@@ -1,0 +1,148 @@
+//! The flags of the verbs that look at caches, check them and make others of them.
+// What follows `///` here is help text; the tables of a config file stand in brackets in it.
+#![allow(rustdoc::broken_intra_doc_links)]
+
+use clap::Args;
+use potstill_cache::{Preset, SelectionKind, Values};
+use potstill_pipeline::precompute::Share;
+use std::path::PathBuf;
+
+/// Show what a cache holds, or one conversation token by token
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Probabilities are the teacher's, at temperature 1. Line i shows the distribution after tokens 0 to i, which
+predicts token i + 1.
+
+Examples:
+  potstill inspect caches/ultrachat
+  potstill inspect caches/ultrachat --row 17 --top 3
+  potstill inspect caches/ultrachat --row 17 --json | jq '.positions[0]'")]
+pub struct Inspect {
+    /// Folder of the cache
+    #[arg(value_name = "CACHE")]
+    pub cache: PathBuf,
+    /// Show this conversation, by its row number (from 0)
+    #[arg(long, value_name = "N", conflicts_with = "key")]
+    pub row: Option<u64>,
+    /// Show this conversation, by its key (32 hex digits)
+    #[arg(long, value_name = "KEY")]
+    pub key: Option<String>,
+    /// Alternatives shown at each position (--json always gives all)
+    #[arg(long, value_name = "M", default_value_t = 5)]
+    pub top: usize,
+}
+
+/// Check every byte of a cache, or a share of it
+///
+/// Reads each shard, compares it with the manifest's BLAKE3 and decodes every row. Exit code 4 when anything is wrong.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  potstill verify caches/ultrachat
+  potstill verify caches/ultrachat --quick
+  potstill verify caches/ultrachat --sample 3/7      (one of seven shares a day: a week checks all)
+
+What is damaged is computed again by the command that made the cache:
+  potstill verify caches/ultrachat --repair-list damage.json
+  potstill precompute ... --cache caches/ultrachat --repair damage.json")]
+pub struct Verify {
+    /// Folder of the cache
+    #[arg(value_name = "CACHE")]
+    pub cache: PathBuf,
+    /// Read no row: only manifest, companion files, and each shard's size and footer
+    #[arg(long, conflicts_with = "sample")]
+    pub quick: bool,
+    /// Read every T-th row and digest every T-th shard, from the N-th on; shares 1 to T together are the whole check
+    #[arg(long, value_name = "N/T", value_parser = str::parse::<Share>)]
+    pub sample: Option<Share>,
+    /// Write what has to be computed again to this file, for precompute --repair
+    #[arg(long, value_name = "FILE")]
+    pub repair_list: Option<PathBuf>,
+}
+
+/// How rows are to be stored in a cache that is made of others. Nothing that was not kept comes back.
+#[derive(Debug, Args)]
+pub struct Storing {
+    /// Start from this preset instead of what the cache has: exact, standard, compact, small or sampled
+    #[arg(long, value_name = "PRESET", value_parser = word::<Preset>)]
+    pub preset: Option<Preset>,
+    /// What is kept of each distribution: top-k, cutoff, sampled or hybrid
+    #[arg(long, value_name = "KIND", value_parser = word::<SelectionKind>)]
+    pub selection: Option<SelectionKind>,
+    /// Most entries kept at each scored position
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<u16>,
+    /// Keep entries of at least this probability
+    #[arg(long, value_name = "P")]
+    pub min_prob: Option<f32>,
+    /// Keep the fewest entries that make up this mass
+    #[arg(long, value_name = "MASS")]
+    pub min_mass: Option<f32>,
+    /// What is stored of kept entries: logprob or logit-bf16
+    #[arg(long, value_name = "VALUES", value_parser = word::<Values>)]
+    pub values: Option<Values>,
+    /// Mantissa bits kept of each log-probability, 1 to 23
+    #[arg(long, value_name = "BITS")]
+    pub mantissa_bits: Option<u8>,
+    /// zstd level of the shards, 1 to 22
+    #[arg(long, value_name = "LEVEL")]
+    pub zstd_level: Option<i32>,
+    /// Lay ids out so that readers from before 2025 can read them: a few per cent larger
+    #[arg(long)]
+    pub compat: bool,
+    /// Conversations in a shard
+    #[arg(long, value_name = "ROWS")]
+    pub rows_per_shard: Option<u32>,
+}
+
+/// Store a cache anew without the teacher: smaller, never finer
+///
+/// Without flags the new cache is stored as the old one, in the current format version. Run again, it continues.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Asking for more than the cache holds (a larger k, more mantissa bits) is refused.
+
+Examples:
+  potstill repack caches/ultrachat caches/compact --preset compact
+  potstill repack caches/ultrachat caches/top16 --top-k 16
+  potstill repack caches/ultrachat caches/archive --zstd-level 19")]
+pub struct Repack {
+    /// Folder of the cache to read
+    #[arg(value_name = "CACHE")]
+    pub source: PathBuf,
+    /// Folder of the new cache
+    #[arg(value_name = "OUT")]
+    pub out: PathBuf,
+    /// How to store.
+    #[command(flatten)]
+    pub storing: Storing,
+}
+
+/// Join caches: parts of the same data, interrupted runs, other data
+///
+/// The parts of one data make the very bytes of a single run over it. Caches of other data are put one after another. Run again,
+/// it continues.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Teacher, tokenizer, template and settings have to be alike. A conversation that two caches hold is kept once if
+its distributions are the same; if they differ, nothing is written and both places are named.
+
+Examples:
+  potstill combine --out caches/all caches/part-1 caches/part-2 caches/part-3
+  potstill combine --out caches/top16 --top-k 16 caches/ultrachat caches/code")]
+pub struct Combine {
+    /// Folders of the caches to read
+    #[arg(value_name = "CACHE", required = true, num_args = 1..)]
+    pub sources: Vec<PathBuf>,
+    /// Folder of the new cache
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// How to store.
+    #[command(flatten)]
+    pub storing: Storing,
+}
+
+/// Reads one of the words that name a value.
+fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    T::deserialize(toml::Value::String(text.to_string())).map_err(|e: toml::de::Error| e.message().to_string())
+}

@@ -1,0 +1,287 @@
+//! The flags of the stages and what belongs to them: models, chats and adapters.
+// What follows `///` here is help text; the tables of a config file stand in brackets in it.
+#![allow(rustdoc::broken_intra_doc_links)]
+
+use clap::Args;
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// Stage one: run a teacher over chats and write a cache of its distributions
+///
+/// The same command, run again, continues where it stopped; a killed run loses at most --seal-minutes of work.
+#[derive(Debug, Args, Serialize)]
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
+Example:
+  potstill precompute --teacher models/Qwen1.5-32B-Chat-AWQ \\
+      --data 'ultrachat_200k/data/train_sft-*.parquet' \\
+      --cache caches/ultrachat --preset compact --max-length 1024
+
+Presets (every knob can be turned by its flag):
+  preset    selection              values                    zstd  loses
+  exact     top-k 64               bf16 logits, log-sum-exp    12  nothing
+  standard  top-k 64               7 mantissa bits              3  hardly any
+  compact   cutoff, p >= 1e-5      5 mantissa bits             12  little
+  small     cutoff, mass >= 0.999  4 mantissa bits             12  more
+  sampled   50 draws               counts                      12  no bias
+
+Each setting may also stand in the table [precompute] of --config FILE, or in
+a variable such as POTSTILL_PRECOMPUTE__TOP_K=32. Flags win over variables,
+variables over the file."
+)]
+pub struct Precompute {
+    /// Teacher's Hugging Face folder: AWQ (int4) or dense
+    #[arg(long, value_name = "DIR")]
+    pub teacher: Option<PathBuf>,
+    /// Chats: files, folders or globs (Parquet, JSONL, JSONL.zst)
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub data: Option<Vec<PathBuf>>,
+    /// Folder of the cache; made if it is not there, continued if it is
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// What is kept of each distribution, and how: exact, standard, compact, small or sampled (table below)
+    #[arg(long, value_name = "NAME")]
+    pub preset: Option<String>,
+    /// top-k, cutoff, sampled or hybrid [default: the preset's]
+    #[arg(long, value_name = "KIND")]
+    pub selection: Option<String>,
+    /// Most entries kept exactly at each scored position, 1 to 65535 [default: the preset's]
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<i64>,
+    /// Keep entries of at least this probability; makes a top-k selection a cutoff [default: the preset's]
+    #[arg(long, value_name = "P")]
+    pub min_prob: Option<f64>,
+    /// Keep the fewest entries that make up this mass; makes a top-k selection a cutoff [default: the preset's]
+    #[arg(long, value_name = "P")]
+    pub min_mass: Option<f64>,
+    /// Tokens drawn at each scored position, 1 to 65535 [default: the preset's, else 50]
+    #[arg(long, value_name = "N")]
+    pub draws: Option<i64>,
+    /// Seed of the draws [default: 0]
+    #[arg(long, value_name = "N")]
+    pub sample_seed: Option<i64>,
+    /// What is stored of kept entries: logprob or logit-bf16 [default: the preset's]
+    #[arg(long, value_name = "WHAT")]
+    pub values: Option<String>,
+    /// Mantissa bits kept of each log-probability, 1 to 23 [default: the preset's]
+    #[arg(long, value_name = "BITS")]
+    pub mantissa_bits: Option<i64>,
+    /// zstd level of the shards, 1 to 22 [default: the preset's]
+    #[arg(long, value_name = "LEVEL")]
+    pub zstd_level: Option<i64>,
+    /// Lay ids out for readers of Parquet from before 2025, at a few per cent more bytes
+    #[arg(long, num_args = 0, default_missing_value = "true", overrides_with = "no_compat")]
+    pub compat: Option<bool>,
+    /// Lay ids out as small as they come (the default)
+    #[arg(long, overrides_with = "compat")]
+    #[serde(skip)]
+    pub no_compat: bool,
+    /// Temperatures T, such as 1.5,2, at which ln Σ p^(1/T) is kept: training at T then knows the tail as exactly as the kept values, which only the preset exact does not round
+    #[arg(long, value_name = "T,...", value_delimiter = ',')]
+    pub lse_temperatures: Option<Vec<f64>>,
+    /// Longest conversation, in tokens
+    #[arg(long, value_name = "TOKENS")]
+    pub max_length: Option<i64>,
+    /// Longer ones lose whole trailing `turns`, or tokens on the `right`
+    #[arg(long, value_name = "HOW")]
+    pub truncate: Option<String>,
+    /// Conversations whose roles cannot be trained on: `skip` or `error`
+    #[arg(long, value_name = "WHAT")]
+    pub on_bad_roles: Option<String>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// Tokens that go through the model at once; memory and speed, the cache's bytes do not depend on it
+    #[arg(long, value_name = "TOKENS")]
+    pub pack_tokens: Option<i64>,
+    /// Scored positions whose logits exist at once; memory and speed alone too
+    #[arg(long, value_name = "POSITIONS")]
+    pub head_chunk: Option<i64>,
+    /// Conversations in a shard
+    #[arg(long, value_name = "ROWS")]
+    pub rows_per_shard: Option<i64>,
+    /// Minutes after which what was scored is made durable: the most that a kill can lose; 0: after every pack
+    #[arg(long, value_name = "MINUTES")]
+    pub seal_minutes: Option<f64>,
+    /// Score only this share of the conversations, cut at borders of shards; `combine` joins them
+    #[arg(long, value_name = "N/T")]
+    pub part: Option<String>,
+    /// First score again what this list of `verify --repair-list` names, and mend the cache
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub repair: Option<PathBuf>,
+    /// TOML file with a table [precompute]
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+}
+
+/// Stage two: train a LoRA adapter on an NF4 student from a cache
+///
+/// Writes adapter/ (PEFT), checkpoint-N/, metrics.jsonl and the resolved settings into --out.
+#[derive(Debug, Args, Serialize)]
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
+Example:
+  potstill train --student models/Qwen1.5-14B --cache caches/ultrachat --out runs/distill \\
+      --objective distill --lr 2e-4 --rank 64 --alpha 16
+
+A cache of drawn tokens (sampled, hybrid) is trained on by unbiased estimates, at temperature 1.
+The loss shown is then not the divergence from the teacher; its gradient is that one's on average.
+--top-k, --min-prob and --min-mass read less than a cache has, as if less had been kept.
+
+At a temperature T that the cache declares, the tail's mass is what the kept entries leave of
+its ln Σ p^(1/T). That is exact where logits are kept (preset exact), else as exact as the
+rounded values: off by 0.002 (7 bits) to 0.012 (4 bits) of all mass at T = 0.5 on average. For
+T below 1 it is held to what the stored tail allows.
+
+Each setting may also stand in the table [train] of --config FILE, or in a variable such as
+POTSTILL_TRAIN__LR=1e-4. Flags win over variables, variables over the file."
+)]
+pub struct Train {
+    /// Student's Hugging Face folder (dense; held in NF4 while training)
+    #[arg(long, value_name = "DIR")]
+    pub student: Option<PathBuf>,
+    /// Folder of the cache
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// Folder for adapter, checkpoints and metrics
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// sft (the data's tokens), distill (the teacher's distributions) or distill+sft
+    #[arg(long, value_name = "OBJECTIVE")]
+    pub objective: Option<String>,
+    /// Weight of the distillation term [default: sft 0, distill 1, distill+sft 0.5]
+    #[arg(long, value_name = "X")]
+    pub kd_alpha: Option<f64>,
+    /// Weight of the cross entropy [default: sft 1, distill 0, distill+sft 0.5]
+    #[arg(long, value_name = "X")]
+    pub kd_ce_alpha: Option<f64>,
+    /// Temperature T of the distillation term, above 0; where the cache keeps ln Σ p^(1/T), the tail is formed at T (below)
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f64>,
+    /// Read at most so many entries of each distribution [default: all the cache has]
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<i64>,
+    /// Read entries of at least this probability [default: all the cache has]
+    #[arg(long, value_name = "P")]
+    pub min_prob: Option<f64>,
+    /// Read the fewest entries that make up this mass [default: all the cache has]
+    #[arg(long, value_name = "P")]
+    pub min_mass: Option<f64>,
+    /// Optimiser steps; overrides --epochs [default: from --epochs]
+    #[arg(long, value_name = "N")]
+    pub steps: Option<i64>,
+    /// Passes over the cache
+    #[arg(long, value_name = "N")]
+    pub epochs: Option<f64>,
+    /// Conversations in an optimiser step
+    #[arg(long, value_name = "ROWS")]
+    pub batch_size: Option<i64>,
+    /// Tokens that go through the model at once; a step is split into packs
+    #[arg(long, value_name = "TOKENS")]
+    pub pack_tokens: Option<i64>,
+    /// Scored positions whose logits exist at once
+    #[arg(long, value_name = "POSITIONS")]
+    pub head_chunk: Option<i64>,
+    /// Peak learning rate, above 0
+    #[arg(long, value_name = "X")]
+    pub lr: Option<f64>,
+    /// Learning rate after warm-up: constant or cosine
+    #[arg(long, value_name = "SHAPE")]
+    pub schedule: Option<String>,
+    /// Steps of linear warm-up
+    #[arg(long, value_name = "N")]
+    pub warmup_steps: Option<i64>,
+    /// LoRA rank, 1 to 1024
+    #[arg(long, value_name = "N")]
+    pub rank: Option<i64>,
+    /// LoRA alpha; the adapter is scaled by alpha / rank
+    #[arg(long, value_name = "N")]
+    pub alpha: Option<f64>,
+    /// Decoupled weight decay of AdamW
+    #[arg(long, value_name = "X")]
+    pub weight_decay: Option<f64>,
+    /// AdamW's decay of the first moment, from 0 to below 1
+    #[arg(long, value_name = "X")]
+    pub beta1: Option<f64>,
+    /// AdamW's decay of the second moment, from 0 to below 1
+    #[arg(long, value_name = "X")]
+    pub beta2: Option<f64>,
+    /// AdamW's epsilon, above 0
+    #[arg(long, value_name = "X")]
+    pub eps: Option<f64>,
+    /// Largest L2 norm of the gradient; 0 turns clipping off
+    #[arg(long, value_name = "X")]
+    pub max_grad_norm: Option<f64>,
+    /// Seed of the order and of the adapter's start
+    #[arg(long, value_name = "N")]
+    pub seed: Option<i64>,
+    /// Take rows in seeded order (the default)
+    #[arg(long, num_args = 0, default_missing_value = "true", overrides_with = "no_shuffle")]
+    pub shuffle: Option<bool>,
+    /// Take rows in the cache's order
+    #[arg(long, overrides_with = "shuffle")]
+    #[serde(skip)]
+    pub no_shuffle: bool,
+    /// Steps between checkpoints; 0 writes only the last
+    #[arg(long, value_name = "N")]
+    pub checkpoint_every: Option<i64>,
+    /// Checkpoints kept, at least 2
+    #[arg(long, value_name = "N")]
+    pub keep_checkpoints: Option<i64>,
+    /// Start from the latest checkpoint, from this one, or never
+    #[arg(long, value_name = "latest|PATH|never")]
+    pub resume: Option<String>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// TOML file with a table [train]
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+}
+
+/// Merge an adapter into its base model and write a plain model folder
+#[derive(Debug, Args, Serialize)]
+#[command(after_help = "\
+Example:
+  potstill merge --student models/Qwen1.5-14B --adapter runs/distill/adapter --out models/my-14B
+
+Each setting may also stand in the table [merge] of --config FILE, or in a variable such as
+POTSTILL_MERGE__DTYPE=bf16. Flags win over variables, variables over the file.")]
+pub struct Merge {
+    /// The base model's Hugging Face folder
+    #[arg(long, value_name = "DIR")]
+    pub student: Option<PathBuf>,
+    /// The adapter's folder (PEFT)
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Folder of the merged model
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Merge into the `original` weights, or into the `nf4` ones that training saw
+    #[arg(long, value_name = "WHICH")]
+    pub weights: Option<String>,
+    /// Type of the merged weights: auto (the base model's), f32, bf16 or f16
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<String>,
+    /// TOML file with a table [merge]
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+}
+
+/// Make tiny models and run everything on them, with no network, in minutes
+///
+/// Makes a tokenizer, a teacher (trained for a moment, then packed as AWQ) and a student; then precompute, verify, inspect,
+/// train and merge. A demo that was interrupted in the same folder is begun again; any other content is left alone and refused.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  potstill demo --out /tmp/potstill-demo")]
+pub struct Demo {
+    /// Folder for everything the demo makes [default: potstill-demo, or potstill-demo-2 and so on where that is taken]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
