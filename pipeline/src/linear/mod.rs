@@ -97,7 +97,7 @@ impl Linear {
 
 /// x [T, in] · m [in, out], f32, of which a row's bits do not depend on T or on the other rows.
 ///
-/// The matrix library adds up small products in another order ([`OTHER_ORDER_ENTRIES`], [`OTHER_ORDER_SIDE`]). Such a product is made
+/// The matrix library adds up small products in another order (up to 256 entries, up to 64 by 64). Such a product is made
 /// larger by copies of its rows, so that a conversation scores alike alone and among others.
 pub fn product(x: &Tensor, m: &Tensor) -> Result<Tensor> {
     let (rows, out) = (x.dim(0)?, m.dim(1)?.max(1));
