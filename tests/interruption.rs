@@ -4,22 +4,8 @@
 mod support;
 
 use serde_json::Value;
-use std::path::Path;
-use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
-use support::{Bench, STUDENT, files, precompute};
-
-/// Waits until `path` exists or the child ends; whether the child was still running then.
-fn wait_for(child: &mut Child, path: &Path) -> bool {
-    let started = Instant::now();
-    while !path.exists() && started.elapsed() < Duration::from_secs(120) {
-        if child.try_wait().unwrap().is_some() {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    child.try_wait().unwrap().is_none()
-}
+use std::process::Stdio;
+use support::{Bench, STUDENT, files, precompute, wait_for};
 
 #[test]
 fn a_killed_precompute_resumed_is_byte_identical() {

@@ -5,8 +5,7 @@ mod support;
 
 use serde_json::Value;
 use std::process::Stdio;
-use std::time::{Duration, Instant};
-use support::{Bench, CHATS, STUDENT, TEACHER, files};
+use support::{Bench, CHATS, STUDENT, TEACHER, files, wait_for};
 
 /// Reference chats of which nothing is left within 128 tokens.
 const TOO_LONG: [usize; 2] = [6, 20];
@@ -70,18 +69,6 @@ fn each_preset_is_written_verified_and_shown() {
     }
 }
 
-/// Waits for a file; whether the process was still at work then.
-fn appears(child: &mut std::process::Child, path: &std::path::Path) -> bool {
-    let started = Instant::now();
-    while !path.exists() && started.elapsed() < Duration::from_secs(120) {
-        if child.try_wait().unwrap().is_some() {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    child.try_wait().unwrap().is_none()
-}
-
 #[test]
 fn a_run_stopped_inside_a_shard_goes_on_there_and_ends_as_the_same_bytes() {
     let bench = bench(30);
@@ -98,7 +85,7 @@ fn a_run_stopped_inside_a_shard_goes_on_there_and_ends_as_the_same_bytes() {
         {
             let name = format!("cut-{preset}{signal}-{piece}");
             let mut child = bench.command(&precompute(&name, &more)).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-            let at_work = appears(&mut child, &bench.path(&name).join(piece));
+            let at_work = wait_for(&mut child, &bench.path(&name).join(piece));
             std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
             let code = child.wait().unwrap().code();
             if at_work && code != Some(0) {

@@ -12,7 +12,8 @@
 //!                            last bits may differ, and either scoring is as good
 //! ```
 //!
-//! Rows in pieces of a shard under way are no rows of a cache yet: they are left out, and counted. So the parts of one data make the very bytes of a single run over it.
+//! Rows in pieces of a shard under way are no rows of a cache yet: they are left out, and counted. The parts of one data make the very
+//! bytes of a single run over it.
 
 mod merged;
 mod plan;
@@ -153,7 +154,7 @@ pub(crate) fn rewrite(
         scored: manifest.scored(),
         shared_rows: plan.shared,
         duplicates: plan.duplicates,
-        piece_rows: inputs.iter().flat_map(|cache| &cache.manifest().parts).map(|part| part.rows).sum(),
+        piece_rows: inputs.iter().map(|cache| cache.manifest().part_rows()).sum(),
         bytes_before: inputs.iter().map(|cache| cache.manifest().bytes()).sum(),
         bytes: manifest.bytes(),
         before: Stored::of(&before),

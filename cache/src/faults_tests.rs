@@ -242,7 +242,7 @@ fn after_a_cut(dir: &Path, promised: u64, expected: &BTreeMap<String, Vec<u8>>, 
         Ok(cache) => {
             let report = verify(dir, &ScanProgress::default()).unwrap();
             assert!(report.is_good(), "{what}: {:?}", report.problems);
-            cache.len() + cache.manifest().parts.iter().map(|part| part.rows).sum::<u64>()
+            cache.len() + cache.manifest().part_rows()
         }
         Err(crate::Error::NoFolder { .. } | crate::Error::NoManifest { .. }) => 0,
         Err(error) => panic!("{what}: {error}"),

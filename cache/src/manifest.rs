@@ -104,6 +104,11 @@ impl Manifest {
         self.shards.last().map_or(0, |shard| shard.first_row + shard.rows)
     }
 
+    /// Rows in pieces of the shard under way, which readers do not see.
+    pub fn part_rows(&self) -> u64 {
+        self.parts.iter().map(|part| part.rows).sum()
+    }
+
     /// Tokens in the cache.
     pub fn tokens(&self) -> u64 {
         self.shards.iter().map(|shard| shard.tokens).sum()

@@ -76,6 +76,18 @@ pub enum SelectionKind {
     Hybrid,
 }
 
+impl SelectionKind {
+    /// The kind's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            SelectionKind::TopK => "top-k",
+            SelectionKind::Cutoff => "cutoff",
+            SelectionKind::Sampled => "sampled",
+            SelectionKind::Hybrid => "hybrid",
+        }
+    }
+}
+
 /// Departures from a preset; `None` leaves the preset's value.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Knobs {
@@ -184,23 +196,12 @@ impl Storage {
 
 /// The selection that a preset's own and the knobs come to.
 fn select(base: Selection, knobs: &Knobs) -> Result<Selection> {
-    let base_kind = match base {
-        Selection::TopK { .. } => SelectionKind::TopK,
-        Selection::Cutoff { .. } => SelectionKind::Cutoff,
-        Selection::Sampled { .. } => SelectionKind::Sampled,
-        Selection::Hybrid { .. } => SelectionKind::Hybrid,
-    };
+    let base_kind = base.which();
     let asked_cutoff = knobs.min_prob.is_some() || knobs.min_mass.is_some();
     let kind = match knobs.selection {
         Some(kind) => kind,
         None if asked_cutoff && base_kind == SelectionKind::TopK => SelectionKind::Cutoff,
         None => base_kind,
-    };
-    let name = match kind {
-        SelectionKind::TopK => "top-k",
-        SelectionKind::Cutoff => "cutoff",
-        SelectionKind::Sampled => "sampled",
-        SelectionKind::Hybrid => "hybrid",
     };
     let drawn = matches!(kind, SelectionKind::Sampled | SelectionKind::Hybrid);
     let idle = [
@@ -211,7 +212,7 @@ fn select(base: Selection, knobs: &Knobs) -> Result<Selection> {
         ("sample_seed", knobs.sample_seed.map(|n| n.to_string()), drawn),
     ];
     if let Some((knob, Some(value), _)) = idle.into_iter().find(|(_, value, fits)| value.is_some() && !fits) {
-        return Err(refused(knob, value, &format!("nothing, for the selection is {name}")));
+        return Err(refused(knob, value, &format!("nothing, for the selection is {}", kind.name())));
     }
     let k = knobs.top_k.unwrap_or(if base.head() > 0 { base.head() } else { DEFAULT_TOP_K });
     let base_seed = match base {

@@ -2,7 +2,7 @@
 
 use crate::error::{Flaw, Place};
 use crate::manifest::{Manifest, ShardEntry};
-use crate::shard::read::{Expected, Family, Shard};
+use crate::shard::read::{Family, Shard};
 use crate::{Error, Record, Result, RowKey};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -151,8 +151,7 @@ impl Opener {
 
     /// Opens the file `path` as the shard that `entry` describes.
     pub(crate) fn open_at(&self, path: &Path, entry: &ShardEntry) -> Result<Shard> {
-        let expected = Expected { first_row: entry.first_row, rows: entry.rows, bytes: Some(entry.bytes) };
-        Shard::open(path, expected, Place::new(&self.dir, &entry.file), self.family.clone())
+        Shard::open(path, entry, Place::new(&self.dir, &entry.file), self.family.clone())
     }
 }
 

@@ -6,6 +6,7 @@ use crate::error::Flaw;
 use crate::layout::Layout;
 use crate::shard::page::Most;
 use crate::{Description, Record, Selection, Storage, Target};
+use std::sync::Arc;
 
 /// A log-probability may lie this far above 0 (float error of a log-softmax in f32); it is stored as 0.
 pub const LOGPROB_EPSILON: f32 = 1e-5;
@@ -28,7 +29,7 @@ pub(crate) enum Form {
 /// The rules of one cache.
 #[derive(Debug, Clone)]
 pub(crate) struct Rules {
-    pub(crate) layout: Layout,
+    pub(crate) layout: Arc<Layout>,
     pub(crate) storage: Storage,
     vocab_size: u32,
     max_tokens: usize,
@@ -37,7 +38,7 @@ pub(crate) struct Rules {
 
 impl Rules {
     pub(crate) fn of(description: &Description, version: u32) -> Self {
-        let (layout, storage) = (Layout::of(description, version), description.storage());
+        let (layout, storage) = (Arc::new(Layout::of(description, version)), description.storage());
         let max_tokens = (description.encoding.max_length as usize).clamp(2, MAX_ROW_TOKENS);
         let mass_bound = mass_bound(description);
         Self { layout, storage, vocab_size: description.vocab_size, max_tokens, mass_bound }

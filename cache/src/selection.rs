@@ -1,7 +1,7 @@
 //! Which entries of a distribution are kept: the closed set of selections, what each keeps of a sorted list, and which can be read
 //! from which. It refuses to compute a distribution; it only chooses.
 
-use crate::{Error, Result};
+use crate::{Error, Result, SelectionKind};
 use serde::{Deserialize, Serialize};
 
 /// Most draws of a sampled selection: counts are 16-bit numbers.
@@ -102,14 +102,19 @@ impl Selection {
         }
     }
 
+    /// Which kind of selection it is.
+    pub fn which(&self) -> SelectionKind {
+        match self {
+            Selection::TopK { .. } => SelectionKind::TopK,
+            Selection::Cutoff { .. } => SelectionKind::Cutoff,
+            Selection::Sampled { .. } => SelectionKind::Sampled,
+            Selection::Hybrid { .. } => SelectionKind::Hybrid,
+        }
+    }
+
     /// The kind's name.
     pub fn kind(&self) -> &'static str {
-        match self {
-            Selection::TopK { .. } => "top-k",
-            Selection::Cutoff { .. } => "cutoff",
-            Selection::Sampled { .. } => "sampled",
-            Selection::Hybrid { .. } => "hybrid",
-        }
+        self.which().name()
     }
 
     /// How many of the given entries (log-probabilities in nats, falling) are kept exactly.

@@ -212,29 +212,31 @@ pub fn verify_as(dir: &Path, mode: VerifyMode, progress: &ScanProgress) -> Resul
     let manifest = match Manifest::load(dir) {
         Err(damage @ Error::Damaged { .. }) => {
             report.manifest = ManifestState::Damaged;
-            return without_manifest(dir, report, damage);
+            return without_manifest(dir, &names?, report, damage);
         }
         Err(error @ Error::NoManifest { .. }) => {
-            if !crate::writer::names(dir)?.iter().any(|name| index_of(name).is_some()) {
+            let names = names?;
+            if !names.iter().any(|name| index_of(name).is_some()) {
                 return Err(error);
             }
             report.manifest = ManifestState::Missing;
             let missing = Flaw::new("this manifest, for there are shards", "no such file");
-            return without_manifest(dir, report, missing.damage(&Place::new(dir, MANIFEST_FILE), None, None));
+            return without_manifest(dir, &names, report, missing.damage(&Place::new(dir, MANIFEST_FILE), None, None));
         }
         loaded => loaded?,
     };
     report.complete = manifest.complete;
     report.shards = manifest.shards.len() as u64;
-    report.rows = manifest.rows() + manifest.parts.iter().map(|part| part.rows).sum::<u64>();
+    report.rows = manifest.rows() + manifest.part_rows();
     report.bytes = manifest.bytes() + manifest.parts.iter().map(|part| part.bytes).sum::<u64>();
     report.parts = manifest.parts.len() as u64;
     report.description_blake3 = Some(manifest.description.digest());
-    report.unlisted = unlisted(dir, &manifest)?;
-    if let Some(flaw) = crate::writer::stale(&manifest, &names?) {
+    let names = names?;
+    if let Some(flaw) = crate::writer::stale(&manifest, &names) {
         report.manifest = ManifestState::Stale;
         report.add(MANIFEST_FILE, flaw.damage(&Place::new(dir, MANIFEST_FILE), None, None));
     }
+    report.unlisted = unlisted(names, &manifest);
     for companion in &manifest.companions {
         if let Err(error) = reader::read_companion(dir, &manifest, &companion.path) {
             report.add(&companion.path, error);
@@ -245,10 +247,10 @@ pub fn verify_as(dir: &Path, mode: VerifyMode, progress: &ScanProgress) -> Resul
 }
 
 /// The report where nothing is known of the rows: what the shards say of themselves is left to a repair.
-fn without_manifest(dir: &Path, mut report: VerifyReport, damage: Error) -> Result<VerifyReport> {
+fn without_manifest(dir: &Path, names: &[String], mut report: VerifyReport, damage: Error) -> Result<VerifyReport> {
     report.add(MANIFEST_FILE, damage);
     let mut stated: Vec<String> = Vec::new();
-    for name in crate::writer::names(dir)?.iter().filter(|name| index_of(name).is_some()) {
+    for name in names.iter().filter(|name| index_of(name).is_some()) {
         if let Some(digest) = footer::stated_description(&dir.join(name))
             && !stated.contains(&digest)
         {
@@ -261,14 +263,14 @@ fn without_manifest(dir: &Path, mut report: VerifyReport, damage: Error) -> Resu
     Ok(report)
 }
 
-fn unlisted(dir: &Path, manifest: &Manifest) -> Result<Vec<String>> {
+fn unlisted(names: Vec<String>, manifest: &Manifest) -> Vec<String> {
     let listed = |name: &String| {
         name == MANIFEST_FILE
             || name == LOCK_FILE
-            || manifest.shards.iter().chain(&manifest.parts).any(|s| &s.file == name)
+            || crate::writer::is_named(manifest, name)
             || manifest.companions.iter().any(|c| c.path.split('/').next() == Some(name))
     };
-    Ok(crate::writer::names(dir)?.into_iter().filter(|name| !listed(name)).collect())
+    names.into_iter().filter(|name| !listed(name)).collect()
 }
 
 #[cfg(test)]

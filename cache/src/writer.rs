@@ -18,21 +18,19 @@ mod mend;
 
 pub use companion::Companion;
 pub(crate) use companion::entries as companion_entries;
-pub(crate) use folder::{LOCK_FILE, names, part_of, stale};
+pub(crate) use folder::{LOCK_FILE, is_named, names, part_of, stale};
 pub(crate) use mend::{MendedShard, compare};
 
 use crate::error::{Flaw, Place};
-use crate::layout::Layout;
 use crate::manifest::{FORMAT_VERSION, Manifest, ShardCodec, ShardEntry};
+use crate::reader::Opener;
 use crate::rules::{Form, Rules};
-use crate::shard::read::Shard;
 use crate::shard::write::ShardWriter;
 use crate::shard::{file_name, footer, part_name};
 use crate::{Description, Error, Record, Result, RowKey, codec, durable, reader};
 use rayon::prelude::*;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What a cache holds beside its rows.
@@ -49,7 +47,6 @@ pub struct CacheWriter {
     dir: PathBuf,
     manifest: Manifest,
     rules: Rules,
-    layout: Arc<Layout>,
     open: Option<OpenShard>,
     last_seq_id: Option<u64>,
     failed: bool,
@@ -97,15 +94,14 @@ impl CacheWriter {
         folder::clean(dir, &manifest)?;
         let rules = Rules::of(description, manifest.format_version);
         let last_seq_id = last_seq_id(dir, &manifest)?;
-        let layout = Arc::new(rules.layout.clone());
-        let mut writer = Self { dir: dir.into(), rules, layout, manifest, open: None, last_seq_id, failed: false, _lock: lock };
+        let mut writer = Self { dir: dir.into(), rules, manifest, open: None, last_seq_id, failed: false, _lock: lock };
         writer.join_full()?;
         Ok(writer)
     }
 
     /// Rows that are durable. Append from this one on.
     pub fn committed_rows(&self) -> u64 {
-        self.manifest.rows() + self.part_rows()
+        self.manifest.rows() + self.manifest.part_rows()
     }
 
     /// Rows appended so far, those of the open shard included.
@@ -115,10 +111,10 @@ impl CacheWriter {
 
     /// Keys of the committed rows in order, with which a caller proves that they are its first rows. Checks the files' BLAKE3.
     pub fn committed_keys(&self) -> Result<Vec<RowKey>> {
-        let mut keys = Vec::new();
+        let (mut keys, opener) = (Vec::new(), Opener::of(&self.dir, &self.manifest)?);
         for entry in self.manifest.shards.iter().chain(&self.manifest.parts) {
             check_digest(&self.dir, entry)?;
-            keys.extend(reader::open_entry(&self.dir, &self.manifest, entry)?.keys()?);
+            keys.extend(opener.open(entry)?.keys()?);
         }
         Ok(keys)
     }
@@ -194,10 +190,6 @@ impl CacheWriter {
         Ok(self.manifest)
     }
 
-    fn part_rows(&self) -> u64 {
-        self.manifest.parts.iter().map(|part| part.rows).sum()
-    }
-
     fn add(
         &mut self,
         records: &[Record],
@@ -213,7 +205,7 @@ impl CacheWriter {
             if row >= expected {
                 return Err(Error::RowCount { dir: self.dir.clone(), expected, found: row + 1 });
             }
-            let stored = stored.and_then(|stored| self.check_seq_id(record).map(|()| stored));
+            let stored = stored.and_then(|stored| check_seq_id(self.last_seq_id, record).map(|()| stored));
             let stored = stored.map_err(|flaw| Error::BadRecord {
                 row,
                 seq_id: record.seq_id,
@@ -228,15 +220,6 @@ impl CacheWriter {
         Ok(())
     }
 
-    fn check_seq_id(&self, record: &Record) -> std::result::Result<(), Flaw> {
-        match self.last_seq_id {
-            Some(last) if record.seq_id <= last => {
-                Err(Flaw::new(format!("a seq_id above {last}, that of the row before"), record.seq_id))
-            }
-            _ => Ok(()),
-        }
-    }
-
     fn write(&mut self, record: Record) -> Result<()> {
         let mut open = match self.open.take() {
             Some(open) => open,
@@ -244,7 +227,7 @@ impl CacheWriter {
         };
         open.count(&record);
         open.writer.append(record)?;
-        if self.part_rows() + open.entry.rows < u64::from(self.manifest.description.rows_per_shard) {
+        if self.manifest.part_rows() + open.entry.rows < u64::from(self.manifest.description.rows_per_shard) {
             self.open = Some(open);
             return Ok(());
         }
@@ -266,7 +249,7 @@ impl CacheWriter {
         let tmp = durable::tmp_of(&self.dir.join(&file));
         let description = &self.manifest.description;
         let footer = footer::entries(description, FORMAT_VERSION, first_row);
-        let writer = ShardWriter::create(&tmp, &footer, description.zstd_level, &self.layout)?;
+        let writer = ShardWriter::create(&tmp, &footer, description.zstd_level, &self.rules.layout)?;
         let codec = Some(ShardCodec::default());
         let entry = ShardEntry { file, first_row, rows: 0, tokens: 0, scored: 0, bytes: 0, blake3: String::new(), codec };
         Ok(OpenShard { writer, tmp, entry, kl_sum: 0.0, since: Instant::now() })
@@ -302,7 +285,7 @@ impl CacheWriter {
     /// Makes the shard of pieces that hold all of its rows: a run may have stopped between the last piece and the joining, and the
     /// next row belongs to another shard.
     fn join_full(&mut self) -> Result<()> {
-        if self.part_rows() < u64::from(self.manifest.description.rows_per_shard) {
+        if self.manifest.part_rows() < u64::from(self.manifest.description.rows_per_shard) {
             return Ok(());
         }
         self.publish_shard(None)?;
@@ -312,8 +295,9 @@ impl CacheWriter {
     /// The rows of all pieces, written again as one shard: the very bytes of a shard that was never cut.
     fn join(&self, name: &str) -> Result<OpenShard> {
         let mut whole = self.start_file(name.into(), self.manifest.rows())?;
+        let opener = Opener::of(&self.dir, &self.manifest)?;
         for part in &self.manifest.parts {
-            let shard = reader::open_entry(&self.dir, &self.manifest, part)?;
+            let shard = opener.open(part)?;
             for row in 0..shard.rows() {
                 let record = shard.row(row)?;
                 whole.count(&record);
@@ -325,13 +309,19 @@ impl CacheWriter {
 
     /// Closes, checks and renames a file.
     fn publish(&self, open: OpenShard, name: String) -> Result<ShardEntry> {
+        let (tmp, entry) = self.close(open, name)?;
+        durable::publish(&tmp, &self.dir.join(&entry.file))?;
+        Ok(entry)
+    }
+
+    /// Closes a file and checks every row of it. Gives where it is, and what the manifest is to say of it under its name.
+    fn close(&self, open: OpenShard, name: String) -> Result<(PathBuf, ShardEntry)> {
         let OpenShard { writer, tmp, mut entry, .. } = open;
         let written = writer.close()?;
         (entry.file, entry.bytes, entry.blake3) = (name, written.bytes, written.blake3);
-        let shard = open_shard(&tmp, &self.dir, &self.manifest, &entry)?;
+        let shard = Opener::of(&self.dir, &self.manifest)?.open_at(&tmp, &entry)?;
         (0..entry.rows).into_par_iter().try_for_each(|row| shard.row(row).map(|_| ()))?;
-        durable::publish(&tmp, &self.dir.join(&entry.file))?;
-        Ok(entry)
+        Ok((tmp, entry))
     }
 
     /// Saves the manifest, which names the whole shard now, and removes its pieces.
@@ -366,9 +356,14 @@ pub(crate) fn count(entry: &mut ShardEntry, kl_sum: &mut f64, record: &Record) {
     entry.codec = (!kl_sum.is_nan()).then_some(ShardCodec { kl_sum: *kl_sum as f32, kl_max });
 }
 
-/// Opens the file `path` as the shard that `entry` describes.
-pub(crate) fn open_shard(path: &Path, dir: &Path, manifest: &Manifest, entry: &ShardEntry) -> Result<Shard> {
-    reader::Opener::of(dir, manifest)?.open_at(path, entry)
+/// Numbers of the data rise from row to row.
+fn check_seq_id(last: Option<u64>, record: &Record) -> std::result::Result<(), Flaw> {
+    match last {
+        Some(last) if record.seq_id <= last => {
+            Err(Flaw::new(format!("a seq_id above {last}, that of the row before"), record.seq_id))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// BLAKE3 (hex) of a file's bytes.

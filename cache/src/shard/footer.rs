@@ -1,7 +1,8 @@
 //! The key-values in a shard's footer: enough to know, from the file alone, what it holds and where it belongs.
 
-use super::read::{Expected, Family};
+use super::read::Family;
 use crate::Description;
+use crate::ShardEntry;
 use crate::codec::value_codec_name;
 use crate::error::Flaw;
 use crate::guard::fenced;
@@ -58,7 +59,7 @@ pub(crate) fn stated_description(path: &Path) -> Option<String> {
 }
 
 /// Checks columns, row counts and key-values of an opened file.
-pub(crate) fn check(meta: &ParquetMetaData, family: &Family, expected: &Expected) -> Result<(), Flaw> {
+pub(crate) fn check(meta: &ParquetMetaData, family: &Family, expected: &ShardEntry) -> Result<(), Flaw> {
     let file = meta.file_metadata();
     let found = file.schema_descr().root_schema().get_fields();
     if found != family.schema.root_schema().get_fields() {

@@ -14,7 +14,7 @@ use crate::guard::fenced;
 use crate::layout::{Column, Shape};
 use crate::rules::Rules;
 use crate::schema::{self, RowHead};
-use crate::{Description, Error, Record, Result, RowKey, durable};
+use crate::{Description, Error, Record, Result, RowKey, ShardEntry, durable};
 use memmap2::Mmap;
 use parquet::arrow::ArrowSchemaConverter;
 use parquet::errors::ParquetError;
@@ -27,16 +27,6 @@ use std::cell::Cell;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// What a shard has to be.
-pub(crate) struct Expected {
-    /// Row of the cache that its first row is.
-    pub(crate) first_row: u64,
-    /// Rows in it.
-    pub(crate) rows: u64,
-    /// Its size, where that is known already.
-    pub(crate) bytes: Option<u64>,
-}
 
 /// What all shards of a cache have in common.
 pub(crate) struct Family {
@@ -80,10 +70,11 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
-    /// Maps `path` and checks size, schema, rows, pages and footer against `expected`.
-    pub(crate) fn open(path: &Path, expected: Expected, place: Place, family: Arc<Family>) -> Result<Self> {
+    /// Maps `path` and checks size, schema, rows, pages and footer against what the manifest says of it.
+    pub(crate) fn open(path: &Path, expected: &ShardEntry, place: Place, family: Arc<Family>) -> Result<Self> {
         let damage = |flaw: Flaw| flaw.damage(&place, None, None);
-        let (file, bytes) = open_file(path, expected.bytes).map_err(|e| e.at(path, &place))?;
+        let (rows, first_row, bytes) = (expected.rows, expected.first_row, expected.bytes);
+        let file = open_file(path, bytes).map_err(|e| e.at(path, &place))?;
         // SAFETY: the map is never read from; it only names a range of the file to the system (`will_need`).
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
         // Rows are read in random order; without this the system reads megabytes ahead for each. It is advice: failing is harmless.
@@ -100,14 +91,13 @@ impl Shard {
         };
         let meta = fenced(load).unwrap_or_else(|panic| Err(Flaw::new("a readable Parquet footer", panic))).map_err(damage)?;
         let check = || {
-            super::footer::check(&meta, &family, &expected)?;
+            super::footer::check(&meta, &family, expected)?;
             groups(&meta, &family.rules.layout, &family.columns, bytes)
         };
         let groups = fenced(check).unwrap_or_else(|panic| Err(Flaw::new("a readable Parquet footer", panic))).map_err(damage)?;
         let sizes = column_sizes(&meta);
         let layout = &family.rules.layout;
         let arrow = (layout.version == 1).then(|| ArrowShard::new(meta, layout)).transpose().map_err(damage)?;
-        let (rows, first_row) = (expected.rows, expected.first_row);
         Ok(Self { path: path.to_path_buf(), place, bytes, map, groups, sizes, rows, first_row, family, arrow })
     }
 
@@ -132,38 +122,41 @@ impl Shard {
     }
 
     fn checked_row(&self, row: u64, check: impl Fn(&Record) -> std::result::Result<(), Flaw>) -> Result<Record> {
-        let cache_row = self.first_row.saturating_add(row);
-        let Some((index, group)) = self.locate(row) else {
-            return Err(Error::NoRow { row: cache_row, rows: self.first_row + self.rows });
-        };
-        let within = (row - group.first) as usize;
-        let read = || {
-            let file = self.open_again()?;
+        self.row_through(row, |file, index, group, within| {
             let record = match &self.arrow {
                 Some(arrow) => {
-                    self.check_sizes(&file, group, within)?;
-                    arrow.row(&file, index, within)?
+                    self.check_sizes(file, group, within)?;
+                    arrow.row(file, index, within)?
                 }
-                None => self.decode(&file, group, within)?,
+                None => self.decode(file, group, within)?,
             };
             check(&record).map(|()| record).map_err(Trouble::from)
-        };
-        let flat = fenced(read).unwrap_or_else(|panic| Err(Flaw::new("pages that decode", panic).into()));
-        flat.map_err(|trouble| trouble.at_row(&self.path, &self.place, index as u64, cache_row))
+        })
     }
 
     /// Row `row` by the Arrow reader: slower, and an independent witness of this file's own decoder.
     pub(crate) fn row_by_arrow(&self, row: u64) -> Result<Record> {
+        self.row_through(row, |file, index, _, within| arrow::load(file, &self.family.rules.layout)?.row(file, index, within))
+    }
+
+    /// A row by a decoder, which gets the open file, number and pages of the row group, and the row's place in it.
+    fn row_through(
+        &self,
+        row: u64,
+        decode: impl FnOnce(&File, usize, &Group, usize) -> std::result::Result<Record, Trouble>,
+    ) -> Result<Record> {
         let cache_row = self.first_row.saturating_add(row);
         let Some((index, group)) = self.locate(row) else {
             return Err(Error::NoRow { row: cache_row, rows: self.first_row + self.rows });
         };
-        let read = || {
-            let file = self.open_again()?;
-            arrow::load(&file, &self.family.rules.layout)?.row(&file, index, (row - group.first) as usize)
-        };
-        let flat = fenced(read).unwrap_or_else(|panic| Err(Flaw::new("pages that decode", panic).into()));
-        flat.map_err(|trouble| trouble.at_row(&self.path, &self.place, index as u64, cache_row))
+        let found = self.fenced(|file| decode(file, index, group, (row - group.first) as usize));
+        found.map_err(|trouble| trouble.at_row(&self.path, &self.place, index as u64, cache_row))
+    }
+
+    /// Reads from the file, opened again, behind the fence.
+    fn fenced<T>(&self, read: impl FnOnce(&File) -> std::result::Result<T, Trouble>) -> std::result::Result<T, Trouble> {
+        let read = || read(&self.open_again()?);
+        fenced(read).unwrap_or_else(|panic| Err(Flaw::new("pages that decode", panic).into()))
     }
 
     /// Asks the system to fetch a row's pages, without waiting for them.
@@ -194,16 +187,14 @@ impl Shard {
     /// The keys of all rows: not covered by the rows' checksums here.
     pub(crate) fn keys(&self) -> Result<Vec<RowKey>> {
         let mut keys = Vec::with_capacity(usize::try_from(self.rows).unwrap_or_default().min(1 << 20));
-        let read = |index: usize, group: &Group| {
-            let file = self.open_again()?;
+        for index in 0..self.groups.len() {
             match &self.arrow {
-                Some(arrow) => arrow.keys(&file, index),
-                None => Ok(self.heads(&file, group)?.iter().map(|head| head.key).collect()),
+                Some(arrow) => {
+                    let found = self.fenced(|file| arrow.keys(file, index));
+                    keys.extend(found.map_err(|trouble| trouble.at_group(&self.path, &self.place, index as u64))?);
+                }
+                None => keys.extend(self.group_heads(index)?.iter().map(|head| head.key)),
             }
-        };
-        for (index, group) in self.groups.iter().enumerate() {
-            let flat = fenced(|| read(index, group)).unwrap_or_else(|panic| Err(Flaw::new("pages that decode", panic).into()));
-            keys.extend::<Vec<RowKey>>(flat.map_err(|trouble| trouble.at_group(&self.path, &self.place, index as u64))?);
         }
         Ok(keys)
     }
@@ -230,9 +221,8 @@ impl Shard {
 
     fn group_heads(&self, index: usize) -> Result<&[RowHead]> {
         let group = &self.groups[index];
-        let read = || self.open_again().and_then(|file| self.heads(&file, group));
-        let flat = fenced(read).unwrap_or_else(|panic| Err(Flaw::new("pages that decode", panic).into()));
-        flat.map_err(|trouble| trouble.at_group(&self.path, &self.place, index as u64))
+        let found = self.fenced(|file| self.heads(file, group));
+        found.map_err(|trouble| trouble.at_group(&self.path, &self.place, index as u64))
     }
 
     fn decode(&self, file: &File, group: &Group, within: usize) -> std::result::Result<Record, Trouble> {
@@ -295,7 +285,7 @@ impl Shard {
 
     /// The file, if it still is what was opened first.
     fn open_again(&self) -> std::result::Result<File, Trouble> {
-        open_file(&self.path, Some(self.bytes)).map(|(file, _)| file)
+        open_file(&self.path, self.bytes)
     }
 }
 
@@ -342,8 +332,8 @@ impl Trouble {
     }
 }
 
-/// Opens a plain file that is not empty and, where that is known, of this size.
-fn open_file(path: &Path, bytes: Option<u64>) -> std::result::Result<(File, u64), Trouble> {
+/// Opens a plain file of this size that is not empty.
+fn open_file(path: &Path, bytes: u64) -> std::result::Result<File, Trouble> {
     let file = match durable::call(|| File::open(path)) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(Flaw::new("this shard", "no such file").into()),
         opened => opened.map_err(Trouble::Io)?,
@@ -355,10 +345,10 @@ fn open_file(path: &Path, bytes: Option<u64>) -> std::result::Result<(File, u64)
     // One read asks for a page and no more; without this the system would read ahead on a cold file. It is advice.
     #[cfg(target_os = "linux")]
     let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
-    match bytes {
-        Some(bytes) if bytes != info.len() => Err(Flaw::new(format!("{bytes} bytes"), format!("{} bytes", info.len())).into()),
-        _ if info.len() == 0 => Err(Flaw::new("a Parquet file", "0 bytes").into()),
-        _ => Ok((file, info.len())),
+    match info.len() {
+        found if found != bytes => Err(Flaw::new(format!("{bytes} bytes"), format!("{found} bytes")).into()),
+        0 => Err(Flaw::new("a Parquet file", "0 bytes").into()),
+        _ => Ok(file),
     }
 }
 

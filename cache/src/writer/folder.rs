@@ -113,7 +113,7 @@ pub(crate) fn part_of(name: &str) -> Option<(usize, usize)> {
     (part_name(index, part) == name).then_some((index, part))
 }
 
-fn is_named(manifest: &Manifest, name: &str) -> bool {
+pub(crate) fn is_named(manifest: &Manifest, name: &str) -> bool {
     manifest.shards.iter().chain(&manifest.parts).any(|entry| entry.file == name)
 }
 

@@ -1,13 +1,11 @@
 //! Writing a shard again in place of a damaged one: the same steps as for a new shard, but the new file takes the old one's name.
 
-use super::{CacheWriter, OpenShard, WriterOptions, companion, folder, open_shard};
+use super::{CacheWriter, OpenShard, WriterOptions, check_seq_id, companion, folder};
 use crate::error::Flaw;
 use crate::manifest::{Manifest, ShardEntry};
 use crate::rules::{Form, Rules};
 use crate::{Description, Error, Record, Result, durable};
-use rayon::prelude::*;
 use std::path::Path;
-use std::sync::Arc;
 
 /// A shard being written in place of another.
 pub(crate) struct MendedShard {
@@ -20,8 +18,7 @@ impl CacheWriter {
     /// A writer of a cache whose shards may be damaged or missing. Only [`start_mending`](Self::start_mending) makes sense with it.
     pub(crate) fn of_damaged(dir: &Path, manifest: Manifest, lock: durable::Lock) -> Self {
         let rules = Rules::of(&manifest.description, manifest.format_version);
-        let layout = Arc::new(rules.layout.clone());
-        Self { dir: dir.into(), rules, layout, manifest, open: None, last_seq_id: None, failed: false, _lock: lock }
+        Self { dir: dir.into(), rules, manifest, open: None, last_seq_id: None, failed: false, _lock: lock }
     }
 
     pub(crate) fn manifest_mut(&mut self) -> &mut Manifest {
@@ -39,9 +36,7 @@ impl CacheWriter {
     pub(crate) fn mend_row(&self, shard: &mut MendedShard, record: &Record, form: Form) -> Result<()> {
         let row = shard.open.entry.first_row + shard.open.entry.rows;
         let bad = |flaw: Flaw| Error::BadRecord { row, seq_id: record.seq_id, expected: flaw.expected, found: flaw.found };
-        if let Some(last) = shard.last_seq_id.filter(|last| record.seq_id <= *last) {
-            return Err(bad(Flaw::new(format!("a seq_id above {last}, that of the row before"), record.seq_id)));
-        }
+        check_seq_id(shard.last_seq_id, record).map_err(bad)?;
         let record = match form {
             Form::Given => self.rules.encode(record).map_err(bad)?,
             Form::Stored => self.rules.check(record, form).map(|()| record.clone()).map_err(bad)?,
@@ -53,14 +48,12 @@ impl CacheWriter {
 
     /// Closes the shard, checks every row of it, and puts it in the old one's place. Gives what the manifest is to say of it.
     pub(crate) fn finish_mending(&self, shard: MendedShard) -> Result<ShardEntry> {
-        let OpenShard { writer, tmp, mut entry, .. } = shard.open;
-        if entry.rows != shard.rows {
-            return Err(Error::RowCount { dir: self.dir.clone(), expected: shard.rows, found: entry.rows });
+        let MendedShard { open, rows, .. } = shard;
+        if open.entry.rows != rows {
+            return Err(Error::RowCount { dir: self.dir.clone(), expected: rows, found: open.entry.rows });
         }
-        let written = writer.close()?;
-        (entry.bytes, entry.blake3) = (written.bytes, written.blake3);
-        let whole = open_shard(&tmp, &self.dir, &self.manifest, &entry)?;
-        (0..entry.rows).into_par_iter().try_for_each(|row| whole.row(row).map(|_| ()))?;
+        let name = open.entry.file.clone();
+        let (tmp, entry) = self.close(open, name)?;
         durable::supersede(&tmp, &self.dir.join(&entry.file))?;
         Ok(entry)
     }

@@ -7,6 +7,9 @@
 mod disk;
 mod golden;
 mod kills;
+#[path = "../cache/made.rs"]
+#[allow(dead_code)]
+mod made;
 mod modes;
 mod mutations;
 mod process;

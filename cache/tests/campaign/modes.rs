@@ -1,14 +1,13 @@
 //! A small cache of every way to store: each selection, each kind of value, both layouts of ids, declared temperatures. Made-up
 //! teachers with whole distributions, the same on every run.
 
+use crate::made::{self, VOCAB};
 use potstill_cache::{
-    Cutoff, DataFile, DataFingerprint, Description, EncodingFingerprint, IdEncoding, LOGIT_MANTISSA_BITS, Record, Selection,
-    SoftTargets, Target, TeacherFingerprint, TemplateFingerprint, TokenizerFingerprint, Values, encode, round_to_mantissa,
+    Cutoff, Description, IdEncoding, LOGIT_MANTISSA_BITS, Record, Selection, SoftTargets, Target, Values, encode,
+    round_to_mantissa,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Width of the made-up teacher, special tokens beyond 2^17 included.
-pub const VOCAB: u32 = 152_064;
 /// Tokens to which a made-up distribution gives any probability.
 const SUPPORT: usize = 200;
 
@@ -37,7 +36,7 @@ pub fn modes(rows: u64, rows_per_shard: u32) -> Vec<Mode> {
     let k = 6;
     let top = Selection::TopK { k };
     let cutoff = |rule| Selection::Cutoff { k, rule };
-    let base = description(rows, rows_per_shard);
+    let base = made::description(rows, rows_per_shard, 1);
     let with = |selection| Description { selection, ..base.clone() };
     let exact = |selection| Description {
         values: Values::LogitBf16,
@@ -60,38 +59,6 @@ pub fn modes(rows: u64, rows_per_shard: u32) -> Vec<Mode> {
     .into_iter()
     .map(|(name, description)| Mode { name, description })
     .collect()
-}
-
-fn description(rows: u64, rows_per_shard: u32) -> Description {
-    let digest = |text: &str| blake3::hash(text.as_bytes()).to_hex().to_string();
-    Description {
-        teacher: TeacherFingerprint {
-            name: "teacher-awq".into(),
-            config_blake3: digest("config"),
-            weights_blake3: digest("weights"),
-            weights: "awq-int4".into(),
-            compute: "float32".into(),
-        },
-        tokenizer: TokenizerFingerprint { vocabulary_blake3: digest("vocabulary"), blake3: digest("tokenizer"), size: VOCAB },
-        template: TemplateFingerprint { source: "tokenizer_config.json".into(), blake3: digest("template") },
-        data: DataFingerprint {
-            files: vec![DataFile { name: "chats.jsonl".into(), bytes: 1234, blake3: digest("chats") }],
-            rows,
-            skipped: BTreeMap::from([("empty".to_string(), 2)]),
-        },
-        encoding: EncodingFingerprint { max_length: 1024, truncation: "turns".into(), truncated_tokens: 17 },
-        selection: Selection::TopK { k: 1 },
-        mantissa_bits: 7,
-        values: Values::default(),
-        lse_temperatures: Vec::new(),
-        zstd_level: 3,
-        id_encoding: IdEncoding::default(),
-        rows_per_shard,
-        vocab_size: VOCAB,
-        expected_rows: rows,
-        part: None,
-        derived: Vec::new(),
-    }
 }
 
 /// A generator with a fixed sequence (splitmix64).

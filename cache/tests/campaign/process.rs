@@ -1,6 +1,7 @@
 //! This very test binary as a process of its own, so that it can be killed, held back and run out of disk: an ignored test each
 //! role, which does nothing unless it was started from here.
 
+pub use crate::made::files;
 use crate::modes::{Mode, modes};
 use potstill_cache::{CacheWriter, Companion, Error, ErrorClass, Manifest, Record, WriterOptions};
 use std::collections::BTreeMap;
@@ -107,20 +108,6 @@ pub fn scratch() -> tempfile::TempDir {
         None => tempfile::Builder::new().prefix("potstill-").tempdir_in("/dev/shm"),
     };
     memory.or_else(|_| tempfile::tempdir()).unwrap()
-}
-
-/// Every file of a folder with its bytes.
-pub fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    for entry in std::fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_str().unwrap().to_string();
-        match path.is_dir() {
-            true => found.extend(files(&path).into_iter().map(|(inner, bytes)| (format!("{name}/{inner}"), bytes))),
-            false => drop(found.insert(name, std::fs::read(&path).unwrap())),
-        }
-    }
-    found
 }
 
 /// Names of the files in which two folders differ.

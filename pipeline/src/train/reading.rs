@@ -13,9 +13,9 @@
 //! teacher and not to be compared with that of an exact cache; its gradient has the same expectation.
 
 use super::{TrainConfig, TrainError};
+use crate::Result;
 use crate::loss::{Divergence, LossSettings, Tail};
-use crate::{Error, Result};
-use potstill_cache::{Cache, Cutoff, Description, Selection, SoftTargets};
+use potstill_cache::{Cache, Description, Knobs, Selection, SelectionKind, SoftTargets, Storage};
 
 /// How distributions are taken from the cache.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,7 +38,7 @@ impl Reading {
         let description = &cache.manifest().description;
         let own = description.selection;
         // A cache's own selection asks for nothing: the run is the one without these settings.
-        let narrower = narrower(config, &own)?.filter(|narrower| *narrower != own);
+        let narrower = narrower(config, &description.storage())?.filter(|narrower| *narrower != own);
         if let Some(narrower) = &narrower {
             own.check_narrows_to(narrower)?;
         }
@@ -110,26 +110,19 @@ fn temperature(description: &Description, temperature: f64) -> Option<(usize, us
     declared.iter().position(|t| *t == temperature as f32).map(|at| (at, declared.len()))
 }
 
-/// What the settings ask to be read of a cache of this selection; `None` for all of it.
-fn narrower(config: &TrainConfig, has: &Selection) -> Result<Option<Selection>> {
-    let rule = match (config.min_prob, config.min_mass) {
-        (Some(_), Some(mass)) => {
-            let (found, expected) = (mass.to_string(), "either min_prob or min_mass".into());
-            return Err(Error::Setting { name: "min_mass", found, expected });
-        }
-        (Some(p), None) => Some(Cutoff::MinProb(p as f32)),
-        (None, Some(mass)) => Some(Cutoff::MinMass(mass as f32)),
-        (None, None) => None,
-    };
-    if config.top_k.is_none() && rule.is_none() {
+/// What the settings ask to be read of a cache that is stored so; `None` for all of it.
+fn narrower(config: &TrainConfig, has: &Storage) -> Result<Option<Selection>> {
+    let (min_prob, min_mass) = (config.min_prob.map(|p| p as f32), config.min_mass.map(|mass| mass as f32));
+    let by_rule = min_prob.is_some() || min_mass.is_some();
+    if config.top_k.is_none() && !by_rule {
         return Ok(None);
     }
-    let k = config.top_k.unwrap_or(has.max_entries());
-    let own = match has {
-        Selection::Cutoff { rule, .. } => Some(*rule),
-        _ => None,
-    };
-    Ok(Some(rule.or(own).map_or(Selection::TopK { k }, |rule| Selection::Cutoff { k, rule })))
+    // Draws cannot be made fewer: what is less than a drawn cache is its head.
+    let own_rule = matches!(has.selection, Selection::Cutoff { .. });
+    let kind = if by_rule || own_rule { SelectionKind::Cutoff } else { SelectionKind::TopK };
+    let top_k = config.top_k.or(Some(has.selection.max_entries()));
+    let knobs = Knobs { selection: Some(kind), top_k, min_prob, min_mass, ..Knobs::default() };
+    Ok(Some(has.with(&knobs)?.selection))
 }
 
 fn drawn_error(config: &TrainConfig, description: &Description, loss: &LossSettings) -> TrainError {
