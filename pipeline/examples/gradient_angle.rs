@@ -11,12 +11,13 @@ use potstill_cache::{Cutoff, Selection, SoftTargets, Values};
 use potstill_pipeline::adapter;
 use potstill_pipeline::data::pack::{self, Pack, Sequence};
 use potstill_pipeline::data::{self, BadRoles, ChatTokenizer, DataOptions, Example, Truncation};
+use potstill_pipeline::kernel::Precision;
 use potstill_pipeline::loss::{self, Divergence, LossSettings, Tail};
 use potstill_pipeline::model::decoder::{Decoder, Holding};
 use potstill_pipeline::ops::capture::Capture;
 use potstill_pipeline::run::RunContext;
 use potstill_pipeline::student::{LoraSettings, Student};
-use potstill_pipeline::teacher::Teacher;
+use potstill_pipeline::teacher::{Residency, Teacher};
 use std::path::{Path, PathBuf};
 
 type Failure = Box<dyn std::error::Error>;
@@ -37,7 +38,13 @@ fn main() -> Result<(), Failure> {
     let width = tokenizer.tokenizer_fingerprint().size;
     let options = DataOptions { max_length: MAX_LENGTH, truncation: Truncation::Turns, on_bad_roles: BadRoles::Skip };
     let chats = data::load(&[golden.join("chats.jsonl")], &tokenizer, &options, &RunContext::default())?.examples;
-    let teacher = Teacher::from_folder(&golden.join("teacher-awq"), width, &Device::Cpu, &RunContext::default())?;
+    let teacher = Teacher::from_folder(
+        &golden.join("teacher-awq"),
+        width,
+        (Precision::F32, Residency::Resident),
+        &Device::Cpu,
+        &RunContext::default(),
+    )?;
     let bench = Bench { teacher, student: student(&golden)?, packs: packs(&chats) };
 
     let whole = bench.gradient(Selection::TopK { k: width as u16 }, Tail::Bucket)?;
@@ -111,10 +118,11 @@ impl Bench {
         let capture = Capture { selection, values: Values::Logprob, lse_temperatures: Vec::new() };
         let mut sum = Gradient { numbers: Vec::new(), positions: 0, ids: 0 };
         for pack in &self.packs {
-            let kept = self.teacher.score(pack, &capture, HEAD_CHUNK)?;
+            let kept = self.teacher.score(std::slice::from_ref(pack), &capture, HEAD_CHUNK, &RunContext::default())?;
+            let kept = kept.and_then(|mut all| all.pop()).ok_or("nobody asked for a stop")?;
             let targets: SoftTargets = if selection.draws().is_some() { kept.estimate() } else { kept };
             let (hidden, tape) = self.student.forward(pack)?;
-            let head = self.student.decoder().head();
+            let head = self.student.head();
             let (_, d_hidden) = loss::fused(&hidden, head, pack.labels(), Some(&targets), &settings, 1.0, HEAD_CHUNK)?;
             let gradients = self.student.backward(tape, &d_hidden)?;
             let flat = Tensor::cat(&gradients.iter().map(Tensor::flatten_all).collect::<Result<Vec<_>, _>>()?, 0)?;
@@ -142,7 +150,8 @@ fn packs(chats: &[Example]) -> Vec<Pack> {
 
 /// The reference student with the reference adapter, whose factors are both away from 0, so all of them have a gradient.
 fn student(golden: &Path) -> Result<Student, Failure> {
-    let decoder = Decoder::from_folder(&golden.join("student"), Holding::Nf4, &Device::Cpu, &RunContext::default())?;
+    let decoder =
+        Decoder::from_folder(&golden.join("student"), Holding::Nf4, Precision::F32, &Device::Cpu, &RunContext::default())?;
     let (config, tensors) = adapter::load(&golden.join("expected/lora"))?;
     let mut student = Student::new(decoder, &LoraSettings { rank: config.rank, alpha: config.alpha, seed: 0 })?;
     let named = student.parameters().into_iter().map(|(name, _)| {

@@ -8,6 +8,7 @@
 use candle_core::{Device, Tensor};
 use potstill_pipeline::adapter;
 use potstill_pipeline::data::pack::{Pack, Sequence};
+use potstill_pipeline::kernel::Precision;
 use potstill_pipeline::model::decoder::{Decoder, Holding};
 use potstill_pipeline::run::RunContext;
 use potstill_pipeline::student::{LoraSettings, Student};
@@ -22,7 +23,7 @@ fn main() -> Result<(), Failure> {
         return Err("expected MODEL_FOLDER IDS.json OUT.safetensors [--nf4] [--adapter FOLDER]".into());
     };
     let holding = if options.iter().any(|o| o == "--nf4") { Holding::Nf4 } else { Holding::AsStored };
-    let mut decoder = Decoder::from_folder(Path::new(folder), holding, &Device::Cpu, &RunContext::default())?;
+    let mut decoder = Decoder::from_folder(Path::new(folder), holding, Precision::F32, &Device::Cpu, &RunContext::default())?;
     if let Some(at) = options.iter().position(|o| o == "--adapter") {
         let folder = options.get(at + 1).ok_or("--adapter: expected a folder")?;
         decoder = adapted(decoder, Path::new(folder))?;
@@ -32,7 +33,7 @@ fn main() -> Result<(), Failure> {
     for (n, input_ids) in lists.iter().enumerate() {
         let pack = Pack::new([Sequence { input_ids, positions: &[] }]);
         let hidden = decoder.final_norm(&decoder.hidden(&pack)?)?;
-        tensors.insert(format!("logits_{n}"), hidden.matmul(&decoder.head().t()?)?);
+        tensors.insert(format!("logits_{n}"), decoder.logits(&hidden)?);
         let ids: Vec<i64> = input_ids.iter().map(|id| i64::from(*id)).collect();
         tensors.insert(format!("ids_{n}"), Tensor::new(ids, &Device::Cpu)?);
     }

@@ -10,6 +10,7 @@
 
 use crate::adapter::MAX_RANK;
 use crate::data::pack::Pack;
+use crate::kernel::Precision;
 use crate::linear::Lora;
 use crate::model::decoder::{Decoder, Holding, features};
 use crate::model::layer::{Geometry, PROJECTIONS};
@@ -35,6 +36,8 @@ pub struct LoraSettings {
 #[derive(Debug, Clone)]
 pub struct Student {
     decoder: Decoder,
+    /// f32 [V, H].
+    head: Tensor,
 }
 
 /// What the backward walk needs of the forward walk.
@@ -53,7 +56,7 @@ pub struct Tape {
 impl Student {
     /// Reads a dense model folder, quantises its linear layers to NF4 and puts a fresh adapter on them.
     pub fn from_folder(folder: &Path, lora: &LoraSettings, device: &Device, context: &RunContext) -> Result<Self> {
-        Self::new(Decoder::from_folder(folder, Holding::Nf4, device, context)?, lora)
+        Self::new(Decoder::from_folder(folder, Holding::Nf4, Precision::F32, device, context)?, lora)
     }
 
     /// Puts a fresh adapter on a decoder. Errors: a rank out of its range.
@@ -78,12 +81,18 @@ impl Student {
                 linear.lora = Some(Lora { a, b, scale });
             }
         }
-        Ok(Self { decoder })
+        let head = decoder.head_tensor()?;
+        Ok(Self { decoder, head })
     }
 
     /// The model.
     pub fn decoder(&self) -> &Decoder {
         &self.decoder
+    }
+
+    /// The head, f32 [V, H]: logits = normed hidden · headᵀ.
+    pub fn head(&self) -> &Tensor {
+        &self.head
     }
 
     /// The trainable tensors: `model.layers.I.PROJECTION.lora_A.weight` f32 [r, in] and `….lora_B.weight` f32 [out, r], layer by

@@ -2,12 +2,18 @@
 //!
 //! Owns the model that scores and the width of its distribution: the tokenizer's ids. Head rows beyond them are padding that no
 //! text can contain; they are left out before the softmax. Knows nothing of students, chats or files.
+//!
+//! The one idea: the teacher only ever scores given text, so a block of packs goes through layer after layer together. A layer's
+//! weights are read from their file once a block, the next layer's while this one computes; memory holds two packed layers, the
+//! block's hidden states, and one chunk of logits, whatever the depth.
 
 use crate::data::pack::Pack;
-use crate::linear::product;
+use crate::kernel::Precision;
+use crate::linear::{Linear, Weight, forward_all};
 use crate::model::ModelError;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, Holding};
+use crate::model::layer::Geometry;
 use crate::model::weights::Weights;
 use crate::ops::capture::Capture;
 use crate::ops::draw::Place;
@@ -15,14 +21,30 @@ use crate::run::RunContext;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use potstill_cache::{RowKey, SoftTargets};
+use serde::{Deserialize, Serialize};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Where a teacher's weights are between two uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Residency {
+    /// In memory, all of them.
+    Resident,
+    /// In their files: a layer is read when its turn comes, and let go after it.
+    Streamed,
+}
 
 /// A model that scores given text.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Teacher {
     decoder: Decoder,
-    /// f32 [width, H], the head's rows of the tokenizer's ids.
-    head: Tensor,
+    /// [width, H], the head's rows of the tokenizer's ids.
+    head: Linear,
+    residency: Residency,
+    /// Whether every layer was in memory once.
+    warm: AtomicBool,
 }
 
 /// A pack's hidden states at its scored places, after the final norm: f32 [N, H].
@@ -32,47 +54,101 @@ pub struct ScoredHidden(Tensor);
 impl Teacher {
     /// Reads the model folder; `width` is the number of the tokenizer's ids. Errors: as [`Decoder::from_folder`], or a head with fewer
     /// rows than the tokenizer has ids.
-    pub fn from_folder(folder: &Path, width: u32, device: &Device, context: &RunContext) -> Result<Self> {
-        let decoder = Decoder::from_folder(folder, Holding::AsStored, device, context)?;
-        check_width(folder, &decoder.config, width)?;
-        let head = decoder.head().narrow(0, 0, width as usize)?;
-        Ok(Self { decoder, head })
+    pub fn from_folder(
+        folder: &Path,
+        width: u32,
+        (precision, residency): (Precision, Residency),
+        device: &Device,
+        context: &RunContext,
+    ) -> Result<Self> {
+        let decoder = Decoder::from_folder(folder, Holding::AsStored, precision, device, context)?;
+        let head = check_width(folder, &decoder.config, width, decoder.head().first_rows(width as usize))?;
+        Ok(Self { decoder, head: Linear::new(Weight::Dense(head), None), residency, warm: AtomicBool::new(false) })
     }
 
     /// What [`from_folder`](Self::from_folder) would refuse, found without loading anything.
-    pub fn check_folder(folder: &Path, config: &ModelConfig, weights: &Weights, width: u32) -> Result<()> {
-        check_width(folder, config, width)?;
+    pub fn check_folder(folder: &Path, config: &ModelConfig, weights: &Arc<Weights>, width: u32) -> Result<()> {
+        check_width(folder, config, width, (config.vocab_size >= width as usize).then_some(()))?;
         Ok(Decoder::check_folder(config, weights)?)
     }
 
-    /// Hidden states at the pack's scored places.
-    pub fn hidden(&self, pack: &Pack) -> Result<ScoredHidden> {
-        let hidden = self.decoder.hidden(pack)?;
-        let rows = Tensor::new(pack.scored(), self.decoder.device())?;
-        Ok(ScoredHidden(self.decoder.final_norm(&hidden.index_select(&rows, 0)?)?))
+    /// Hidden states at the packs' scored places; `None` where `context` asks for a stop meanwhile. Counts each token in the progress
+    /// as far as it got, the head being the last of `layers + 1` equal steps.
+    pub fn hidden(&self, packs: &[Pack], context: &RunContext) -> Result<Option<Vec<ScoredHidden>>> {
+        let config = &self.decoder.config;
+        let geometries: Vec<Geometry> = packs.iter().map(|pack| Geometry::new(pack, config)).collect();
+        let mut states =
+            packs.iter().map(|pack| self.decoder.embed(pack.input_ids())).collect::<candle_core::Result<Vec<_>>>()?;
+        for (i, layer) in self.decoder.layers.iter().enumerate() {
+            let done = std::thread::scope(|threads| -> Result<bool> {
+                if self.residency == Residency::Streamed || !self.warm.load(Ordering::Relaxed) {
+                    threads.spawn(|| self.decoder.populate_layer(i + 1));
+                }
+                for ((x, geometry), pack) in states.iter_mut().zip(&geometries).zip(packs) {
+                    if context.stopping() {
+                        return Ok(false);
+                    }
+                    *x = layer.forward(x, geometry)?;
+                    context.progress.add(self.share(pack, i));
+                }
+                Ok(true)
+            })?;
+            if self.residency == Residency::Streamed {
+                self.decoder.release_layer(i);
+            }
+            if !done {
+                return Ok(None);
+            }
+        }
+        self.warm.store(true, Ordering::Relaxed);
+        let scored = |(pack, x): (&Pack, Tensor)| -> Result<ScoredHidden> {
+            let rows = Tensor::new(pack.scored(), self.decoder.device())?;
+            Ok(ScoredHidden(self.decoder.final_norm(&x.index_select(&rows, 0)?)?))
+        };
+        packs.iter().zip(states).map(scored).collect::<Result<_>>().map(Some)
     }
 
     /// Logits f32 [n, width] of scored places `start..start + n`.
     pub fn logits(&self, hidden: &ScoredHidden, start: usize, n: usize) -> Result<Tensor> {
-        let rows = hidden.0.narrow(0, start, n)?;
-        Ok(product(&rows, &self.head.t()?)?)
+        let [logits] = forward_all([&self.head], &hidden.0.narrow(0, start, n)?, self.decoder.precision())?;
+        Ok(logits)
     }
 
-    /// Soft targets of all scored places of the pack, as `capture` says. Logits of at most `chunk` places exist at once. Errors: as
-    /// [`Capture::targets`].
-    pub fn score(&self, pack: &Pack, capture: &Capture, chunk: usize) -> Result<SoftTargets> {
-        let n = pack.scored().len();
-        let mut targets = SoftTargets::default();
-        if n == 0 {
-            return Ok(targets);
+    /// Soft targets of all scored places of each pack, as `capture` says; `None` where `context` asks for a stop meanwhile. Logits of at
+    /// most `chunk` places exist at once. Errors: as [`Capture::targets`].
+    pub fn score(
+        &self,
+        packs: &[Pack],
+        capture: &Capture,
+        chunk: usize,
+        context: &RunContext,
+    ) -> Result<Option<Vec<SoftTargets>>> {
+        let Some(states) = self.hidden(packs, context)? else { return Ok(None) };
+        let mut all = Vec::with_capacity(packs.len());
+        for (pack, hidden) in packs.iter().zip(states) {
+            let (n, places) = (pack.scored().len(), places(pack));
+            let mut targets = SoftTargets::default();
+            for start in (0..n).step_by(chunk.max(1)) {
+                if context.stopping() {
+                    return Ok(None);
+                }
+                let rows = chunk.max(1).min(n - start);
+                targets.extend(&capture.targets(&self.logits(&hidden, start, rows)?, &places[start..start + rows])?);
+            }
+            context.progress.add(self.share(pack, self.decoder.layers.len()));
+            all.push(targets);
         }
-        let places = places(pack);
-        let hidden = self.hidden(pack)?;
-        for start in (0..n).step_by(chunk.max(1)) {
-            let rows = chunk.max(1).min(n - start);
-            targets.extend(&capture.targets(&self.logits(&hidden, start, rows)?, &places[start..start + rows])?);
+        if self.residency == Residency::Streamed {
+            self.decoder.release_ends();
         }
-        Ok(targets)
+        Ok(Some(all))
+    }
+
+    /// How many of a pack's tokens step `i` of `layers + 1` counts for, so that all steps count each token once.
+    fn share(&self, pack: &Pack, i: usize) -> u64 {
+        let (tokens, steps) = (pack.input_ids().len() as u64, self.decoder.layers.len() as u64 + 1);
+        let until = |step: u64| tokens * step / steps;
+        until(i as u64 + 1) - until(i as u64)
     }
 }
 
@@ -88,14 +164,14 @@ fn places(pack: &Pack) -> Vec<Place> {
     places
 }
 
-fn check_width(folder: &Path, config: &ModelConfig, width: u32) -> Result<()> {
-    if config.vocab_size >= width as usize {
-        return Ok(());
-    }
-    Err(Error::Model(ModelError::Config {
-        path: folder.join("config.json"),
-        key: "vocab_size".into(),
-        expected: format!("at least the tokenizer's {width} ids"),
-        found: config.vocab_size.to_string(),
-    }))
+/// `found`, or what is wrong where there are fewer rows than ids.
+fn check_width<T>(folder: &Path, config: &ModelConfig, width: u32, found: Option<T>) -> Result<T> {
+    found.ok_or_else(|| {
+        Error::Model(ModelError::Config {
+            path: folder.join("config.json"),
+            key: "vocab_size".into(),
+            expected: format!("at least the tokenizer's {width} ids"),
+            found: config.vocab_size.to_string(),
+        })
+    })
 }

@@ -6,6 +6,7 @@ mod support;
 use candle_core::{Device, Tensor};
 use half::f16;
 use potstill_pipeline::linear::awq::{self, AwqWeight};
+use potstill_pipeline::linear::dense::DenseWeight;
 use potstill_pipeline::linear::nf4::{self, Nf4Weight};
 use potstill_pipeline::linear::{Linear, Lora, Weight};
 use std::collections::{BTreeSet, HashMap};
@@ -27,7 +28,7 @@ fn awq(tensors: &HashMap<String, Tensor>, name: &str) -> AwqWeight {
     let inputs = tensors[&format!("{name}.qweight")].dim(0).unwrap();
     let scales: Vec<f16> = scales.flatten_all().unwrap().to_vec1().unwrap();
     let part = |p: &str| words(&tensors[&format!("{name}.{p}")]);
-    AwqWeight::new(inputs, outputs, inputs / groups, part("qweight"), part("qzeros"), scales).unwrap()
+    AwqWeight::from_values(inputs, outputs, inputs / groups, &part("qweight"), &part("qzeros"), &scales).unwrap()
 }
 
 #[test]
@@ -63,11 +64,11 @@ fn awq_packing_is_the_inverse() {
 fn awq_refuses_lengths_that_do_not_fit() {
     let parts = || (vec![0u32; 8], vec![0u32; 2], vec![f16::ONE; 16]);
     let (q, z, s) = parts();
-    assert!(AwqWeight::new(8, 8, 4, q, z, s).is_some());
+    assert!(AwqWeight::from_values(8, 8, 4, &q, &z, &s).is_some());
     let (q, z, s) = parts();
-    assert!(AwqWeight::new(8, 8, 8, q, z, s).is_none());
+    assert!(AwqWeight::from_values(8, 8, 8, &q, &z, &s).is_none());
     let (q, z, s) = parts();
-    assert!(AwqWeight::new(8, 8, 0, q, z, s).is_none());
+    assert!(AwqWeight::from_values(8, 8, 0, &q, &z, &s).is_none());
 }
 
 #[test]
@@ -138,11 +139,11 @@ fn backward_equals_finite_differences() {
         Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap()
     };
     let dense = tensor(outputs, inputs, 1);
-    let scales = (0..outputs).map(|i| f16::from_f32(0.01 * (i + 1) as f32)).collect();
-    let quantised =
-        AwqWeight::new(inputs, outputs, inputs, (0..64).map(|i| i * 0x0123_4567).collect(), vec![0x7777_7777], scales);
+    let scales: Vec<f16> = (0..outputs).map(|i| f16::from_f32(0.01 * (i + 1) as f32)).collect();
+    let words: Vec<u32> = (0..64).map(|i| i * 0x0123_4567).collect();
+    let quantised = AwqWeight::from_values(inputs, outputs, inputs, &words, &[0x7777_7777], &scales);
     let weights = [
-        Weight::Dense(dense.clone()),
+        Weight::Dense(DenseWeight::from_f32(outputs, inputs, &floats(&dense)).unwrap()),
         Weight::Nf4(Nf4Weight::quantize(&floats(&dense), outputs, inputs).unwrap()),
         Weight::Awq(quantised.unwrap()),
     ];

@@ -6,6 +6,8 @@ mod support;
 use candle_core::{DType, Device, Tensor};
 use potstill_cache::SoftTargets;
 use potstill_pipeline::data::pack::{Pack, Sequence};
+use potstill_pipeline::kernel::Precision;
+use potstill_pipeline::linear::dense::DenseWeight;
 use potstill_pipeline::linear::{Linear, Weight};
 use potstill_pipeline::loss::{self, Divergence, LossSettings, LossSums, Tail};
 use potstill_pipeline::model::decoder::{Decoder, Holding};
@@ -16,7 +18,7 @@ use std::collections::HashMap;
 use support::{floats, golden, ids, load, max_difference, offsets, relative_l2};
 
 fn decoder(holding: Holding) -> Decoder {
-    Decoder::from_folder(&golden("student"), holding, &Device::Cpu, &RunContext::default()).unwrap()
+    Decoder::from_folder(&golden("student"), holding, Precision::F32, &Device::Cpu, &RunContext::default()).unwrap()
 }
 
 /// NF4 with the absolute maxima as the library stored them where its byte is not the nearest one: the reference's own base.
@@ -34,7 +36,7 @@ fn stored_nf4() -> Decoder {
             let code = |j: usize| nf4.codes()[j / 2] >> (4 - 4 * (j % 2)) & 15;
             let n = nf4.rows() * nf4.columns();
             let values: Vec<f32> = (0..n).map(|j| levels[code(j) as usize] * absmax[j / 64]).collect();
-            let dense = Tensor::from_vec(values, (nf4.rows(), nf4.columns()), &Device::Cpu).unwrap();
+            let dense = DenseWeight::from_f32(nf4.rows(), nf4.columns(), &values).unwrap();
             *linear = Linear::new(Weight::Dense(dense), linear.bias.clone());
         }
     }
@@ -57,7 +59,7 @@ fn with_adapter(decoder: Decoder) -> Student {
 fn logits(student: &Student, input_ids: &[u32]) -> Tensor {
     let pack = Pack::new([Sequence { input_ids, positions: &[] }]);
     let hidden = student.decoder().final_norm(&student.decoder().hidden(&pack).unwrap()).unwrap();
-    hidden.matmul(&student.decoder().head().t().unwrap()).unwrap()
+    hidden.matmul(&student.head().t().unwrap()).unwrap()
 }
 
 fn compare_variant(student: &Student, variant: &str, bound: f32) {
@@ -147,7 +149,7 @@ fn step(student: &Student, reference: &Reference, settings: &LossSettings) -> (L
     let (mut sums, mut total): (LossSums, Option<Vec<Tensor>>) = Default::default();
     for (pack, targets) in reference.packs.iter().zip(&reference.targets) {
         let (hidden, tape) = student.forward(pack).unwrap();
-        let head = student.decoder().head();
+        let head = student.head();
         let (part, d_hidden) = loss::fused(&hidden, head, pack.labels(), Some(targets), settings, scale, 13).unwrap();
         let gradients = student.backward(tape, &d_hidden).unwrap();
         total = Some(match total {

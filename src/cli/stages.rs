@@ -92,9 +92,18 @@ pub struct Precompute {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
-    /// Tokens that go through the model at once; memory and speed, the cache's bytes do not depend on it
+    /// What the factors of the teacher's products are rounded to: f32, or bf16 (about twice as fast where the processor has instructions for it; sums stay f32)
+    #[arg(long, value_name = "TYPE")]
+    pub compute: Option<String>,
+    /// Where weights are between two uses: resident (in memory) or streamed (read layer by layer, let go after use) [default: resident where they fit]
+    #[arg(long, value_name = "WHERE")]
+    pub residency: Option<String>,
+    /// Tokens that go through a layer at once; memory and speed, the cache's bytes do not depend on it
     #[arg(long, value_name = "TOKENS")]
     pub pack_tokens: Option<i64>,
+    /// Most tokens that go through the layers together; streamed weights are read once for each such block [default: by memory, and as many as are scored in --seal-minutes]
+    #[arg(long, value_name = "TOKENS")]
+    pub block_tokens: Option<i64>,
     /// Scored positions whose logits exist at once; memory and speed alone too
     #[arg(long, value_name = "POSITIONS")]
     pub head_chunk: Option<i64>,

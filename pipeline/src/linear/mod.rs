@@ -3,24 +3,54 @@
 //! W is frozen: it is a field, never an operand whose gradient somebody computes. Only LoRA's A and B get gradients.
 
 pub mod awq;
+pub mod dense;
 pub mod nf4;
+pub mod product;
 
-use candle_core::{Device, Result, Tensor};
-
-/// Products of at most so many entries (and those of a single row) are made of dot products rather than blocks.
-const OTHER_ORDER_ENTRIES: usize = 256;
-/// Products of at most so many rows and as many columns are cut into blocks of another depth.
-const OTHER_ORDER_SIDE: usize = 64;
+use crate::kernel::{Precision, Rows};
+use crate::ops::with_f32;
+use candle_core::{Device, Result, Tensor, bail};
+use product::{Factor, products};
 
 /// A frozen weight.
 #[derive(Debug, Clone)]
 pub enum Weight {
-    /// f32 [out, in].
-    Dense(Tensor),
+    /// As stored, [out, in].
+    Dense(dense::DenseWeight),
     /// int4 in groups, [in, out].
     Awq(awq::AwqWeight),
     /// 4-bit blocks, [out, in].
     Nf4(nf4::Nf4Weight),
+}
+
+impl Weight {
+    /// Input features.
+    pub fn inputs(&self) -> usize {
+        match self {
+            Weight::Dense(w) => w.inputs(),
+            Weight::Awq(w) => w.inputs(),
+            Weight::Nf4(w) => w.columns(),
+        }
+    }
+
+    /// Output features.
+    pub fn outputs(&self) -> usize {
+        match self {
+            Weight::Dense(w) => w.outputs(),
+            Weight::Awq(w) => w.outputs(),
+            Weight::Nf4(w) => w.rows(),
+        }
+    }
+
+    /// All of it as f32 [out, in].
+    pub fn to_tensor(&self) -> Result<Tensor> {
+        let (outputs, inputs) = (self.outputs(), self.inputs());
+        match self {
+            Weight::Dense(w) => Tensor::from_vec(w.dequantize(), (outputs, inputs), &Device::Cpu),
+            Weight::Awq(w) => Tensor::from_vec(w.dequantize(), (inputs, outputs), &Device::Cpu)?.t(),
+            Weight::Nf4(w) => Tensor::from_vec(w.dequantize(), (outputs, inputs), &Device::Cpu),
+        }
+    }
 }
 
 /// Low-rank factors added to a frozen layer: y += scale · B (A x).
@@ -62,18 +92,7 @@ impl Linear {
 
     /// y [T, out] of x [T, in], both f32 and contiguous.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut y = match &self.weight {
-            Weight::Dense(w) => product(x, &w.t()?)?,
-            Weight::Awq(w) => product(x, &awq_matrix(w, x.device())?)?,
-            Weight::Nf4(w) => product(x, &nf4_matrix(w, x.device())?.t()?)?,
-        };
-        if let Some(bias) = &self.bias {
-            y = y.broadcast_add(bias)?;
-        }
-        if let Some(lora) = &self.lora {
-            let u = x.matmul(&lora.a.t()?)?;
-            y = (y + (u.matmul(&lora.b.t()?)? * lora.scale)?)?;
-        }
+        let [y] = forward_all([self], x, Precision::F32)?;
         Ok(y)
     }
 
@@ -81,11 +100,7 @@ impl Linear {
     ///
     /// With u = A x: du = scale·Bᵀ dy, dB = scale·dy uᵀ, dA = du xᵀ, dx = Wᵀ dy + Aᵀ du (sums over the T rows).
     pub fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<(Tensor, Option<LoraGradient>)> {
-        let dx = match &self.weight {
-            Weight::Dense(w) => dy.matmul(w)?,
-            Weight::Awq(w) => dy.matmul(&awq_matrix(w, x.device())?.t()?)?,
-            Weight::Nf4(w) => dy.matmul(&nf4_matrix(w, x.device())?)?,
-        };
+        let dx = dy.matmul(&self.weight.to_tensor()?)?;
         let Some(lora) = &self.lora else { return Ok((dx, None)) };
         let u = x.matmul(&lora.a.t()?)?;
         let scaled = (dy * lora.scale)?;
@@ -95,24 +110,31 @@ impl Linear {
     }
 }
 
-/// x [T, in] · m [in, out], f32, of which a row's bits do not depend on T or on the other rows.
-///
-/// The matrix library adds up small products in another order (up to 256 entries, up to 64 by 64). Such a product is made
-/// larger by copies of its rows, so that a conversation scores alike alone and among others.
-pub fn product(x: &Tensor, m: &Tensor) -> Result<Tensor> {
-    let (rows, out) = (x.dim(0)?, m.dim(1)?.max(1));
-    let least = (OTHER_ORDER_ENTRIES / out + 1).max(2);
-    let least = if out <= OTHER_ORDER_SIDE { least.max(OTHER_ORDER_SIDE + 1) } else { least };
-    if rows == 0 || rows >= least {
-        return x.matmul(m);
+/// The outputs [T, out] of several layers of the same x [T, in], all f32 and contiguous. `precision` is that of the frozen weights'
+/// products; LoRA's are f32.
+pub fn forward_all<const N: usize>(layers: [&Linear; N], x: &Tensor, precision: Precision) -> Result<[Tensor; N]> {
+    let (t, width) = x.dims2()?;
+    if let Some(layer) = layers.iter().find(|layer| layer.weight.inputs() != width) {
+        bail!("linear: x {:?} does not fit {} inputs", x.dims(), layer.weight.inputs());
     }
-    x.repeat((least.div_ceil(rows), 1))?.matmul(m)?.narrow(0, 0, rows)?.contiguous()
-}
-
-fn awq_matrix(w: &awq::AwqWeight, device: &Device) -> Result<Tensor> {
-    Tensor::from_vec(w.dequantize(), (w.inputs(), w.outputs()), &Device::Cpu)?.to_device(device)
-}
-
-fn nf4_matrix(w: &nf4::Nf4Weight, device: &Device) -> Result<Tensor> {
-    Tensor::from_vec(w.dequantize(), (w.rows(), w.columns()), &Device::Cpu)?.to_device(device)
+    let rows = with_f32(x, |x| Ok(Rows::pack(x, width, precision)))?;
+    let biases = layers.map(|layer| layer.bias.as_ref().map(|bias| bias.to_vec1::<f32>()).transpose());
+    let mut factors = Vec::with_capacity(N);
+    for (layer, bias) in layers.iter().zip(&biases) {
+        let bias = match bias {
+            Ok(bias) => bias.as_deref(),
+            Err(error) => bail!("linear: {error}"),
+        };
+        factors.push(Factor { weight: &layer.weight, bias });
+    }
+    let mut outputs = Vec::with_capacity(N);
+    for (values, layer) in products(&rows, &factors).into_iter().zip(layers) {
+        let mut y = Tensor::from_vec(values, (t, layer.weight.outputs()), x.device())?;
+        if let Some(lora) = &layer.lora {
+            let u = x.matmul(&lora.a.t()?)?;
+            y = (y + (u.matmul(&lora.b.t()?)? * lora.scale)?)?;
+        }
+        outputs.push(y);
+    }
+    outputs.try_into().map_err(|_| candle_core::Error::Msg("linear: a product is missing".into()))
 }

@@ -88,6 +88,22 @@ impl Nf4Weight {
         out
     }
 
+    /// Values of row `row` from column `first` on, as many as `out` takes; as [`dequantize`](Self::dequantize) gives them.
+    pub fn decode(&self, row: usize, first: usize, out: &mut [f32]) {
+        let mut at = row * self.columns + first;
+        let mut rest = out;
+        while !rest.is_empty() {
+            let (here, later) = rest.split_at_mut((BLOCK - at % BLOCK).min(rest.len()));
+            let scale = self.block_scale(at / BLOCK);
+            for value in here {
+                let byte = self.codes[at / 2];
+                *value = LEVELS[usize::from(if at.is_multiple_of(2) { byte >> 4 } else { byte & 15 })] * scale;
+                at += 1;
+            }
+            rest = later;
+        }
+    }
+
     /// Output features of a linear layer.
     pub fn rows(&self) -> usize {
         self.rows

@@ -73,6 +73,8 @@ pub struct ModelConfig {
     pub tied: bool,
     /// Which layers have a bias.
     pub biases: Biases,
+    /// Whether q and k pass a norm, head by head, before they are turned (Qwen3).
+    pub head_norms: bool,
     /// How the linear layers are stored.
     pub quantization: Quantization,
 }
@@ -104,6 +106,7 @@ impl ModelConfig {
             context: context(&object)?,
             tied: object.flag("tie_word_embeddings")?,
             biases,
+            head_norms: object.architecture() == Some("Qwen3ForCausalLM"),
             quantization: quantization(folder, &object)?,
         };
         config.check(&object)?;

@@ -8,15 +8,18 @@ use super::config::{Biases, ModelConfig, Quantization};
 use super::layer::{Geometry, Layer, PROJECTIONS};
 use super::weights::Weights;
 use crate::data::pack::Pack;
+use crate::kernel::{Isa, Precision};
 use crate::linear::awq::{AwqWeight, PER_WORD};
+use crate::linear::dense::{DenseWeight, Stored};
 use crate::linear::nf4::Nf4Weight;
-use crate::linear::{Linear, Weight};
+use crate::linear::{Linear, Weight, forward_all};
 use crate::ops::{rms_norm, with_f32};
 use crate::run::RunContext;
 use candle_core::{DType, Device, Tensor};
-use half::f16;
+use rayon::prelude::*;
 use safetensors::Dtype;
 use std::path::Path;
+use std::sync::Arc;
 
 /// How linear layers are held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,31 +30,42 @@ pub enum Holding {
     Nf4,
 }
 
-/// A decoder of the Qwen2 / Llama family.
+/// A decoder of the Qwen / Llama family.
 #[derive(Debug, Clone)]
 pub struct Decoder {
     /// Sizes.
     pub config: ModelConfig,
-    /// [V, H] in the stored dtype.
-    embed_tokens: Tensor,
+    /// [V, H].
+    embed_tokens: DenseWeight,
     /// The layers, first to last.
     pub layers: Vec<Layer>,
     /// f32 `[H]`.
     norm: Tensor,
-    /// f32 [V, H]; the embedding where the config ties them.
-    head: Tensor,
+    /// [V, H]; the embedding where the config ties them.
+    head: DenseWeight,
     device: Device,
+    /// The files that weights held as stored lie in.
+    weights: Arc<Weights>,
+    precision: Precision,
 }
 
 impl Decoder {
     /// Reads the model folder. Errors: a bad config, missing or misshapen tensors (all named at once), AWQ where dense is needed.
-    pub fn from_folder(folder: &Path, holding: Holding, device: &Device, context: &RunContext) -> Result<Self, ModelError> {
+    ///
+    /// Weights held as stored are not read here: they stay in the mapped files until they are needed.
+    pub fn from_folder(
+        folder: &Path,
+        holding: Holding,
+        precision: Precision,
+        device: &Device,
+        context: &RunContext,
+    ) -> Result<Self, ModelError> {
         let config = ModelConfig::from_folder(folder)?;
         if holding == Holding::Nf4 {
             config.check_dense(folder)?;
         }
-        let weights = Weights::open(folder)?;
-        Reader { config: &config, weights: &weights, holding, device }.decoder(context).map_err(|e| match e {
+        let weights = Arc::new(Weights::open(folder)?);
+        Reader { config: &config, weights: &weights, holding, precision, device }.decoder(context).map_err(|e| match e {
             ReadError::Model(e) => e,
             ReadError::Tensor(source) => ModelError::Tensor { folder: folder.to_path_buf(), source },
         })
@@ -59,8 +73,9 @@ impl Decoder {
 
     /// Checks config, tensor names and shapes of a model folder without loading it. Errors: as
     /// [`from_folder`](Self::from_folder).
-    pub fn check_folder(config: &ModelConfig, weights: &Weights) -> Result<(), ModelError> {
-        Reader { config, weights, holding: Holding::AsStored, device: &Device::Cpu }.check()
+    pub fn check_folder(config: &ModelConfig, weights: &Arc<Weights>) -> Result<(), ModelError> {
+        let (holding, precision) = (Holding::AsStored, Precision::default());
+        Reader { config, weights, holding, precision, device: &Device::Cpu }.check()
     }
 
     /// Hidden states before the first layer, f32 [T, H]. Errors: an id beyond the embedding.
@@ -68,8 +83,11 @@ impl Decoder {
         if let Some(id) = input_ids.iter().find(|id| **id as usize >= self.config.vocab_size) {
             candle_core::bail!("token id {id}: expected ids below the model's vocabulary size, {}", self.config.vocab_size);
         }
-        let ids = Tensor::new(input_ids, &self.device)?;
-        self.embed_tokens.index_select(&ids, 0)?.to_dtype(DType::F32)
+        let h = self.config.hidden_size;
+        let mut x = vec![0f32; input_ids.len() * h];
+        let rows = x.par_chunks_mut(h).zip(input_ids);
+        rows.for_each(|(row, id)| self.embed_tokens.decode(Isa::best(), *id as usize, 0, row));
+        Tensor::from_vec(x, (input_ids.len(), h), &self.device)
     }
 
     /// Hidden states after the last layer, before the final norm, f32 [T, H].
@@ -92,22 +110,67 @@ impl Decoder {
         rms_norm::backward(x, &self.norm, self.config.rms_norm_eps, dy)
     }
 
-    /// The head, f32 [V, H]: logits = normed hidden · headᵀ.
-    pub fn head(&self) -> &Tensor {
+    /// The head [V, H]: logits = normed hidden · headᵀ.
+    pub fn head(&self) -> &DenseWeight {
         &self.head
+    }
+
+    /// Logits f32 [n, V] of normed hidden states x [n, H].
+    pub fn logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let head = Linear::new(Weight::Dense(self.head.clone()), None);
+        let [logits] = forward_all([&head], x, self.precision)?;
+        Ok(logits)
+    }
+
+    /// A copy of the head, f32 [V, H].
+    pub fn head_tensor(&self) -> candle_core::Result<Tensor> {
+        Weight::Dense(self.head.clone()).to_tensor()
+    }
+
+    /// What the factors of the frozen weights' products are rounded to.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// Where the model computes.
     pub fn device(&self) -> &Device {
         &self.device
     }
+
+    /// Brings what layer `i` has in files into memory, waiting for the disk. Nothing where there is no such layer.
+    pub fn populate_layer(&self, i: usize) {
+        self.weights.populate(self.stored_names(i).iter().map(String::as_str));
+    }
+
+    /// Lets go of what layer `i` has in files.
+    pub fn release_layer(&self, i: usize) {
+        self.weights.release(self.stored_names(i).iter().map(String::as_str));
+    }
+
+    /// Lets go of the embedding and the head.
+    pub fn release_ends(&self) {
+        self.weights.release([EMBEDDING, HEAD]);
+    }
+
+    fn stored_names(&self, i: usize) -> Vec<String> {
+        if i >= self.layers.len() {
+            return Vec::new();
+        }
+        let parts = ["weight", "qweight", "qzeros", "scales"];
+        PROJECTIONS.iter().flat_map(|p| parts.map(|part| format!("model.layers.{i}.{p}.{part}"))).collect()
+    }
 }
+
+/// Names of the tensors at both ends.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 /// Reads one folder.
 struct Reader<'a> {
     config: &'a ModelConfig,
-    weights: &'a Weights,
+    weights: &'a Arc<Weights>,
     holding: Holding,
+    precision: Precision,
     device: &'a Device,
 }
 
@@ -132,11 +195,8 @@ impl Reader<'_> {
     fn decoder(&self, context: &RunContext) -> Result<Decoder, ReadError> {
         let c = self.config;
         self.check()?;
-        let embed_tokens = self.weights.tensor("model.embed_tokens.weight", &[c.vocab_size, c.hidden_size], self.device)?;
-        let head = match c.tied {
-            true => embed_tokens.to_dtype(DType::F32)?,
-            false => self.float("lm_head.weight", &[c.vocab_size, c.hidden_size])?,
-        };
+        let embed_tokens = self.dense(EMBEDDING, c.vocab_size, c.hidden_size)?;
+        let head = if c.tied { embed_tokens.clone() } else { self.dense(HEAD, c.vocab_size, c.hidden_size)? };
         context.progress.begin("loading the model", "layers", c.layers as u64);
         let mut layers = Vec::with_capacity(c.layers);
         for i in 0..c.layers {
@@ -148,7 +208,8 @@ impl Reader<'_> {
         }
         context.progress.end();
         let norm = self.float("model.norm.weight", &[c.hidden_size])?;
-        Ok(Decoder { config: c.clone(), embed_tokens, layers, norm, head, device: self.device.clone() })
+        let (device, weights) = (self.device.clone(), Arc::clone(self.weights));
+        Ok(Decoder { config: c.clone(), embed_tokens, layers, norm, head, device, weights, precision: self.precision })
     }
 
     /// Group size first, since a wrong one makes every tensor look misshapen; then all names and shapes.
@@ -190,12 +251,18 @@ impl Reader<'_> {
 
     fn layer(&self, i: usize) -> Result<Layer, ReadError> {
         let norm = |name: &str| self.float(&format!("model.layers.{i}.{name}.weight"), &[self.config.hidden_size]);
+        let head_norm = |name: &str| match self.config.head_norms {
+            true => self.float(&format!("model.layers.{i}.{name}.weight"), &[self.config.head_dim]).map(Some),
+            false => Ok(None),
+        };
         let linear = |p: usize| self.linear(&format!("model.layers.{i}.{}", PROJECTIONS[p]), p);
         Ok(Layer {
             input_layernorm: norm("input_layernorm")?,
             q_proj: linear(0)?,
             k_proj: linear(1)?,
             v_proj: linear(2)?,
+            q_norm: head_norm("self_attn.q_norm")?,
+            k_norm: head_norm("self_attn.k_norm")?,
             o_proj: linear(3)?,
             post_attention_layernorm: norm("post_attention_layernorm")?,
             gate_proj: linear(4)?,
@@ -203,6 +270,7 @@ impl Reader<'_> {
             down_proj: linear(6)?,
             head_dim: self.config.head_dim,
             eps: self.config.rms_norm_eps,
+            precision: self.precision,
         })
     }
 
@@ -210,7 +278,7 @@ impl Reader<'_> {
         let (outputs, inputs) = features(self.config, projection);
         let weight = match (self.awq_group(name, inputs), self.holding) {
             (Some(group), _) => Weight::Awq(self.awq(name, inputs, outputs, group)?),
-            (None, Holding::AsStored) => Weight::Dense(self.float(&format!("{name}.weight"), &[outputs, inputs])?),
+            (None, Holding::AsStored) => Weight::Dense(self.dense(&format!("{name}.weight"), outputs, inputs)?),
             (None, Holding::Nf4) => {
                 let dense = self.weights.tensor(&format!("{name}.weight"), &[outputs, inputs], &Device::Cpu)?;
                 let dense = dense.to_dtype(DType::F32)?;
@@ -228,16 +296,28 @@ impl Reader<'_> {
 
     fn awq(&self, name: &str, inputs: usize, outputs: usize, group: usize) -> Result<AwqWeight, ReadError> {
         let (words, groups) = (outputs / PER_WORD, inputs / group);
-        let part = |suffix: &str, dtype, shape: [usize; 2]| self.weights.bytes(&format!("{name}.{suffix}"), dtype, &shape);
-        let packed = |bytes: &[u8]| bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        let qweight = packed(part("qweight", Dtype::I32, [inputs, words])?);
-        let qzeros = packed(part("qzeros", Dtype::I32, [groups, words])?);
+        let part = |suffix: &str, dtype, shape: [usize; 2]| self.weights.shared(&format!("{name}.{suffix}"), dtype, &shape);
+        let qweight = part("qweight", Dtype::I32, [inputs, words])?;
+        let qzeros = part("qzeros", Dtype::I32, [groups, words])?;
         let scales = part("scales", Dtype::F16, [groups, outputs])?;
-        let scales = scales.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
         AwqWeight::new(inputs, outputs, group, qweight, qzeros, scales).ok_or_else(|| {
             let tensor =
                 format!("{name}: {inputs} inputs and {outputs} outputs cannot be cut into groups of {group} and words of 8");
             ReadError::Tensor(candle_core::Error::Msg(tensor))
+        })
+    }
+
+    /// A dense float tensor [outputs, inputs], left where it lies.
+    fn dense(&self, name: &str, outputs: usize, inputs: usize) -> Result<DenseWeight, ReadError> {
+        let (dtype, stored) = match self.weights.info(name).map(|info| info.dtype) {
+            Some(Dtype::F16) => (Dtype::F16, Stored::F16),
+            Some(Dtype::BF16) => (Dtype::BF16, Stored::Bf16),
+            _ => (Dtype::F32, Stored::F32),
+        };
+        let bytes = self.weights.shared(name, dtype, &[outputs, inputs])?;
+        let found = bytes.len();
+        DenseWeight::new(outputs, inputs, stored, bytes).ok_or_else(|| {
+            ReadError::Tensor(candle_core::Error::Msg(format!("{name}: {outputs} by {inputs} values do not fit {found} bytes")))
         })
     }
 
@@ -258,10 +338,13 @@ impl Reader<'_> {
     /// Every tensor the model needs, so that all that is wrong is said at once and before anything is allocated.
     fn expected(&self) -> Vec<(String, Vec<usize>)> {
         let c = self.config;
-        let mut all = vec![("model.embed_tokens.weight".to_string(), vec![c.vocab_size, c.hidden_size])];
+        let mut all = vec![(EMBEDDING.to_string(), vec![c.vocab_size, c.hidden_size])];
         for i in 0..c.layers {
             for norm in ["input_layernorm", "post_attention_layernorm"] {
                 all.push((format!("model.layers.{i}.{norm}.weight"), vec![c.hidden_size]));
+            }
+            for norm in ["self_attn.q_norm", "self_attn.k_norm"].iter().filter(|_| c.head_norms) {
+                all.push((format!("model.layers.{i}.{norm}.weight"), vec![c.head_dim]));
             }
             for (p, projection) in PROJECTIONS.iter().enumerate() {
                 let (name, (outputs, inputs)) = (format!("model.layers.{i}.{projection}"), features(c, p));
@@ -280,7 +363,7 @@ impl Reader<'_> {
         }
         all.push(("model.norm.weight".into(), vec![c.hidden_size]));
         if !c.tied {
-            all.push(("lm_head.weight".into(), vec![c.vocab_size, c.hidden_size]));
+            all.push((HEAD.into(), vec![c.vocab_size, c.hidden_size]));
         }
         all
     }

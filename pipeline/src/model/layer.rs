@@ -2,15 +2,16 @@
 //! between once more, so that a run keeps only one tensor a layer (activation recomputation).
 //!
 //! ```text
-//! x ─ input_layernorm ─ q,k,v ─ rope ─ attention ─ o ─(+x)─ h ─ post_attention_layernorm ─ gate,up ─ SwiGLU ─ down ─(+h)─ y
+//! x ─ input_layernorm ─ q,k,v ─ (q,k norm) ─ rope ─ attention ─ o ─(+x)─ h ─ post_attention_layernorm ─ gate,up ─ SwiGLU ─ down ─(+h)─ y
 //! ```
 
 use super::config::ModelConfig;
 use crate::data::pack::Pack;
-use crate::linear::{Linear, LoraGradient};
-use crate::ops::attention::{self, Attended};
+use crate::kernel::Precision;
+use crate::linear::{Linear, LoraGradient, forward_all};
+use crate::ops::attention;
 use crate::ops::rope::{Table, Turn};
-use crate::ops::{rms_norm, swiglu};
+use crate::ops::{add, rms_norm, swiglu};
 use candle_core::{Result, Tensor};
 
 /// The seven linear layers, named as in the checkpoint, in the order of [`Layer::linears`].
@@ -49,6 +50,10 @@ pub struct Layer {
     pub k_proj: Linear,
     /// H → kv_heads · d.
     pub v_proj: Linear,
+    /// f32 `[d]`, over every head of q before rope (Qwen3).
+    pub q_norm: Option<Tensor>,
+    /// f32 `[d]`, over every head of k before rope (Qwen3).
+    pub k_norm: Option<Tensor>,
     /// heads · d → H.
     pub o_proj: Linear,
     /// f32 `[H]`.
@@ -61,22 +66,37 @@ pub struct Layer {
     pub down_proj: Linear,
     pub(super) head_dim: usize,
     pub(super) eps: f64,
+    /// What the factors of the frozen weights' products are rounded to.
+    pub(super) precision: Precision,
 }
 
-/// What lies between a layer's input and its output.
-struct Between {
+/// What lies between a layer's input and the sum after attention.
+struct Attended {
     normed: Tensor,
+    /// q and k [T · heads, d] as they were before their norms; `None` without norms.
+    q_unnormed: Option<Tensor>,
+    k_unnormed: Option<Tensor>,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attended: Attended,
+    attended: attention::Attended,
     attended_flat: Tensor,
     h: Tensor,
+}
+
+/// What lies between that sum and the layer's output.
+struct Fed {
     h_normed: Tensor,
     gate: Tensor,
     up: Tensor,
     product: Tensor,
 }
+
+/// Bytes of `gate`, `up` and their product that exist at once in a forward pass: rows go through the MLP in as many parts as that
+/// takes, for a model of 27,392 intermediate features would need 330 KB a token.
+const MLP_BYTES: usize = 512 << 20;
+/// Fewest rows of such a part: fewer would unpack weights too often.
+const LEAST_MLP_ROWS: usize = 512;
 
 impl Layer {
     /// The linear layers in the order of [`PROJECTIONS`].
@@ -92,18 +112,31 @@ impl Layer {
 
     /// y [T, H] of x [T, H], f32.
     pub fn forward(&self, x: &Tensor, geometry: &Geometry) -> Result<Tensor> {
-        // Everything else is let go before the widest product.
-        let Between { h, product, .. } = self.between(x, geometry)?;
-        h + self.down_proj.forward(&product)?
+        let Attended { h, .. } = self.attend(x, geometry)?;
+        let (t, _) = h.dims2()?;
+        let part = (MLP_BYTES / (3 * 4 * self.gate_proj.weight.outputs().max(1))).max(LEAST_MLP_ROWS);
+        let mut parts = Vec::with_capacity(t.div_ceil(part));
+        for start in (0..t).step_by(part) {
+            let h = h.narrow(0, start, part.min(t - start))?;
+            // Everything else is let go before the widest product.
+            let Fed { product, .. } = self.feed(&h)?;
+            let [down] = forward_all([&self.down_proj], &product, self.precision)?;
+            parts.push(add(&h, &down)?);
+        }
+        match &parts[..] {
+            [all] => Ok(all.clone()),
+            parts => Tensor::cat(parts, 0),
+        }
     }
 
     /// From the layer's input x and dL/dy, both [T, H]: dL/dx, and the LoRA gradients in the order of [`PROJECTIONS`].
     pub fn backward(&self, x: &Tensor, dy: &Tensor, geometry: &Geometry) -> Result<(Tensor, [Option<LoraGradient>; 7])> {
-        let s = self.between(x, geometry)?;
-        let (d_product, down) = self.down_proj.backward(&s.product, dy)?;
-        let (d_gate, d_up) = swiglu::backward(&s.gate, &s.up, &d_product)?;
-        let (from_gate, gate) = self.gate_proj.backward(&s.h_normed, &d_gate)?;
-        let (from_up, up) = self.up_proj.backward(&s.h_normed, &d_up)?;
+        let s = self.attend(x, geometry)?;
+        let fed = self.feed(&s.h)?;
+        let (d_product, down) = self.down_proj.backward(&fed.product, dy)?;
+        let (d_gate, d_up) = swiglu::backward(&fed.gate, &fed.up, &d_product)?;
+        let (from_gate, gate) = self.gate_proj.backward(&fed.h_normed, &d_gate)?;
+        let (from_up, up) = self.up_proj.backward(&fed.h_normed, &d_up)?;
         let d_h_normed = (from_gate + from_up)?;
         let dh = (dy + rms_norm::backward(&s.h, &self.post_attention_layernorm, self.eps, &d_h_normed)?)?;
 
@@ -111,29 +144,50 @@ impl Layer {
         let d_attended = d_flat.reshape(s.q.dims())?;
         let (dq, dk, dv) = attention::backward(&s.q, &s.k, &s.v, &s.attended, &d_attended, &geometry.segments)?;
         let flat = |t: Tensor| -> Result<Tensor> { t.flatten_from(1) };
-        let dq = flat(geometry.rope.apply(&dq, Turn::Backward)?)?;
-        let dk = flat(geometry.rope.apply(&dk, Turn::Backward)?)?;
-        let (from_q, q) = self.q_proj.backward(&s.normed, &dq)?;
-        let (from_k, k) = self.k_proj.backward(&s.normed, &dk)?;
+        let dq = self.head_norm_backward(&s.q_unnormed, &self.q_norm, geometry.rope.apply(&dq, Turn::Backward)?)?;
+        let dk = self.head_norm_backward(&s.k_unnormed, &self.k_norm, geometry.rope.apply(&dk, Turn::Backward)?)?;
+        let (from_q, q) = self.q_proj.backward(&s.normed, &flat(dq)?)?;
+        let (from_k, k) = self.k_proj.backward(&s.normed, &flat(dk)?)?;
         let (from_v, v) = self.v_proj.backward(&s.normed, &flat(dv)?)?;
         let d_normed = ((from_q + from_k)? + from_v)?;
         let dx = (dh + rms_norm::backward(x, &self.input_layernorm, self.eps, &d_normed)?)?;
         Ok((dx, [q, k, v, o, gate, up, down]))
     }
 
-    fn between(&self, x: &Tensor, geometry: &Geometry) -> Result<Between> {
+    fn attend(&self, x: &Tensor, geometry: &Geometry) -> Result<Attended> {
         let (t, _) = x.dims2()?;
         let heads = |y: Tensor| -> Result<Tensor> { y.reshape((t, (), self.head_dim)) };
         let normed = rms_norm::forward(x, &self.input_layernorm, self.eps)?;
-        let q = geometry.rope.apply(&heads(self.q_proj.forward(&normed)?)?, Turn::Forward)?;
-        let k = geometry.rope.apply(&heads(self.k_proj.forward(&normed)?)?, Turn::Forward)?;
-        let v = heads(self.v_proj.forward(&normed)?)?;
+        let [q, k, v] = forward_all([&self.q_proj, &self.k_proj, &self.v_proj], &normed, self.precision)?;
+        let (q, q_unnormed) = self.head_norm(heads(q)?, &self.q_norm)?;
+        let (k, k_unnormed) = self.head_norm(heads(k)?, &self.k_norm)?;
+        let q = geometry.rope.apply(&q, Turn::Forward)?;
+        let k = geometry.rope.apply(&k, Turn::Forward)?;
+        let v = heads(v)?;
         let attended = attention::forward(&q, &k, &v, &geometry.segments)?;
         let attended_flat = attended.output.flatten_from(1)?;
-        let h = (x + self.o_proj.forward(&attended_flat)?)?;
-        let h_normed = rms_norm::forward(&h, &self.post_attention_layernorm, self.eps)?;
-        let (gate, up) = (self.gate_proj.forward(&h_normed)?, self.up_proj.forward(&h_normed)?);
+        let [o] = forward_all([&self.o_proj], &attended_flat, self.precision)?;
+        let h = add(x, &o)?;
+        Ok(Attended { normed, q_unnormed, k_unnormed, q, k, v, attended, attended_flat, h })
+    }
+
+    fn feed(&self, h: &Tensor) -> Result<Fed> {
+        let h_normed = rms_norm::forward(h, &self.post_attention_layernorm, self.eps)?;
+        let [gate, up] = forward_all([&self.gate_proj, &self.up_proj], &h_normed, self.precision)?;
         let product = swiglu::forward(&gate, &up)?;
-        Ok(Between { normed, q, k, v, attended, attended_flat, h, h_normed, gate, up, product })
+        Ok(Fed { h_normed, gate, up, product })
+    }
+
+    /// x [T, heads, d] under its norm, and as [T · heads, d] without; x as it is where there is no norm.
+    fn head_norm(&self, x: Tensor, w: &Option<Tensor>) -> Result<(Tensor, Option<Tensor>)> {
+        let Some(w) = w else { return Ok((x, None)) };
+        let rows = x.flatten_to(1)?;
+        Ok((rms_norm::forward(&rows, w, self.eps)?.reshape(x.dims())?, Some(rows)))
+    }
+
+    /// dL/dx of [`head_norm`](Self::head_norm) from dL/dy [T, heads, d].
+    fn head_norm_backward(&self, unnormed: &Option<Tensor>, w: &Option<Tensor>, dy: Tensor) -> Result<Tensor> {
+        let (Some(x), Some(w)) = (unnormed, w) else { return Ok(dy) };
+        rms_norm::backward(x, w, self.eps, &dy.flatten_to(1)?)?.reshape(dy.dims())
     }
 }

@@ -10,10 +10,12 @@ pub(crate) use files::contained;
 
 use super::ModelError;
 use crate::run::RunContext;
+use bytes::Bytes;
 use candle_core::{DType, Device, Tensor};
 use files::MappedFile;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Bytes hashed between two looks at the stop flag.
@@ -110,6 +112,22 @@ impl Weights {
         Ok(bytes)
     }
 
+    /// The same, to be kept: the file stays mapped as long as anybody holds some of its bytes.
+    pub fn shared(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<Bytes, ModelError> {
+        self.bytes(name, dtype, shape)?;
+        self.extent(name).map(|(file, range)| file.bytes().slice(range)).ok_or_else(|| self.missing(name))
+    }
+
+    /// Brings tensors into memory, waiting for the disk. Names that are not there are passed over.
+    pub fn populate<'a>(&self, names: impl IntoIterator<Item = &'a str>) {
+        names.into_iter().filter_map(|name| self.extent(name)).for_each(|(file, range)| file.populate(range));
+    }
+
+    /// Lets go of tensors' pages: they no longer count as this process's memory, and are read again when they are needed.
+    pub fn release<'a>(&self, names: impl IntoIterator<Item = &'a str>) {
+        names.into_iter().filter_map(|name| self.extent(name)).for_each(|(file, range)| file.release(range));
+    }
+
     /// A copy of a float tensor on `device` in its stored dtype (f32, f16 or bf16).
     ///
     /// Errors: no such tensor, another shape than expected, a dtype that is none of the three, or a device that is full.
@@ -161,11 +179,12 @@ impl Weights {
             hasher.update(&(file.name().len() as u64).to_le_bytes());
             hasher.update(file.name().as_bytes());
             hasher.update(&(file.bytes().len() as u64).to_le_bytes());
-            for step in file.bytes().chunks(FINGERPRINT_STEP) {
+            for (number, step) in file.bytes().chunks(FINGERPRINT_STEP).enumerate() {
                 if context.stopping() {
                     return Err(ModelError::Stopped { place: self.place.clone() });
                 }
                 hasher.update_rayon(step);
+                file.release(number * FINGERPRINT_STEP..number * FINGERPRINT_STEP + step.len());
                 context.progress.add(step.len() as u64);
             }
         }
@@ -173,12 +192,21 @@ impl Weights {
         Ok(hasher.finalize().to_hex().to_string())
     }
 
+    fn extent(&self, name: &str) -> Option<(&MappedFile, Range<usize>)> {
+        let entry = self.tensors.get(name)?;
+        Some((self.files.get(entry.file)?, entry.start..entry.end))
+    }
+
+    fn missing(&self, name: &str) -> ModelError {
+        ModelError::TensorMissing { place: self.place.clone(), name: name.to_string() }
+    }
+
     fn stored(&self, name: &str) -> Result<(&Entry, &[u8]), ModelError> {
         let entry = self.tensors.get(name);
         let bytes = entry.and_then(|e| self.files.get(e.file)?.bytes().get(e.start..e.end));
         match (entry, bytes) {
             (Some(entry), Some(bytes)) => Ok((entry, bytes)),
-            _ => Err(ModelError::TensorMissing { place: self.place.clone(), name: name.to_string() }),
+            _ => Err(self.missing(name)),
         }
     }
 

@@ -6,11 +6,40 @@
 pub mod attention;
 pub mod capture;
 pub mod draw;
+pub mod exponential;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
 
+use crate::kernel::{Isa, vectorised};
 use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
+use rayon::prelude::*;
+
+/// Elements that a thread takes at a time where each costs little.
+const STRIDE: usize = 1 << 14;
+
+/// x + y, f32 of one shape.
+pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if x.dims() != y.dims() {
+        bail!("add: {:?} and {:?} do not fit", x.dims(), y.dims());
+    }
+    let sum = with_f32(x, |x| {
+        with_f32(y, |y| {
+            let mut sum = x.to_vec();
+            sum.par_chunks_mut(STRIDE).zip(y.par_chunks(STRIDE)).for_each(|(sum, y)| add_to(Isa::best(), sum, y));
+            Ok(sum)
+        })
+    })?;
+    Tensor::from_vec(sum, x.dims(), x.device())
+}
+
+vectorised! {
+    fn add_to(isa: Isa, sum: &mut [f32], y: &[f32]) {
+        for (sum, y) in sum.iter_mut().zip(y) {
+            *sum += y;
+        }
+    }
+}
 
 /// Runs `f` on the tensor's values, row-major. Errors unless it is f32, contiguous and on the CPU.
 pub fn with_f32<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {

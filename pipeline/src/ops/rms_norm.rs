@@ -1,6 +1,7 @@
 //! Root-mean-square norm: y = w ∘ x · r with r = 1 / sqrt(mean(x²) + eps), row by row.
 
 use super::with_f32;
+use crate::kernel::{Isa, vectorised};
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -10,12 +11,7 @@ pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let y = with_f32(x, |x| {
         with_f32(w, |w| {
             let mut y = vec![0f32; x.len()];
-            y.par_chunks_mut(h).zip(x.par_chunks(h)).for_each(|(y, x)| {
-                let r = inverse_rms(x, eps);
-                for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-                    *y = x * r * w;
-                }
-            });
+            y.par_chunks_mut(h).zip(x.par_chunks(h)).for_each(|(y, x)| row(Isa::best(), x, w, eps, y));
             Ok(y)
         })
     })?;
@@ -55,8 +51,28 @@ fn width(x: &Tensor, w: &Tensor) -> Result<usize> {
     }
 }
 
-/// 1 / sqrt(mean(x²) + eps); the sum in f64, so that a row's width does not cost digits.
+vectorised! {
+    fn row(isa: Isa, x: &[f32], w: &[f32], eps: f64, y: &mut [f32]) {
+        let r = inverse_rms(x, eps);
+        for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+            *y = x * r * w;
+        }
+    }
+}
+
+/// 1 / sqrt(mean(x²) + eps); the sum in f64, so that a row's width does not cost digits, and in sixteen lanes, so that every machine adds in
+/// the same order.
+#[inline(always)]
 fn inverse_rms(x: &[f32], eps: f64) -> f32 {
-    let squares: f64 = x.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
-    (1.0 / (squares / x.len() as f64 + eps).sqrt()) as f32
+    let mut lanes = [0f64; 16];
+    let mut chunks = x.chunks_exact(lanes.len());
+    for chunk in &mut chunks {
+        for (lane, v) in lanes.iter_mut().zip(chunk) {
+            *lane += f64::from(*v) * f64::from(*v);
+        }
+    }
+    for (lane, v) in lanes.iter_mut().zip(chunks.remainder()) {
+        *lane += f64::from(*v) * f64::from(*v);
+    }
+    (1.0 / (lanes.iter().sum::<f64>() / x.len() as f64 + eps).sqrt()) as f32
 }

@@ -1,13 +1,21 @@
 //! SwiGLU: y = silu(g) ∘ u, with silu(g) = g · σ(g).
 
-use super::with_f32;
+use super::exponential::sigmoid;
+use super::{STRIDE, with_f32};
+use crate::kernel::{Isa, vectorised};
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 /// y of gate g and up u, all f32 of one shape.
 pub fn forward(g: &Tensor, u: &Tensor) -> Result<Tensor> {
     fit(g, u)?;
-    let y: Vec<f32> = with_f32(g, |g| with_f32(u, |u| Ok(g.par_iter().zip(u).map(|(g, u)| g * sigmoid(*g) * u).collect())))?;
+    let y = with_f32(g, |g| {
+        with_f32(u, |u| {
+            let mut y = u.to_vec();
+            y.par_chunks_mut(STRIDE).zip(g.par_chunks(STRIDE)).for_each(|(y, g)| gate(Isa::best(), y, g));
+            Ok(y)
+        })
+    })?;
     Tensor::from_vec(y, g.dims(), g.device())
 }
 
@@ -36,6 +44,11 @@ fn fit(g: &Tensor, other: &Tensor) -> Result<()> {
     Ok(())
 }
 
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
+vectorised! {
+    /// y = silu(g) · y.
+    fn gate(isa: Isa, y: &mut [f32], g: &[f32]) {
+        for (y, g) in y.iter_mut().zip(g) {
+            *y *= g * sigmoid(*g);
+        }
+    }
 }

@@ -2,6 +2,8 @@
 
 use super::Share;
 use crate::data::{BadRoles, Truncation};
+use crate::kernel::Precision;
+use crate::teacher::Residency;
 use crate::{Error, Result};
 use potstill_cache::{IdEncoding, Knobs, MAX_LSE_TEMPERATURES, Preset, SelectionKind, Storage, Values};
 use serde::{Deserialize, Serialize};
@@ -63,9 +65,17 @@ pub struct PrecomputeConfig {
     pub on_bad_roles: BadRoles,
     /// `auto`, `cpu`, `cuda` or `cuda:N`.
     pub device: String,
-    /// Tokens that go through the model at once. A matter of memory and speed alone: a conversation sees only itself, and no sum
+    /// What the factors of the teacher's products are rounded to.
+    #[serde(with = "compute")]
+    pub compute: Precision,
+    /// Where the teacher's weights are between two uses; absent: wherever there is room.
+    pub residency: Option<Residency>,
+    /// Tokens that go through a layer at once. A matter of memory and speed alone: a conversation sees only itself, and no sum
     /// depends on what else is computed beside it, so the cache's bytes do not depend on this.
     pub pack_tokens: u32,
+    /// Most tokens that go through the layers together, when weights are streamed: each layer is read once a block. Absent: as the
+    /// memory at hand allows, and no more than are scored in `seal_minutes`. No matter of the cache's bytes either.
+    pub block_tokens: Option<u32>,
     /// Scored positions whose logits exist at once; like `pack_tokens` no matter of the cache's bytes.
     pub head_chunk: u32,
     /// Rows in a shard.
@@ -78,6 +88,34 @@ pub struct PrecomputeConfig {
     /// Minutes after which rows of a shard under way are made durable; 0 makes them so after every pack. The finished cache's bytes
     /// do not depend on it.
     pub seal_minutes: f64,
+}
+
+/// How [`Precision`] is written in settings.
+mod compute {
+    use crate::kernel::Precision;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    enum Name {
+        F32,
+        Bf16,
+    }
+
+    pub(super) fn serialize<S: Serializer>(precision: &Precision, to: S) -> Result<S::Ok, S::Error> {
+        let name = match precision {
+            Precision::F32 => Name::F32,
+            Precision::Bf16 => Name::Bf16,
+        };
+        name.serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Precision, D::Error> {
+        Ok(match Name::deserialize(from)? {
+            Name::F32 => Precision::F32,
+            Name::Bf16 => Precision::Bf16,
+        })
+    }
 }
 
 impl Default for PrecomputeConfig {
@@ -102,7 +140,10 @@ impl Default for PrecomputeConfig {
             truncate: Truncation::default(),
             on_bad_roles: BadRoles::default(),
             device: "auto".into(),
+            compute: Precision::F32,
+            residency: None,
             pack_tokens: DEFAULT_PACK_TOKENS,
+            block_tokens: None,
             head_chunk: DEFAULT_HEAD_CHUNK,
             rows_per_shard: DEFAULT_ROWS_PER_SHARD,
             part: None,
@@ -149,6 +190,7 @@ impl PrecomputeConfig {
             ("draws", self.draws.map(u32::from), 1),
             ("max_length", Some(self.max_length), 2),
             ("pack_tokens", Some(self.pack_tokens), 1),
+            ("block_tokens", self.block_tokens, 1),
             ("head_chunk", Some(self.head_chunk), 1),
             ("rows_per_shard", Some(self.rows_per_shard), 1),
         ];

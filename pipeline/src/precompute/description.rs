@@ -2,6 +2,7 @@
 
 use super::PrecomputeConfig;
 use crate::data::{self, ChatTokenizer, DataError, Dataset, Truncation};
+use crate::kernel::Precision;
 use crate::model::ModelError;
 use crate::model::config::{ModelConfig, Quantization};
 use crate::model::weights::Weights;
@@ -10,6 +11,7 @@ use crate::teacher::Teacher;
 use crate::{Result, bounded};
 use potstill_cache::{Companion, Description, EncodingFingerprint, Storage, TeacherFingerprint};
 use std::path::Path;
+use std::sync::Arc;
 
 /// Everything that decides the cache's bytes.
 pub(super) fn describe(
@@ -22,7 +24,7 @@ pub(super) fn describe(
 ) -> Result<Description> {
     let template = tokenizer.template_fingerprint().cloned();
     Ok(Description {
-        teacher: teacher_fingerprint(&config.teacher, model, tokenizer.tokenizer_fingerprint().size, context)?,
+        teacher: teacher_fingerprint(config, model, tokenizer.tokenizer_fingerprint().size, context)?,
         tokenizer: tokenizer.tokenizer_fingerprint().clone(),
         template: template.ok_or_else(|| DataError::NoTemplate { folder: config.teacher.clone(), found: "none".into() })?,
         data: dataset.fingerprint.clone(),
@@ -48,8 +50,14 @@ pub(super) fn describe(
     })
 }
 
-fn teacher_fingerprint(folder: &Path, model: &ModelConfig, width: u32, context: &RunContext) -> Result<TeacherFingerprint> {
-    let weights = Weights::open(folder)?;
+fn teacher_fingerprint(
+    config: &PrecomputeConfig,
+    model: &ModelConfig,
+    width: u32,
+    context: &RunContext,
+) -> Result<TeacherFingerprint> {
+    let folder = &config.teacher;
+    let weights = Arc::new(Weights::open(folder)?);
     // A folder that cannot be loaded must not leave a cache behind that was made from it.
     Teacher::check_folder(folder, model, &weights, width)?;
     let name = folder.canonicalize().ok().and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
@@ -63,7 +71,10 @@ fn teacher_fingerprint(folder: &Path, model: &ModelConfig, width: u32, context: 
             Quantization::Awq { .. } => "awq-int4".into(),
             Quantization::None => dense,
         },
-        compute: "float32".into(),
+        compute: match config.compute {
+            Precision::F32 => "float32".into(),
+            Precision::Bf16 => "bfloat16".into(),
+        },
     })
 }
 

@@ -2,9 +2,10 @@
 //!
 //! Owns the order of things; what a token, a distribution or a shard is, is said elsewhere. The one idea: the whole dataset is
 //! encoded before the teacher is loaded, so the cache knows from the start what it will hold, a second run proves that what is
-//! there are its own first rows, and progress has an end. A conversation scores to the same bits in any pack, so neither where a run
-//! was stopped nor how many tokens go through the model at once decides a byte. Packs still never cross a shard.
+//! there are its own first rows, and progress has an end. A conversation scores to the same bits in any pack and any block of packs, so
+//! neither where a run was stopped nor how many tokens go through the model at once decides a byte. Packs still never cross a shard.
 
+mod block;
 mod config;
 mod description;
 mod part;
@@ -20,7 +21,8 @@ use crate::ops::capture::Capture;
 use crate::run::{RUN_AGAIN, RunContext};
 use crate::teacher::Teacher;
 use crate::{Error, Result, device};
-use potstill_cache::{CacheWriter, Description, Manifest, Record, RepairReport, RowKey, WriterOptions, WriterQueue};
+use block::Plan;
+use potstill_cache::{CacheWriter, Description, Manifest, Record, RepairReport, RowKey, SoftTargets, WriterOptions, WriterQueue};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -80,7 +82,8 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
     let description = Description { part, ..description };
     let options = WriterOptions { companions: description::companions(&config.teacher)? };
     let capture = Capture::of(&storage, &config.temperatures());
-    let teacher = || Teacher::from_folder(&config.teacher, width, &device, context);
+    let plan = Plan::new(config, &model)?;
+    let teacher = || Teacher::from_folder(&config.teacher, width, (config.compute, plan.residency), &device, context);
     let mend = |list| repair::run(config, list, (&description, &options), (&dataset.examples, &capture), teacher, context);
     let repair = config.repair.as_deref().map(mend).transpose()?;
     let mut writer = CacheWriter::open(&config.cache, &description, options)?;
@@ -97,25 +100,25 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
         let started = Instant::now();
         report.scored_tokens = packs.iter().map(|pack| tokens_of(&dataset.examples[pack.clone()])).sum();
         context.progress.begin("scoring", "tokens", report.scored_tokens);
-        for pack in packs {
-            if context.stopping() {
+        let mut budget = plan.budget(config.seal_interval());
+        let mut packs = packs.into_iter().peekable();
+        while packs.peek().is_some() {
+            let block = budget.take(&mut packs, |pack| tokens_of(&dataset.examples[pack.clone()]));
+            let examples = &dataset.examples[block[0].start..block[block.len() - 1].end];
+            let began = Instant::now();
+            let Some(scored) = score(&teacher, &dataset.examples, &block, &capture, config.head_chunk as usize, context)? else {
                 let mut writer = queue.close()?;
                 writer.seal()?;
                 let kept = format!("{} of {} rows are durable", writer.committed_rows(), dataset.examples.len());
                 return Err(Error::Interrupted { kept, again: RUN_AGAIN });
+            };
+            budget.took(tokens_of(examples), began.elapsed());
+            for (pack, mut records) in block.iter().zip(scored) {
+                // Where a resumed run was given other packs, one may begin before the first row that is missing.
+                records.drain(..(resumed_rows as usize).saturating_sub(pack.start));
+                queue.send(records)?;
+                context.progress.note(format!("row {} of {}", pack.end, dataset.examples.len()));
             }
-            let examples = &dataset.examples[pack.clone()];
-            let mut records =
-                score(&teacher, examples, &capture, config.head_chunk as usize).map_err(|source| Error::Scoring {
-                    first: examples.first().map_or(0, |e| e.seq_id),
-                    last: examples.last().map_or(0, |e| e.seq_id),
-                    source: Box::new(source),
-                })?;
-            // Where a resumed run was given other packs, one may begin before the first row that is missing.
-            records.drain(..(resumed_rows as usize).saturating_sub(pack.start));
-            queue.send(records)?;
-            context.progress.add(tokens_of(examples));
-            context.progress.note(format!("row {} of {}", pack.end, dataset.examples.len()));
         }
         writer = queue.close()?;
         context.progress.end();
@@ -138,19 +141,43 @@ fn packs(examples: &[Example], committed: usize, config: &PrecomputeConfig) -> V
     packs
 }
 
-/// One pack's records.
-fn score(teacher: &Teacher, examples: &[Example], capture: &Capture, chunk: usize) -> Result<Vec<Record>> {
-    let positions: Vec<Vec<u32>> = examples.iter().map(Example::positions).collect();
-    let pack = Pack::new(examples.iter().zip(&positions).map(|(e, positions)| Sequence { input_ids: &e.input_ids, positions }));
-    let targets = teacher.score(&pack, capture, chunk)?;
-    let records = examples.iter().zip(positions).enumerate().map(|(i, (example, positions))| Record {
-        seq_id: example.seq_id,
-        input_ids: example.input_ids.clone(),
-        positions,
-        targets: targets.slice(pack.scored_of(i)),
-        codec: Default::default(),
-    });
-    Ok(records.collect())
+/// The records of each pack of a block; `None` where a stop was asked for meanwhile.
+fn score(
+    teacher: &Teacher,
+    all: &[Example],
+    block: &[Range<usize>],
+    capture: &Capture,
+    chunk: usize,
+    context: &RunContext,
+) -> Result<Option<Vec<Vec<Record>>>> {
+    let examples = |pack: &Range<usize>| all.get(pack.clone()).unwrap_or_default();
+    let positions: Vec<Vec<Vec<u32>>> =
+        block.iter().map(|pack| examples(pack).iter().map(Example::positions).collect()).collect();
+    let packs: Vec<Pack> = block
+        .iter()
+        .zip(&positions)
+        .map(|(pack, positions)| {
+            Pack::new(examples(pack).iter().zip(positions).map(|(e, positions)| Sequence { input_ids: &e.input_ids, positions }))
+        })
+        .collect();
+    let number = |example: Option<&Example>| example.map_or(0, |e| e.seq_id);
+    let scored = teacher.score(&packs, capture, chunk, context).map_err(|source| Error::Scoring {
+        first: number(block.first().and_then(|pack| examples(pack).first())),
+        last: number(block.last().and_then(|pack| examples(pack).last())),
+        source: Box::new(source),
+    })?;
+    let records = |((range, pack), (positions, targets)): ((&Range<usize>, &Pack), (Vec<Vec<u32>>, SoftTargets))| {
+        let rows = examples(range).iter().zip(positions).enumerate();
+        rows.map(|(i, (example, positions))| Record {
+            seq_id: example.seq_id,
+            input_ids: example.input_ids.clone(),
+            positions,
+            targets: targets.slice(pack.scored_of(i)),
+            codec: Default::default(),
+        })
+        .collect()
+    };
+    Ok(scored.map(|scored| block.iter().zip(&packs).zip(positions.into_iter().zip(scored)).map(records).collect()))
 }
 
 /// Proves that the rows already in the cache are this run's first rows.

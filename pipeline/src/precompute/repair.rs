@@ -1,5 +1,5 @@
 //! Scoring again what a check found damaged. A listed row is scored in the very pack in which it was scored first, so that the same
-//! arithmetic gives the same bits; of such a pack only the listed rows are taken.
+//! arithmetic gives the same bits.
 
 use super::{PrecomputeConfig, score};
 use crate::data::Example;
@@ -38,14 +38,16 @@ pub(super) fn run(
         let listed: BTreeSet<u64> = shard.recompute.iter().copied().collect();
         let mut mending = repair.mend(shard)?;
         for pack in packs {
-            if context.stopping() {
-                return Err(Error::Interrupted { kept: format!("{done} of {} shards are mended", shards.len()), again: AGAIN });
-            }
             let Some(teacher) = &teacher else { continue };
-            let records = rescored(teacher, pack, (examples, capture), &listed, config)?;
+            let block = std::slice::from_ref(pack);
+            let Some(mut scored) = score(teacher, examples, block, capture, config.head_chunk as usize, context)? else {
+                return Err(Error::Interrupted { kept: format!("{done} of {} shards are mended", shards.len()), again: AGAIN });
+            };
+            // Of such a pack only the listed rows are taken.
+            let numbered = scored.pop().unwrap_or_default().into_iter().zip(pack.clone());
+            let records: Vec<Record> =
+                numbered.filter(|(_, row)| listed.contains(&(*row as u64))).map(|(record, _)| record).collect();
             mending.extend(&records)?;
-            let tokens = examples.get(pack.clone()).unwrap_or_default().iter().map(|e| e.input_ids.len() as u64).sum();
-            context.progress.add(tokens);
         }
         mending.finish()?;
     }
@@ -60,22 +62,4 @@ fn packs_of(shard: &ShardRepair, examples: &[Example], config: &PrecomputeConfig
     let packs = pack::plan(rows.iter().map(|e| e.input_ids.len()), config.pack_tokens as usize);
     let packs = packs.into_iter().map(|pack| first + pack.start..first + pack.end);
     packs.filter(|pack| shard.recompute.iter().any(|&row| pack.contains(&(row as usize)))).collect()
-}
-
-/// The listed rows of a pack.
-fn rescored(
-    teacher: &Teacher,
-    pack: &Range<usize>,
-    (examples, capture): (&[Example], &Capture),
-    listed: &BTreeSet<u64>,
-    config: &PrecomputeConfig,
-) -> Result<Vec<Record>> {
-    let examples = examples.get(pack.clone()).unwrap_or_default();
-    let records = score(teacher, examples, capture, config.head_chunk as usize).map_err(|source| Error::Scoring {
-        first: examples.first().map_or(0, |e| e.seq_id),
-        last: examples.last().map_or(0, |e| e.seq_id),
-        source: Box::new(source),
-    })?;
-    let numbered = records.into_iter().zip(pack.clone());
-    Ok(numbered.filter(|(_, row)| listed.contains(&(*row as u64))).map(|(record, _)| record).collect())
 }

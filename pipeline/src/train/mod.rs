@@ -201,7 +201,7 @@ fn accumulate(
         let (targets, lse_t) = (targets.as_ref(), lse_t.as_deref());
         let batch = Batch { labels: pack.labels(), targets, lse_t, settings, scale };
         let (hidden, tape) = student.forward(&pack)?;
-        let (sums, d_hidden) = loss::fused_batch(&hidden, student.decoder().head(), &batch, config.head_chunk as usize)?;
+        let (sums, d_hidden) = loss::fused_batch(&hidden, student.head(), &batch, config.head_chunk as usize)?;
         let gradients = student.backward(tape, &d_hidden)?;
         if step.gradients.is_empty() {
             step.gradients = gradients;

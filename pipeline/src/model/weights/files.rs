@@ -5,6 +5,7 @@
 //! many empty tensors costs a parser a hundred times its own size in memory.
 
 use super::{ModelError, TensorInfo};
+use bytes::Bytes;
 use memmap2::Mmap;
 use safetensors::SafeTensors;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
@@ -12,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 /// Longest header read, in bytes.
 const MAX_HEADER_BYTES: usize = 16 << 20;
@@ -25,6 +27,9 @@ const MAX_INDEX_BYTES: u64 = 64 << 20;
 const MAX_FILES: usize = 10_000;
 /// Bytes of the little-endian header length that opens a file.
 const LENGTH_BYTES: usize = 8;
+
+/// The smallest page in use.
+const PAGE: usize = 4 << 10;
 
 const SINGLE_NAME: &str = "model.safetensors";
 const INDEX_NAME: &str = "model.safetensors.index.json";
@@ -46,7 +51,18 @@ pub(super) struct Found {
 pub(super) struct MappedFile {
     name: String,
     path: PathBuf,
-    map: Mmap,
+    map: Arc<Mmap>,
+    /// The map's bytes, to be shared with whoever computes with them.
+    bytes: Bytes,
+}
+
+/// A map that [`Bytes`] may own.
+struct Shared(Arc<Mmap>);
+
+impl AsRef<[u8]> for Shared {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 /// A tensor's name, dtype and shape, and where its bytes lie in the file.
@@ -65,7 +81,9 @@ impl MappedFile {
         // SIGBUS; weights are never written in place by us, and the fingerprint covers their contents.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
         let tensors = read_header(path, &map)?;
-        Ok((MappedFile { name: name.to_string(), path: path.to_path_buf(), map }, tensors))
+        let map = Arc::new(map);
+        let bytes = Bytes::from_owner(Shared(Arc::clone(&map)));
+        Ok((MappedFile { name: name.to_string(), path: path.to_path_buf(), map, bytes }, tensors))
     }
 
     /// The file's name in the folder.
@@ -79,8 +97,31 @@ impl MappedFile {
     }
 
     /// All its bytes, header included.
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.map
+    pub(super) fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+
+    /// Brings a stretch into memory, if the system can do it ahead of use; whoever calls waits for the disk.
+    pub(super) fn populate(&self, range: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        let advised = self.map.advise_range(memmap2::Advice::PopulateRead, range.start, range.len());
+        #[cfg(not(target_os = "linux"))]
+        let advised: std::io::Result<()> = Err(std::io::ErrorKind::Unsupported.into());
+        if advised.is_err() {
+            // A page is read when it is touched; a system without the advice has at least this.
+            let touched: u8 = self.bytes[range].iter().step_by(PAGE).fold(0, |all, byte| all ^ byte);
+            std::hint::black_box(touched);
+        }
+    }
+
+    /// Lets go of a stretch: its pages no longer count as this process's memory, and are read again when they are touched.
+    pub(super) fn release(&self, range: Range<usize>) {
+        // SAFETY: the map is of a file and is never written, so a page that was let go comes back with the same bytes. What the
+        // system says to an advice changes nothing.
+        #[cfg(unix)]
+        let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+        #[cfg(not(unix))]
+        let _ = range;
     }
 }
 

@@ -1,52 +1,11 @@
-//! Block-diagonal causal attention over a pack, with grouped key/value heads.
-//!
-//! ```text
-//!            keys →   a a a b b          segments [0, 3, 5]: conversation a sees only a, b only b,
-//! queries  a          x                  and each token only itself and what came before it
-//!    ↓     a          x x
-//!          a          x x x              S = q kᵀ / √d on the x, P = softmax(S) by row, o = P v
-//!          b                x            lse[i] = ln Σ_j exp S[i][j]
-//!          b                x x
-//! ```
-//! No [T, T] matrix exists: rows are made one at a time. Backward, with `D[i]` = `dO[i]` · `O[i]`:
-//! P = exp(S − lse), dV += Pᵀ dO, dS = P ∘ (dO Vᵀ − D) / √d, dQ = dS K, dK += dSᵀ Q.
+//! Attention's backward, row by row.
 
-use super::with_f32;
-use candle_core::{Result, Tensor, bail};
+use super::{Attended, Shape, pairs};
+use crate::ops::with_f32;
+use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-/// What the backward needs of the forward: the output and each row's log-sum-exp.
-#[derive(Debug, Clone)]
-pub struct Attended {
-    /// o f32 [T, heads, d].
-    pub output: Tensor,
-    /// By head, then token: f32 [heads · T].
-    lse: Vec<f32>,
-}
-
-/// Sizes of one call.
-#[derive(Clone, Copy)]
-struct Shape {
-    tokens: usize,
-    heads: usize,
-    kv_heads: usize,
-    d: usize,
-    scale: f32,
-}
-
 impl Shape {
-    fn of(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32]) -> Result<Self> {
-        let ((tokens, heads, d), (kt, kv_heads, kd)) = (q.dims3()?, k.dims3()?);
-        if kt != tokens || kd != d || v.dims() != k.dims() || kv_heads == 0 || d == 0 || heads % kv_heads != 0 {
-            bail!("attention: q {:?}, k {:?} and v {:?} do not fit", q.dims(), k.dims(), v.dims());
-        }
-        let rising = segments.windows(2).all(|w| w[0] <= w[1]);
-        if segments.first() != Some(&0) || segments.last() != Some(&(tokens as u32)) || !rising {
-            bail!("attention: segments {segments:?} do not cover {tokens} tokens");
-        }
-        Ok(Self { tokens, heads, kv_heads, d, scale: (1.0 / (d as f64).sqrt()) as f32 })
-    }
-
     /// Copies head `h` of x [T, heads, d] into [T, d].
     fn head(&self, x: &[f32], heads: usize, h: usize) -> Vec<f32> {
         x.chunks_exact(heads * self.d).flat_map(|token| &token[h * self.d..(h + 1) * self.d]).copied().collect()
@@ -62,51 +21,6 @@ impl Shape {
         }
         out
     }
-}
-
-/// o [T, heads, d] of q [T, heads, d], k and v [T, kv_heads, d]; `segments` are cumulative lengths from 0 to T.
-pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32]) -> Result<Attended> {
-    let shape = Shape::of(q, k, v, segments)?;
-    let heads: Vec<(Vec<f32>, Vec<f32>)> = with_f32(q, |q| {
-        with_f32(k, |k| {
-            with_f32(v, |v| {
-                let one = |h: usize| {
-                    let kv = h / (shape.heads / shape.kv_heads);
-                    let (q, k, v) =
-                        (shape.head(q, shape.heads, h), shape.head(k, shape.kv_heads, kv), shape.head(v, shape.kv_heads, kv));
-                    forward_head(&q, &k, &v, segments, shape)
-                };
-                Ok((0..shape.heads).into_par_iter().map(one).collect())
-            })
-        })
-    })?;
-    let (outputs, lse): (Vec<Vec<f32>>, Vec<Vec<f32>>) = heads.into_iter().unzip();
-    Ok(Attended { output: Tensor::from_vec(shape.interleave(&outputs), q.dims(), q.device())?, lse: lse.concat() })
-}
-
-fn forward_head(q: &[f32], k: &[f32], v: &[f32], segments: &[u32], shape: Shape) -> (Vec<f32>, Vec<f32>) {
-    let d = shape.d;
-    let (mut out, mut lse) = (vec![0f32; q.len()], vec![0f32; shape.tokens]);
-    let mut scores = Vec::new();
-    for (begin, end) in pairs(segments) {
-        for i in begin..end {
-            scores.clear();
-            let query = &q[i * d..(i + 1) * d];
-            scores.extend((begin..=i).map(|j| dot(query, &k[j * d..(j + 1) * d]) * shape.scale));
-            let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let mut sum = 0f32;
-            for s in &mut scores {
-                *s = (*s - max).exp();
-                sum += *s;
-            }
-            let row = &mut out[i * d..(i + 1) * d];
-            for (p, j) in scores.iter().zip(begin..) {
-                add_scaled(row, &v[j * d..(j + 1) * d], *p / sum);
-            }
-            lse[i] = max + sum.ln();
-        }
-    }
-    (out, lse)
 }
 
 /// (dQ, dK, dV), shaped as q, k and v.
@@ -186,10 +100,6 @@ fn backward_head(saved: &HeadSaved, k: &[f32], v: &[f32], segments: &[u32], shap
         }
     }
     gradient.dq.push(dq);
-}
-
-fn pairs(segments: &[u32]) -> impl Iterator<Item = (usize, usize)> + '_ {
-    segments.windows(2).map(|w| (w[0] as usize, w[1] as usize))
 }
 
 /// Eight running sums, so that the compiler may use vector registers without changing the order of additions between runs.

@@ -1,0 +1,138 @@
+//! The innermost loops of the CPU path: tiles of products and the layouts they read. Refuses to know models, weights and tensors.
+//!
+//! The one idea: every value is a sum in one fixed order, whatever the processor. A tile adds a[k]·b[k] for rising k with one fused
+//! multiply-add each, so AVX-512, AVX2 and plain code give the same bits in f32, and a row's bits do not depend on the rows beside it.
+//!
+//! ```text
+//! rows [T, K]  ─►  blocks of 12 rows, k by k        columns of W  ─►  panels of 32 columns, k by k
+//!                  a[k·12 + r]                                        b[k·32 + c]
+//!                            └── tile [12, 32] = Σ_k a[k·12 + r] · b[k·32 + c] ──┘
+//! ```
+//! In bf16 a word holds two neighbours, k even in the low half; a step adds both products. The processor's instruction for it rounds
+//! in its own way, so bf16 bits are those of the processor's kind, f32 bits those of any.
+
+mod rows;
+mod tile;
+mod transpose;
+
+pub use rows::{Block, Rows, pair_panel, round_to_pairs};
+pub use transpose::transpose;
+
+use std::sync::OnceLock;
+
+/// Rows of a tile.
+pub const TILE_ROWS: usize = 12;
+/// Columns of a tile and of a panel.
+pub const TILE_COLUMNS: usize = 32;
+
+/// What the factors of a product are rounded to; sums are f32 in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// Not at all.
+    #[default]
+    F32,
+    /// bfloat16, to nearest even.
+    Bf16,
+}
+
+/// A set of instructions this processor has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Isa(Level);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Level {
+    Plain,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+}
+
+impl Isa {
+    /// The best this processor has.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| Self::all().pop().unwrap_or(Self(Level::Plain)))
+    }
+
+    /// All that this processor has, slowest first.
+    pub fn all() -> Vec<Self> {
+        let levels = vec![Level::Plain];
+        #[cfg(target_arch = "x86_64")]
+        let levels = {
+            let (mut levels, mut has) = (levels, true);
+            for (level, there) in [
+                (Level::Avx2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")),
+                (Level::Avx512, is_x86_feature_detected!("avx512f")),
+                (Level::Avx512Bf16, is_x86_feature_detected!("avx512bf16")),
+            ] {
+                has &= there;
+                if has {
+                    levels.push(level);
+                }
+            }
+            levels
+        };
+        levels.into_iter().map(Self).collect()
+    }
+
+    /// Its name, as people know it.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Level::Plain => "plain",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => "AVX2",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => "AVX-512",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => "AVX-512 BF16",
+        }
+    }
+}
+
+/// Runs a body compiled for the best instructions there are. The body is the same Rust everywhere, and Rust never fuses or reorders
+/// floating-point operations by itself, so its result is the same too.
+macro_rules! vectorised {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident ( $isa:ident : Isa $(, $arg:ident : $ty:ty)* $(,)? ) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        $vis fn $name($isa: $crate::kernel::Isa $(, $arg: $ty)*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                if $isa.has_avx512() {
+                    // SAFETY: an `Isa` is made only where the processor has what it stands for.
+                    return unsafe { avx512($($arg),*) };
+                }
+                if $isa.has_avx2() {
+                    // SAFETY: as above.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            let _ = $isa;
+            body($($arg),*)
+        }
+    };
+}
+pub(crate) use vectorised;
+
+#[cfg(target_arch = "x86_64")]
+impl Isa {
+    pub(crate) fn has_avx2(self) -> bool {
+        self.0 >= Level::Avx2
+    }
+
+    pub(crate) fn has_avx512(self) -> bool {
+        self.0 >= Level::Avx512
+    }
+
+    pub(crate) fn has_bf16(self) -> bool {
+        self.0 >= Level::Avx512Bf16
+    }
+}

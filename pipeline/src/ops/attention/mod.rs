@@ -1,0 +1,58 @@
+//! Block-diagonal causal attention over a pack, with grouped key/value heads.
+//!
+//! ```text
+//!            keys →   a a a b b          segments [0, 3, 5]: conversation a sees only a, b only b,
+//! queries  a          x                  and each token only itself and what came before it
+//!    ↓     a          x x
+//!          a          x x x              S = q kᵀ / √d on the x, P = softmax(S) by row, o = P v
+//!          b                x            lse[i] = ln Σ_j exp S[i][j]
+//!          b                x x
+//! ```
+//! No [T, T] matrix exists: the forward makes scores for 32 queries of a head at a time (`forward.rs`), the backward for one
+//! (`backward.rs`). Backward, with `D[i]` = `dO[i]` · `O[i]`:
+//! P = exp(S − lse), dV += Pᵀ dO, dS = P ∘ (dO Vᵀ − D) / √d, dQ = dS K, dK += dSᵀ Q.
+
+mod backward;
+mod forward;
+
+pub use backward::backward;
+pub use forward::forward;
+
+use candle_core::{Result, Tensor, bail};
+
+/// What the backward needs of the forward: the output and each row's log-sum-exp.
+#[derive(Debug, Clone)]
+pub struct Attended {
+    /// o f32 [T, heads, d].
+    pub output: Tensor,
+    /// By head, then token: f32 [heads · T].
+    lse: Vec<f32>,
+}
+
+/// Sizes of one call.
+#[derive(Clone, Copy)]
+struct Shape {
+    tokens: usize,
+    heads: usize,
+    kv_heads: usize,
+    d: usize,
+    scale: f32,
+}
+
+impl Shape {
+    fn of(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32]) -> Result<Self> {
+        let ((tokens, heads, d), (kt, kv_heads, kd)) = (q.dims3()?, k.dims3()?);
+        if kt != tokens || kd != d || v.dims() != k.dims() || kv_heads == 0 || d == 0 || heads % kv_heads != 0 {
+            bail!("attention: q {:?}, k {:?} and v {:?} do not fit", q.dims(), k.dims(), v.dims());
+        }
+        let rising = segments.windows(2).all(|w| w[0] <= w[1]);
+        if segments.first() != Some(&0) || segments.last() != Some(&(tokens as u32)) || !rising {
+            bail!("attention: segments {segments:?} do not cover {tokens} tokens");
+        }
+        Ok(Self { tokens, heads, kv_heads, d, scale: (1.0 / (d as f64).sqrt()) as f32 })
+    }
+}
+
+fn pairs(segments: &[u32]) -> impl Iterator<Item = (usize, usize)> + '_ {
+    segments.windows(2).map(|w| (w[0] as usize, w[1] as usize))
+}

@@ -1,0 +1,129 @@
+//! How many tokens go through the layers together, and whether weights stay in memory: plans from the memory at hand and from the
+//! speed seen. Decides no byte of the cache.
+
+use super::PrecomputeConfig;
+use crate::model::config::ModelConfig;
+use crate::model::weights::Weights;
+use crate::teacher::Residency;
+use crate::{Result, memory};
+use std::iter::Peekable;
+use std::ops::Range;
+use std::time::Duration;
+
+/// Most tokens of a block, however much memory there is: beyond, reading weights costs next to nothing on any disk.
+const MOST_TOKENS: u64 = 1 << 17;
+/// The part of the available memory that resident weights may take.
+const WEIGHTS_PART: f64 = 0.7;
+/// The part of the available memory that a block's hidden states may take.
+const STATES_PART: f64 = 0.25;
+
+/// What is decided before the teacher is loaded.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Plan {
+    /// Where weights are between two uses.
+    pub residency: Residency,
+    /// Most tokens of a block; 0 where each pack is one.
+    most: u64,
+    /// Whether the user named the number.
+    fixed: bool,
+}
+
+impl Plan {
+    /// The plan for a teacher on this machine. Errors: a model folder without weights.
+    pub fn new(config: &PrecomputeConfig, model: &ModelConfig) -> Result<Self> {
+        let bytes = Weights::open(&config.teacher)?.total_bytes();
+        Ok(Self::of(config, model, bytes, memory::available()))
+    }
+
+    fn of(config: &PrecomputeConfig, model: &ModelConfig, weights: u64, available: Option<u64>) -> Self {
+        let fits = available.is_none_or(|available| weights as f64 <= available as f64 * WEIGHTS_PART);
+        let residency = config.residency.unwrap_or(if fits { Residency::Resident } else { Residency::Streamed });
+        let most = match (config.block_tokens, residency) {
+            (Some(tokens), _) => u64::from(tokens),
+            (None, Residency::Resident) => 0,
+            (None, Residency::Streamed) => {
+                // A token's state, and the one that replaces it.
+                let token = 2 * 4 * model.hidden_size as u64;
+                available.map_or(MOST_TOKENS, |available| (available as f64 * STATES_PART) as u64 / token).min(MOST_TOKENS)
+            }
+        };
+        Self { residency, most, fixed: config.block_tokens.is_some() }
+    }
+
+    /// The first block is small where nothing is known about the teacher's speed.
+    pub fn budget(&self, seal_interval: Duration) -> Budget {
+        Budget { most: self.most, now: if self.fixed { self.most } else { 0 }, fixed: self.fixed, seal_interval }
+    }
+}
+
+/// How many tokens the next block may have.
+#[derive(Debug)]
+pub(super) struct Budget {
+    most: u64,
+    now: u64,
+    fixed: bool,
+    seal_interval: Duration,
+}
+
+impl Budget {
+    /// The packs of the next block, at least one.
+    pub fn take(
+        &self,
+        packs: &mut Peekable<impl Iterator<Item = Range<usize>>>,
+        tokens_of: impl Fn(&Range<usize>) -> u64,
+    ) -> Vec<Range<usize>> {
+        let mut block: Vec<Range<usize>> = packs.next().into_iter().collect();
+        let mut tokens: u64 = block.iter().map(&tokens_of).sum();
+        while let Some(pack) = packs.next_if(|pack| tokens + tokens_of(pack) <= self.now) {
+            tokens += tokens_of(&pack);
+            block.push(pack);
+        }
+        block
+    }
+
+    /// Learns from a block: the next one is to take as long as rows may stay undurable, so that a kill loses little more than that.
+    pub fn took(&mut self, tokens: u64, time: Duration) {
+        if !self.fixed {
+            let per_second = tokens as f64 / time.as_secs_f64().max(1e-3);
+            self.now = self.most.min((per_second * self.seal_interval.as_secs_f64()) as u64);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    fn blocks(budget: &Budget, packs: &[u64]) -> Vec<usize> {
+        let mut ranges = (0..packs.len()).map(|i| i..i + 1).peekable();
+        let mut sizes = Vec::new();
+        while ranges.peek().is_some() {
+            sizes.push(budget.take(&mut ranges, |pack| packs[pack.start]).len());
+        }
+        sizes
+    }
+
+    #[test]
+    fn a_block_takes_packs_while_they_fit_and_never_none() {
+        let budget = |now| Budget { most: now, now, fixed: true, seal_interval: Duration::ZERO };
+        assert_eq!(blocks(&budget(0), &[5, 5, 5]), [1, 1, 1]);
+        assert_eq!(blocks(&budget(10), &[5, 5, 5]), [2, 1]);
+        assert_eq!(blocks(&budget(10), &[50, 4, 4, 4]), [1, 2, 1]);
+        assert_eq!(blocks(&budget(10), &[]), [0usize; 0]);
+    }
+
+    #[test]
+    fn blocks_grow_to_what_is_scored_between_two_seals() {
+        let plan = Plan { residency: Residency::Streamed, most: 1000, fixed: false };
+        let mut budget = plan.budget(Duration::from_secs(10));
+        assert_eq!(budget.now, 0, "one pack first");
+        budget.took(300, Duration::from_secs(10));
+        assert_eq!(budget.now, 300);
+        budget.took(300, Duration::from_secs(1));
+        assert_eq!(budget.now, 1000, "never more than memory allows");
+        let mut fixed = Plan { fixed: true, ..plan }.budget(Duration::from_secs(10));
+        fixed.took(1, Duration::from_secs(10));
+        assert_eq!(fixed.now, 1000);
+    }
+}

@@ -1,0 +1,226 @@
+//! Tiles and products against float64 twins, and against themselves: on every set of instructions, for every cut.
+//!
+//! Tolerance of a sum of n terms: each step rounds a partial sum, which is at most the sum S of the terms' sizes, by 2^-24 of it at
+//! most, and n roundings walk at random: about √n · 2^-24 · S / 4; taken as √n · 2^-24 · S.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+use half::{bf16, f16};
+use potstill_pipeline::kernel::{self, Isa, Precision, Rows, TILE_COLUMNS, TILE_ROWS};
+use potstill_pipeline::linear::Weight;
+use potstill_pipeline::linear::awq::AwqWeight;
+use potstill_pipeline::linear::dense::{DenseWeight, Stored};
+use potstill_pipeline::linear::nf4::Nf4Weight;
+use potstill_pipeline::linear::product::{Factor, products};
+
+/// Values in ±1 that do not repeat soon.
+fn values(n: usize, salt: usize) -> Vec<f32> {
+    (0..n).map(|i| ((i * 7919 + salt * 104_729) % 100_003) as f32 / 50_001.5 - 1.0).collect()
+}
+
+/// Compares a sum with its float64 twin.
+fn close(found: f32, terms: impl Iterator<Item = f64>, what: &str) {
+    let (mut sum, mut size, mut n) = (0f64, 0f64, 0);
+    terms.for_each(|term| (sum, size, n) = (sum + term, size + term.abs(), n + 1));
+    let bound = f64::from(n).sqrt() * f64::powi(2.0, -24) * size;
+    assert!((sum - f64::from(found)).abs() <= bound, "{what}: {found} against {sum}, {bound:e} allowed");
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn a_tile_has_the_same_bits_on_every_instruction_set() {
+    let sets = Isa::all();
+    println!("{:?}", sets.iter().map(|isa| isa.name()).collect::<Vec<_>>());
+    for (steps, a_step, b_step) in [(0, 12, 32), (1, 12, 32), (7, 32, 32), (512, 12, 32), (513, 40, 64)] {
+        let (a, b) = (values(steps * a_step + 12, 1), values(steps * b_step + 32, 2));
+        let tile = |isa: Isa| {
+            let mut out = vec![f32::NAN; TILE_ROWS * TILE_COLUMNS];
+            isa.tile::<TILE_ROWS>(steps, (&a, a_step), (&b, b_step), &mut out);
+            out
+        };
+        let want = tile(sets[0]);
+        for (i, found) in want.iter().enumerate() {
+            let (r, c) = (i / TILE_COLUMNS, i % TILE_COLUMNS);
+            let terms = (0..steps).map(|k| f64::from(a[k * a_step + r]) * f64::from(b[k * b_step + c]));
+            close(*found, terms, &format!("{r} {c}"));
+        }
+        for isa in &sets[1..] {
+            assert_eq!(bits(&tile(*isa)), bits(&want), "{} of {steps} steps", isa.name());
+        }
+    }
+}
+
+/// The processor's bf16 instruction rounds in its own way, so sets agree to rounding only.
+#[test]
+fn a_tile_of_pairs_is_the_sum_of_both_products() {
+    let steps = 512;
+    let pair = |a: f32, b: f32| u32::from(bf16::from_f32(a).to_bits()) | u32::from(bf16::from_f32(b).to_bits()) << 16;
+    let halves = |word: u32| [f64::from(f32::from_bits(word << 16)), f64::from(f32::from_bits(word & 0xffff_0000))];
+    let words = |n: usize, salt| values(2 * n, salt).chunks_exact(2).map(|v| pair(v[0], v[1])).collect::<Vec<u32>>();
+    let (a, b) = (words(steps * 12, 3), words(steps * 32, 4));
+    for isa in Isa::all() {
+        let mut out = vec![f32::NAN; TILE_ROWS * TILE_COLUMNS];
+        isa.tile_pairs::<TILE_ROWS>(steps, (&a, 12), (&b, 32), &mut out);
+        for (i, found) in out.iter().enumerate() {
+            let (r, c) = (i / TILE_COLUMNS, i % TILE_COLUMNS);
+            let term = |k: usize| {
+                let (a, b) = (halves(a[k * 12 + r]), halves(b[k * 32 + c]));
+                a[0] * b[0] + a[1] * b[1]
+            };
+            close(*found, (0..steps).map(term), &format!("{} {r} {c}", isa.name()));
+        }
+    }
+}
+
+#[test]
+fn transposing_moves_every_value_once() {
+    for isa in Isa::all() {
+        for (count, width, step, padded, out_step) in [
+            (12, 512, 512, 12, 12),
+            (32, 100, 130, 32, 32),
+            (5, 17, 20, 12, 12),
+            (0, 9, 9, 12, 12),
+            (31, 1, 7, 32, 40),
+            (3, 0, 5, 12, 12),
+        ] {
+            let rows = values(count * step + width, 5);
+            let mut out = vec![7f32; width * out_step + padded];
+            kernel::transpose(isa, (&rows, step), (count, width), padded, (&mut out, out_step));
+            for k in 0..width {
+                for r in 0..out_step {
+                    let want = if r < count {
+                        rows[r * step + k]
+                    } else if r < padded {
+                        0.0
+                    } else {
+                        7.0
+                    };
+                    assert_eq!(out[k * out_step + r], want, "{}: {count} by {width}, row {r} of column {k}", isa.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rounding_to_pairs_is_to_nearest_even_on_every_instruction_set() {
+    let mut all = values(999, 6);
+    all.extend([
+        0.0,
+        -0.0,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::MAX,
+        f32::MIN_POSITIVE / 8.0,
+        1.0 + 1.0 / 256.0,
+        1.0 + 3.0 / 256.0,
+    ]);
+    all.extend([f32::NAN, -f32::NAN, f32::from_bits(0x7fff_ffff), f32::from_bits(0xffff_ffff), f32::from_bits(0x7f80_0001)]);
+    for isa in Isa::all() {
+        let mut out = vec![0u32; all.len().div_ceil(2)];
+        kernel::round_to_pairs(isa, &all, &mut out);
+        for (i, value) in all.iter().enumerate() {
+            let found = bf16::from_bits((out[i / 2] >> (16 * (i % 2))) as u16);
+            let want = bf16::from_f32(*value);
+            assert!(found == want || found.is_nan() && want.is_nan(), "{}: {value} became {found}", isa.name());
+        }
+        assert_eq!(all.len() % 2, 0);
+        let mut odd = vec![0u32; 1];
+        kernel::round_to_pairs(isa, &[1.0], &mut odd);
+        assert_eq!(odd, [0x3f80], "an odd last value stands beside 0");
+    }
+}
+
+/// One weight in every encoding.
+fn encodings(outputs: usize, inputs: usize) -> Vec<(&'static str, Weight)> {
+    let dense = values(outputs * inputs, 7);
+    let bytes = |stored: Stored| -> Vec<u8> {
+        match stored {
+            Stored::F32 => dense.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Stored::F16 => dense.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+            Stored::Bf16 => dense.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+        }
+    };
+    let stored = |s: Stored| Weight::Dense(DenseWeight::new(outputs, inputs, s, bytes(s).into()).unwrap());
+    let mut all = vec![
+        ("f32", stored(Stored::F32)),
+        ("f16", stored(Stored::F16)),
+        ("bf16", stored(Stored::Bf16)),
+        ("NF4", Weight::Nf4(Nf4Weight::quantize(&dense, outputs, inputs).unwrap())),
+    ];
+    if outputs.is_multiple_of(8) && inputs.is_multiple_of(4) {
+        let group = inputs / 4;
+        let words = |n: usize, salt: u32| (0..n as u32).map(|i| (i + salt).wrapping_mul(0x9e37_79b9)).collect::<Vec<u32>>();
+        let scales: Vec<f16> = (0..4 * outputs).map(|i| f16::from_f32(0.01 * (i % 13 + 1) as f32)).collect();
+        let (q, z) = (words(inputs * outputs / 8, 1), words(4 * outputs / 8, 2));
+        all.push(("AWQ", Weight::Awq(AwqWeight::from_values(inputs, outputs, group, &q, &z, &scales).unwrap())));
+    }
+    all
+}
+
+fn product(x: &[f32], weight: &Weight, bias: Option<&[f32]>, precision: Precision) -> Vec<f32> {
+    products(&Rows::pack(x, weight.inputs(), precision), &[Factor { weight, bias }]).remove(0)
+}
+
+#[test]
+fn products_of_every_encoding_equal_their_float64_twins() {
+    for (outputs, inputs, t) in [(32, 512, 12), (40, 1100, 13), (8, 64, 1), (33, 515, 30), (64, 2052, 5), (7, 3, 2)] {
+        let (x, bias) = (values(t * inputs, 8), values(outputs, 9));
+        for (name, weight) in encodings(outputs, inputs) {
+            let w: Vec<f32> = support::floats(&weight.to_tensor().unwrap().contiguous().unwrap());
+            for precision in [Precision::F32, Precision::Bf16] {
+                let round = |v: f32| match precision {
+                    Precision::F32 => f64::from(v),
+                    Precision::Bf16 => f64::from(bf16::from_f32(v).to_f32()),
+                };
+                let found = product(&x, &weight, Some(&bias), precision);
+                assert_eq!(found.len(), t * outputs);
+                for (i, found) in found.iter().enumerate() {
+                    let (row, column) = (&x[i / outputs * inputs..][..inputs], &w[i % outputs * inputs..][..inputs]);
+                    let terms = row.iter().zip(column).map(|(x, w)| round(*x) * round(*w));
+                    let terms = terms.chain([f64::from(bias[i % outputs])]);
+                    close(*found, terms, &format!("{name} {outputs} x {inputs}, {precision:?}, value {i}"));
+                }
+            }
+        }
+    }
+}
+
+/// Products as wide as a real teacher's; how they are cut must not depend on the number of rows, nor on threads, nor on what is
+/// multiplied beside them.
+#[test]
+fn a_row_of_a_product_does_not_depend_on_anything_else() {
+    let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let many_threads = rayon::ThreadPoolBuilder::new().num_threads(7).build().unwrap();
+    for (inner, outer) in [(896, 1024), (5120, 128), (1500, 65), (700, 9)] {
+        let weight = Weight::Dense(DenseWeight::from_f32(outer, inner, &values(outer * inner, 10)).unwrap());
+        let x = values(401 * inner, 11);
+        for precision in [Precision::F32, Precision::Bf16] {
+            let whole = product(&x, &weight, None, precision);
+            for pool in [&one_thread, &many_threads] {
+                assert!(pool.install(|| product(&x, &weight, None, precision)) == whole, "{inner} x {outer}");
+            }
+            let two = [Factor { weight: &weight, bias: None }; 2];
+            let beside = products(&Rows::pack(&x, inner, precision), &two);
+            assert!(beside[0] == whole && beside[1] == whole);
+            for (start, rows) in [(17, 1), (0, 2), (399, 2), (3, 12), (7, 13), (100, 301)] {
+                let part = product(&x[start * inner..(start + rows) * inner], &weight, None, precision);
+                assert!(
+                    bits(&part) == bits(&whole[start * outer..(start + rows) * outer]),
+                    "{inner} x {outer}, {rows} from {start}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_times_something_is_nothing() {
+    let weight = Weight::Dense(DenseWeight::from_f32(3, 2, &values(6, 12)).unwrap());
+    assert!(product(&[], &weight, None, Precision::F32).is_empty());
+    assert!(product(&[], &weight, None, Precision::Bf16).is_empty());
+}
