@@ -38,11 +38,11 @@ pub struct Group {
 /// Which layers have a bias.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Biases {
-    /// None at all (Llama, Mistral).
+    /// None at all (Llama, Mistral, Qwen3).
     None,
     /// `q_proj`, `k_proj` and `v_proj` (Qwen2).
     QueryKeyValue,
-    /// All four of attention (Llama with `attention_bias`).
+    /// All four of attention (Llama and Qwen3 with `attention_bias`).
     Attention,
 }
 
@@ -73,6 +73,8 @@ pub struct ModelConfig {
     pub tied: bool,
     /// Which layers have a bias.
     pub biases: Biases,
+    /// Whether q and k pass a norm, head by head, before they are turned (Qwen3).
+    pub head_norms: bool,
     /// How the linear layers are stored.
     pub quantization: Quantization,
 }
@@ -104,6 +106,7 @@ impl ModelConfig {
             context: context(&object)?,
             tied: object.flag("tie_word_embeddings")?,
             biases,
+            head_norms: object.architecture() == Some("Qwen3ForCausalLM"),
             quantization: quantization(folder, &object)?,
         };
         config.check(&object)?;
@@ -214,11 +217,11 @@ fn biases(object: &Object) -> Result<Biases, ModelError> {
         Some("LlamaForCausalLM" | "MistralForCausalLM") if object.flag("mlp_bias")? => {
             Err(object.wrong("mlp_bias", "false (biases of the MLP are not supported)", "true"))
         }
-        Some("LlamaForCausalLM") if object.flag("attention_bias")? => Ok(Biases::Attention),
-        Some("LlamaForCausalLM" | "MistralForCausalLM") => Ok(Biases::None),
+        Some("LlamaForCausalLM" | "Qwen3ForCausalLM") if object.flag("attention_bias")? => Ok(Biases::Attention),
+        Some("LlamaForCausalLM" | "MistralForCausalLM" | "Qwen3ForCausalLM") => Ok(Biases::None),
         other => Err(object.wrong(
             "architectures",
-            "Qwen2ForCausalLM, LlamaForCausalLM or MistralForCausalLM",
+            "Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM or MistralForCausalLM",
             &other.map_or("nothing".into(), |v| format!("{v:?}")),
         )),
     }

@@ -27,7 +27,7 @@ pub enum Holding {
     Nf4,
 }
 
-/// A decoder of the Qwen2 / Llama family.
+/// A decoder of the Qwen / Llama family.
 #[derive(Debug, Clone)]
 pub struct Decoder {
     /// Sizes.
@@ -190,12 +190,18 @@ impl Reader<'_> {
 
     fn layer(&self, i: usize) -> Result<Layer, ReadError> {
         let norm = |name: &str| self.float(&format!("model.layers.{i}.{name}.weight"), &[self.config.hidden_size]);
+        let head_norm = |name: &str| match self.config.head_norms {
+            true => self.float(&format!("model.layers.{i}.{name}.weight"), &[self.config.head_dim]).map(Some),
+            false => Ok(None),
+        };
         let linear = |p: usize| self.linear(&format!("model.layers.{i}.{}", PROJECTIONS[p]), p);
         Ok(Layer {
             input_layernorm: norm("input_layernorm")?,
             q_proj: linear(0)?,
             k_proj: linear(1)?,
             v_proj: linear(2)?,
+            q_norm: head_norm("self_attn.q_norm")?,
+            k_norm: head_norm("self_attn.k_norm")?,
             o_proj: linear(3)?,
             post_attention_layernorm: norm("post_attention_layernorm")?,
             gate_proj: linear(4)?,
@@ -262,6 +268,9 @@ impl Reader<'_> {
         for i in 0..c.layers {
             for norm in ["input_layernorm", "post_attention_layernorm"] {
                 all.push((format!("model.layers.{i}.{norm}.weight"), vec![c.hidden_size]));
+            }
+            for norm in ["self_attn.q_norm", "self_attn.k_norm"].iter().filter(|_| c.head_norms) {
+                all.push((format!("model.layers.{i}.{norm}.weight"), vec![c.head_dim]));
             }
             for (p, projection) in PROJECTIONS.iter().enumerate() {
                 let (name, (outputs, inputs)) = (format!("model.layers.{i}.{projection}"), features(c, p));

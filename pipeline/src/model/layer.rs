@@ -2,7 +2,7 @@
 //! between once more, so that a run keeps only one tensor a layer (activation recomputation).
 //!
 //! ```text
-//! x ─ input_layernorm ─ q,k,v ─ rope ─ attention ─ o ─(+x)─ h ─ post_attention_layernorm ─ gate,up ─ SwiGLU ─ down ─(+h)─ y
+//! x ─ input_layernorm ─ q,k,v ─ (q,k norm) ─ rope ─ attention ─ o ─(+x)─ h ─ post_attention_layernorm ─ gate,up ─ SwiGLU ─ down ─(+h)─ y
 //! ```
 
 use super::config::ModelConfig;
@@ -49,6 +49,10 @@ pub struct Layer {
     pub k_proj: Linear,
     /// H → kv_heads · d.
     pub v_proj: Linear,
+    /// f32 `[d]`, over every head of q before rope (Qwen3).
+    pub q_norm: Option<Tensor>,
+    /// f32 `[d]`, over every head of k before rope (Qwen3).
+    pub k_norm: Option<Tensor>,
     /// heads · d → H.
     pub o_proj: Linear,
     /// f32 `[H]`.
@@ -66,6 +70,9 @@ pub struct Layer {
 /// What lies between a layer's input and its output.
 struct Between {
     normed: Tensor,
+    /// q and k [T · heads, d] as they were before their norms; `None` without norms.
+    q_unnormed: Option<Tensor>,
+    k_unnormed: Option<Tensor>,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -111,10 +118,10 @@ impl Layer {
         let d_attended = d_flat.reshape(s.q.dims())?;
         let (dq, dk, dv) = attention::backward(&s.q, &s.k, &s.v, &s.attended, &d_attended, &geometry.segments)?;
         let flat = |t: Tensor| -> Result<Tensor> { t.flatten_from(1) };
-        let dq = flat(geometry.rope.apply(&dq, Turn::Backward)?)?;
-        let dk = flat(geometry.rope.apply(&dk, Turn::Backward)?)?;
-        let (from_q, q) = self.q_proj.backward(&s.normed, &dq)?;
-        let (from_k, k) = self.k_proj.backward(&s.normed, &dk)?;
+        let dq = self.head_norm_backward(&s.q_unnormed, &self.q_norm, geometry.rope.apply(&dq, Turn::Backward)?)?;
+        let dk = self.head_norm_backward(&s.k_unnormed, &self.k_norm, geometry.rope.apply(&dk, Turn::Backward)?)?;
+        let (from_q, q) = self.q_proj.backward(&s.normed, &flat(dq)?)?;
+        let (from_k, k) = self.k_proj.backward(&s.normed, &flat(dk)?)?;
         let (from_v, v) = self.v_proj.backward(&s.normed, &flat(dv)?)?;
         let d_normed = ((from_q + from_k)? + from_v)?;
         let dx = (dh + rms_norm::backward(x, &self.input_layernorm, self.eps, &d_normed)?)?;
@@ -125,8 +132,10 @@ impl Layer {
         let (t, _) = x.dims2()?;
         let heads = |y: Tensor| -> Result<Tensor> { y.reshape((t, (), self.head_dim)) };
         let normed = rms_norm::forward(x, &self.input_layernorm, self.eps)?;
-        let q = geometry.rope.apply(&heads(self.q_proj.forward(&normed)?)?, Turn::Forward)?;
-        let k = geometry.rope.apply(&heads(self.k_proj.forward(&normed)?)?, Turn::Forward)?;
+        let (q, q_unnormed) = self.head_norm(heads(self.q_proj.forward(&normed)?)?, &self.q_norm)?;
+        let (k, k_unnormed) = self.head_norm(heads(self.k_proj.forward(&normed)?)?, &self.k_norm)?;
+        let q = geometry.rope.apply(&q, Turn::Forward)?;
+        let k = geometry.rope.apply(&k, Turn::Forward)?;
         let v = heads(self.v_proj.forward(&normed)?)?;
         let attended = attention::forward(&q, &k, &v, &geometry.segments)?;
         let attended_flat = attended.output.flatten_from(1)?;
@@ -134,6 +143,19 @@ impl Layer {
         let h_normed = rms_norm::forward(&h, &self.post_attention_layernorm, self.eps)?;
         let (gate, up) = (self.gate_proj.forward(&h_normed)?, self.up_proj.forward(&h_normed)?);
         let product = swiglu::forward(&gate, &up)?;
-        Ok(Between { normed, q, k, v, attended, attended_flat, h, h_normed, gate, up, product })
+        Ok(Between { normed, q_unnormed, k_unnormed, q, k, v, attended, attended_flat, h, h_normed, gate, up, product })
+    }
+
+    /// x [T, heads, d] under its norm, and as [T · heads, d] without; x as it is where there is no norm.
+    fn head_norm(&self, x: Tensor, w: &Option<Tensor>) -> Result<(Tensor, Option<Tensor>)> {
+        let Some(w) = w else { return Ok((x, None)) };
+        let rows = x.flatten_to(1)?;
+        Ok((rms_norm::forward(&rows, w, self.eps)?.reshape(x.dims())?, Some(rows)))
+    }
+
+    /// dL/dx of [`head_norm`](Self::head_norm) from dL/dy [T, heads, d].
+    fn head_norm_backward(&self, unnormed: &Option<Tensor>, w: &Option<Tensor>, dy: Tensor) -> Result<Tensor> {
+        let (Some(x), Some(w)) = (unnormed, w) else { return Ok(dy) };
+        rms_norm::backward(x, w, self.eps, &dy.flatten_to(1)?)?.reshape(dy.dims())
     }
 }
