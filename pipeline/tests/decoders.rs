@@ -184,13 +184,13 @@ fn a_window_bounds_the_context_where_it_is_in_force() {
     let (window, used) = (("sliding_window", json!(100)), ("use_sliding_window", json!(true)));
     let (full, mixed) = (json!(["full_attention"]), json!(["full_attention", "sliding_attention"]));
     for kind in ["qwen2", "qwen3"] {
-        assert_eq!(context(kind, &[window.clone()]), 32_768);
+        assert_eq!(context(kind, std::slice::from_ref(&window)), 32_768);
         assert_eq!(context(kind, &[window.clone(), used.clone()]), 100);
-        assert_eq!(context(kind, &[used.clone()]), 4096);
+        assert_eq!(context(kind, std::slice::from_ref(&used)), 4096);
         assert_eq!(context(kind, &[window.clone(), used.clone(), ("layer_types", full.clone())]), 32_768);
         assert_eq!(context(kind, &[window.clone(), used.clone(), ("layer_types", mixed.clone())]), 100);
     }
-    assert_eq!(context("mistral", &[window.clone()]), 100);
+    assert_eq!(context("mistral", std::slice::from_ref(&window)), 100);
     assert_eq!(context("mistral", &[("max_position_embeddings", json!(50)), window.clone()]), 50);
     assert_eq!(context("llama", &[window, used, ("layer_types", mixed)]), 2048);
 }
