@@ -1,14 +1,17 @@
 //! `config.json` of a model folder, as both generations of transformers write it, checked before anything is allocated.
 
+mod architecture;
+mod object;
+
 use super::ModelError;
 use crate::bounded;
+use architecture::Architecture;
+use object::Object;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Largest `config.json` read, in bytes.
 pub(crate) const MAX_CONFIG_BYTES: u64 = 1 << 20;
-/// Default `rope_theta` of models that name none.
-const DEFAULT_ROPE_THETA: f64 = 10_000.0;
 
 /// How the linear layers are stored.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,11 +41,11 @@ pub struct Group {
 /// Which layers have a bias.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Biases {
-    /// None at all (Llama, Mistral).
+    /// None at all (Llama, Mistral, Qwen3).
     None,
     /// `q_proj`, `k_proj` and `v_proj` (Qwen2).
     QueryKeyValue,
-    /// All four of attention (Llama with `attention_bias`).
+    /// All four of attention (Llama and Qwen3 with `attention_bias`).
     Attention,
 }
 
@@ -88,25 +91,23 @@ impl ModelConfig {
         }
         let file = folder.join("config.json");
         let object = Object { value: read_json(&file)?, file };
-        let biases = biases(&object)?;
+        let architecture = Architecture::of(&object)?;
         let heads = object.size("num_attention_heads", 1, 1 << 12)?;
         let hidden_size = object.size("hidden_size", 1, 1 << 17)?;
-        let kv_heads = object.size_or("num_key_value_heads", heads, 1, 1 << 12)?;
-        let head_dim = object.size_or("head_dim", hidden_size / heads, 2, 1 << 12)?;
         let config = Self {
             hidden_size,
             intermediate_size: object.size("intermediate_size", 1, 1 << 20)?,
             layers: object.size("num_hidden_layers", 1, 1 << 10)?,
             heads,
-            kv_heads,
-            head_dim,
+            kv_heads: architecture.kv_heads(&object, heads)?,
+            head_dim: object.size_or("head_dim", architecture.head_dim(hidden_size, heads), 2, 1 << 12)?,
             vocab_size: object.size("vocab_size", 2, 1 << 20)?,
-            rms_norm_eps: object.positive("rms_norm_eps", None)?,
-            rope_theta: rope_theta(&object)?,
-            context: context(&object)?,
+            rms_norm_eps: object.positive("rms_norm_eps", Some(architecture::RMS_NORM_EPS))?,
+            rope_theta: architecture::rope_theta(&object)?,
+            context: architecture.context(&object)?,
             tied: object.flag("tie_word_embeddings")?,
-            biases,
-            head_norms: object.architecture() == Some("Qwen3ForCausalLM"),
+            biases: architecture.biases(&object)?,
+            head_norms: architecture == Architecture::Qwen3,
             quantization: quantization(folder, &object)?,
         };
         config.check(&object)?;
@@ -163,104 +164,6 @@ impl ModelConfig {
         }
         Ok(())
     }
-}
-
-/// A JSON object that knows its file.
-struct Object {
-    value: Value,
-    file: PathBuf,
-}
-
-impl Object {
-    fn wrong(&self, key: &str, expected: &str, found: &str) -> ModelError {
-        ModelError::Config { path: self.file.clone(), key: key.into(), expected: expected.into(), found: found.into() }
-    }
-
-    /// The first of `architectures`.
-    fn architecture(&self) -> Option<&str> {
-        self.value.get("architectures")?.get(0)?.as_str()
-    }
-
-    fn present(&self, key: &str) -> Option<&Value> {
-        self.value.get(key).filter(|v| !v.is_null())
-    }
-
-    fn size(&self, key: &str, min: usize, max: usize) -> Result<usize, ModelError> {
-        let found = self.present(key);
-        let number = found.and_then(Value::as_u64).map(|v| v as usize).filter(|v| (min..=max).contains(v));
-        number.ok_or_else(|| {
-            self.wrong(key, &format!("a whole number from {min} to {max}"), &found.map_or("nothing".into(), Value::to_string))
-        })
-    }
-
-    fn size_or(&self, key: &str, default: usize, min: usize, max: usize) -> Result<usize, ModelError> {
-        if self.present(key).is_some() { self.size(key, min, max) } else { Ok(default) }
-    }
-
-    fn positive(&self, key: &str, default: Option<f64>) -> Result<f64, ModelError> {
-        let found = self.present(key);
-        let number = found.map_or(default, |v| v.as_f64().filter(|v| *v > 0.0 && v.is_finite()));
-        number.ok_or_else(|| self.wrong(key, "a positive number", &found.map_or("nothing".into(), Value::to_string)))
-    }
-
-    fn flag(&self, key: &str) -> Result<bool, ModelError> {
-        match self.present(key) {
-            None => Ok(false),
-            Some(v) => v.as_bool().ok_or_else(|| self.wrong(key, "true or false", &v.to_string())),
-        }
-    }
-}
-
-fn biases(object: &Object) -> Result<Biases, ModelError> {
-    match object.architecture() {
-        Some("Qwen2ForCausalLM") => Ok(Biases::QueryKeyValue),
-        Some("LlamaForCausalLM" | "MistralForCausalLM") if object.flag("mlp_bias")? => {
-            Err(object.wrong("mlp_bias", "false (biases of the MLP are not supported)", "true"))
-        }
-        Some("LlamaForCausalLM") if object.flag("attention_bias")? => Ok(Biases::Attention),
-        Some("LlamaForCausalLM" | "MistralForCausalLM") => Ok(Biases::None),
-        other => Err(object.wrong(
-            "architectures",
-            "Qwen2ForCausalLM, LlamaForCausalLM or MistralForCausalLM",
-            &other.map_or("nothing".into(), |v| format!("{v:?}")),
-        )),
-    }
-}
-
-/// `rope_theta` at the top (transformers 4) or in `rope_parameters` (transformers 5). Scaled variants are refused by name.
-fn rope_theta(object: &Object) -> Result<f64, ModelError> {
-    for key in ["rope_parameters", "rope_scaling"] {
-        let Some(scaling) = object.present(key) else { continue };
-        let kind = scaling.get("rope_type").or_else(|| scaling.get("type")).and_then(Value::as_str).unwrap_or("default");
-        if kind != "default" {
-            return Err(object.wrong(
-                key,
-                "rope_type \"default\" (scaled rotary embeddings are not supported)",
-                &format!("{kind:?}"),
-            ));
-        }
-        if let Some(value) = scaling.as_object().and_then(|s| s.values().find(|v| v.is_object())) {
-            return Err(object.wrong(key, "one set of values for all layers", &value.to_string()));
-        }
-        if scaling.get("rope_theta").is_some_and(|v| !v.is_null()) {
-            return Object { value: scaling.clone(), file: object.file.clone() }.positive("rope_theta", None);
-        }
-    }
-    object.positive("rope_theta", Some(DEFAULT_ROPE_THETA))
-}
-
-/// Positions, cut to the sliding window where one is in force: Mistral's always is, Qwen2's where `use_sliding_window` says so, and
-/// transformers 5 lists it layer by layer. Within a window, sliding attention is full attention.
-fn context(object: &Object) -> Result<usize, ModelError> {
-    let positions = object.size("max_position_embeddings", 1, 1 << 24)?;
-    let mistral = object.architecture() == Some("MistralForCausalLM");
-    let layers = object.present("layer_types").and_then(Value::as_array);
-    let listed = layers.into_iter().flatten().any(|l| l.as_str() == Some("sliding_attention"));
-    let slides = listed || object.flag("use_sliding_window")? || mistral;
-    if slides && object.present("sliding_window").is_some() {
-        return Ok(positions.min(object.size("sliding_window", 1, 1 << 24)?));
-    }
-    Ok(positions)
 }
 
 fn quantization(folder: &Path, config: &Object) -> Result<Quantization, ModelError> {
