@@ -4,7 +4,7 @@
 # dependent job and compared, byte for byte, with the cache of a single run. Needs root and Debian's Slurm:
 #
 #   apt-get install slurm-wlm munge
-#   cargo build && scripts/try_slurm.sh            # some minutes, most of them Slurm's two before it starts a task again
+#   cargo build && scripts/try_slurm.sh            # some seven minutes, most of them Slurm's two before it starts a task again
 #
 # Variables: POTSTILL (target/debug/potstill), COPIES (how often the reference chats are repeated, each time as other texts), KEEP (a
 # folder for the cluster, logs and caches, which then stay).
@@ -117,7 +117,7 @@ await_shard 1
 unfinished 1
 scancel --batch --signal=USR1 "${job}_1"
 say "task 1: USR1 to its batch script, as --signal=B:USR1@120 sends it"
-await_line 1 'stopped with what it has durable, before the time limit: queued again'
+await_line 1 'stopped before the time limit (75): queued again'
 await_shard 3
 unfinished 3
 kill -9 "$(pid_of 3)"
@@ -141,16 +141,17 @@ say "waiting for the other tasks"
 while squeue --noheader --job="$job" 2> /dev/null | grep -q .; do sleep 1; done
 squeue --noheader --job="$combine" --format='dependent job: %T, %r' || true
 scancel "$combine"
-alone=$(WORKERS=$tasks sbatch --parsable "${small[@]}" --array=2 "$repo/scripts/slurm/precompute.sbatch" "${settings[@]}")
+# Slurm looks at time limits twice a minute: this one sends its USR1 itself, if the task takes long enough.
+alone=$(WORKERS=$tasks sbatch --parsable "${small[@]}" --time=1 --signal=B:USR1@30 --array=2 "$repo/scripts/slurm/precompute.sbatch" "${settings[@]}")
 combine=$(sbatch --parsable "${small[@]}" --dependency=afterok:"$alone" "$repo/scripts/slurm/combine.sbatch")
-say "task 2 alone again: array job $alone, dependent job $combine"
+say "task 2 alone again, with a time limit of a minute: array job $alone, dependent job $combine"
 while squeue --noheader --job="$alone,$combine" 2> /dev/null | grep -q .; do sleep 1; done
 [ "$(scontrol show job "$combine" | grep -o 'ExitCode=[0-9:]*')" = ExitCode=0:0 ] || wrong "combining failed; see $home/logs"
 
 say "the logs of the tasks, without tables and settings:"
 for log in "$home"/logs/*.log; do
     echo "  ${log##*/}"
-    grep -E ' task [0-9]+, start |^worker |^error|^conversations|all good' "$log" | sed 's/^/    /'
+    grep -E ' task [0-9]+, start |^worker [0-9]|^error|^conversations|all good' "$log" | sed 's/^/    /'
 done
 
 "$POTSTILL" precompute --teacher "$TEACHER" --data "$DATA" --cache "$home/single" "${settings[@]}" --quiet > /dev/null || [ $? -eq 3 ]
