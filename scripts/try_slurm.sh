@@ -46,14 +46,15 @@ trap cleanup EXIT
 
 # A cluster of one node, beside any other on this machine: ports, sockets and the key are its own.
 host=$(hostname -s)
+port=$((20000 + $$ % 10000 * 2))
 head -c 128 /dev/urandom > "$home/munge.key"
 chmod 600 "$home/munge.key"
 chown -R root: "$home"
 cat > "$home/slurm.conf" << CONF
 ClusterName=try
 SlurmctldHost=$host(127.0.0.1)
-SlurmctldPort=16817
-SlurmdPort=16818
+SlurmctldPort=$port
+SlurmdPort=$((port + 1))
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket=$home/munge.socket

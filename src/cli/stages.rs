@@ -26,15 +26,16 @@ Presets (every knob can be turned by its flag):
   small     cutoff, mass >= 0.999  4 mantissa bits             12  more
   sampled   50 draws               counts                      12  no bias
 
-Several machines: each worker scores whole shards, asks nobody, and writes to
---cache DIR/worker-00003-of-00008; run again, it continues. `combine --out OUT DIR`
-joins them into the very cache of a single run. `--worker auto` reads
+Several machines: a worker scores whole shards, asks nobody, and writes into
+DIR/worker-00003-of-00008 of --cache DIR; run again, it continues. When all are
+done, `combine --out OUT DIR` makes the very cache of a single run.
+`--worker auto` reads
   Slurm array             SLURM_ARRAY_TASK_ID, _COUNT, _MIN, _MAX and _STEP
-  Kubernetes Indexed Job  JOB_COMPLETION_INDEX and JOB_COMPLETIONS (yours to set)
+  Kubernetes Indexed Job  JOB_COMPLETION_INDEX, JOB_COMPLETIONS (yours to set)
   torchrun                RANK and WORLD_SIZE
   SkyPilot                SKYPILOT_NODE_RANK and SKYPILOT_NUM_NODES
 and `--worker auto/8` the index alone, of 8. A worker that did its share exits 0
-where conversations of the data were skipped, too: engines take 3 for a failure.
+though conversations were skipped: engines would take 3 for a failure.
 
 Each setting may also stand in the table [precompute] of --config FILE, or in
 a variable such as POTSTILL_PRECOMPUTE__TOP_K=32. Flags win over variables,
