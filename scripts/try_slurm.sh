@@ -4,7 +4,7 @@
 # dependent job and compared, byte for byte, with the cache of a single run. Needs root and Debian's Slurm:
 #
 #   apt-get install slurm-wlm munge
-#   cargo build && scripts/try_slurm.sh            # some seven minutes, most of them Slurm's two before it starts a task again
+#   cargo build && scripts/try_slurm.sh            # some ten minutes, most of them Slurm's two before it starts a task again
 #
 # Variables: POTSTILL (target/debug/potstill), COPIES (how often the reference chats are repeated, each time as other texts), KEEP (a
 # folder for the cluster, logs and caches, which then stay).
