@@ -16,7 +16,7 @@ use std::ffi::OsString;
 
 /// The worker setting that asks for what the engine says.
 const AUTO: &str = "auto";
-/// Engine, variable with the index, variable with the count; Slurm, whose arrays may begin anywhere, is read by [`of_array`].
+/// Engine, variable with the index, variable with the count; Slurm, whose arrays may begin anywhere, is read by [`Sight::of_array`].
 const RANKED: [(&str, &str, &str); 3] = [
     ("Kubernetes Indexed Job", "JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"),
     ("torchrun", "RANK", "WORLD_SIZE"),
