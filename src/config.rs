@@ -61,6 +61,14 @@ pub fn resolve<T>(section: &Section, sources: &Sources) -> Result<T, UsageError>
 where
     T: DeserializeOwned + Serialize + Default,
 {
+    typed(section, layered::<T>(section, sources)?)
+}
+
+/// As [`resolve`], for a verb that has to settle some values before they are typed.
+pub fn layered<T>(section: &Section, sources: &Sources) -> Result<Table, UsageError>
+where
+    T: Serialize + Default,
+{
     let mut table = table_of(&T::default())?;
     if let Some(path) = &sources.file {
         layer(&mut table, section, &Origin::File(path), from_file(section, path)?)?;
@@ -78,6 +86,11 @@ where
             )));
         }
     }
+    Ok(table)
+}
+
+/// Settled settings as what they are.
+pub fn typed<T: DeserializeOwned>(section: &Section, table: Table) -> Result<T, UsageError> {
     table.try_into().map_err(|e| UsageError(format!("settings of {}: {}", section.name, one_line(&e))))
 }
 

@@ -61,12 +61,13 @@ pub fn record_panics() {
     }));
 }
 
-/// Turns SIGHUP (a terminal that went away), SIGINT and SIGTERM into a request for a durable stop; a second one ends the process at once.
+/// Turns SIGHUP (a terminal that went away), SIGINT, SIGTERM and SIGUSR1 (the word of a cluster engine that time is nearly up) into a
+/// request for a durable stop; a second one ends the process at once.
 ///
 /// Only long jobs ask for this: everything else should simply end.
 pub fn stop_on_signals(stop: &Arc<AtomicBool>) -> anyhow::Result<()> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    for signal in [SIGHUP, SIGINT, SIGTERM] {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+    for signal in [SIGHUP, SIGINT, SIGTERM, SIGUSR1] {
         // The order matters: on the first signal the flag is still down, so only the second one exits.
         signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(stop))?;
         signal_hook::flag::register(signal, Arc::clone(stop))?;

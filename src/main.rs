@@ -3,6 +3,7 @@
 //! Owns what belongs to the process: the allocator, signals, panics and the exit code. Refuses to know a tensor.
 
 mod cli;
+mod cluster;
 mod commands;
 mod config;
 mod exit;

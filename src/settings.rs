@@ -3,6 +3,7 @@
 //! The one idea: a value is checked against its rule where it comes from (file, environment, flag), so that a sentence can
 //! name the place, the key, what was found and what is allowed.
 
+use crate::cluster::Wish;
 use toml::Value;
 
 /// The settings of one verb; in a config file, the table of this name.
@@ -52,6 +53,8 @@ pub enum Rule {
     Resume,
     /// A part `N/T`, N from 1 to T.
     PartOf,
+    /// A worker `I/N`, I from 0 to N - 1, or the engine's: `auto`, `auto/N`.
+    Worker,
 }
 
 /// Names of the tables a config file may hold.
@@ -91,6 +94,7 @@ pub const PRECOMPUTE: Section = Section {
         Setting { key: "rows_per_shard", rule: Rule::Whole(1, 1 << 20) },
         Setting { key: "seal_minutes", rule: Rule::NotNegative },
         Setting { key: "part", rule: Rule::PartOf },
+        Setting { key: "worker", rule: Rule::Worker },
     ],
 };
 
@@ -200,6 +204,7 @@ impl Rule {
             Rule::Device => "auto, cpu, cuda or cuda:N".into(),
             Rule::Resume => "latest, never or a checkpoint folder".into(),
             Rule::PartOf => "N/T with N from 1 to T".into(),
+            Rule::Worker => "I/N with I from 0 to N - 1, auto, or auto/N".into(),
         }
     }
 
@@ -223,6 +228,7 @@ impl Rule {
             Rule::OneOf(words) => text(&|s| words.contains(&s)),
             Rule::Switch => value.is_bool(),
             Rule::PartOf => text(&|s| s.parse::<potstill_pipeline::precompute::Share>().is_ok()),
+            Rule::Worker => text(&|s| Wish::of(s).is_some()),
             Rule::Device => text(&|s| {
                 matches!(s, "auto" | "cpu" | "cuda") || s.strip_prefix("cuda:").is_some_and(|n| n.parse::<u16>().is_ok())
             }),

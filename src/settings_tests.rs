@@ -26,6 +26,11 @@ fn each_rule_refuses_what_lies_just_outside() {
         (Rule::Device, vec![word("auto"), word("cuda:3")], vec![word("gpu"), word("cuda:"), word("cuda:-1")]),
         (Rule::Path, vec![word("a b")], vec![word(""), whole(1)]),
         (Rule::Paths, vec![Value::Array(vec![word("a")])], vec![Value::Array(vec![]), Value::Array(vec![whole(1)])]),
+        (
+            Rule::Worker,
+            vec![word("0/1"), word("7/8"), word("auto"), word("auto/8")],
+            vec![word("8/8"), word("1/0"), word("auto/0"), word("auto/"), word("auto/x"), word("auto8"), word("3"), whole(3)],
+        ),
         (Rule::Switch, vec![Value::Boolean(false)], vec![word("false"), whole(0)]),
     ];
     for (rule, good, bad) in cases {

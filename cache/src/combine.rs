@@ -21,7 +21,7 @@ mod plan;
 use crate::progress::ScanProgress;
 use crate::writer::{Companion, WriterOptions};
 use crate::{
-    Cache, CacheWriter, CodecError, Derivation, Description, Error, IdEncoding, Record, Reshape, Result, Storage, Values,
+    Cache, CacheWriter, CodecError, Derivation, Description, Error, IdEncoding, Record, Reshape, Result, Storage, Values, parts,
 };
 use merged::Merged;
 use plan::{Plan, Planned};
@@ -101,10 +101,16 @@ impl Stored {
 ///
 /// Of a conversation in several data the first scoring is kept; pieces of a shard under way are left out, both counted.
 ///
+/// A source that is a folder of workers' parts stands for all of them, and all have to be finished.
+///
 /// Errors: `Unlike` (other teacher, tokenizer, template, settings or companions), `Conflict`, `Incomplete`, `Raise`, damage, as
 /// [`CacheWriter::open`], I/O.
 pub fn combine(sources: &[PathBuf], out: &Path, reshape: &Reshape, progress: &ScanProgress) -> Result<Rewritten> {
-    rewrite("combine", sources, out, reshape, progress)
+    let mut caches = Vec::with_capacity(sources.len());
+    for source in sources {
+        caches.extend(parts::caches(source)?);
+    }
+    rewrite("combine", &caches, out, reshape, progress)
 }
 
 /// The work of `combine` and `repack`.

@@ -54,9 +54,15 @@ pub enum Error {
         /// The folder asked for.
         dir: PathBuf,
     },
+    /// The folder is one of workers' parts, which have yet to become a cache.
+    #[error("{dir}: holds workers' parts and is no cache itself; join them first: combine --out OUT {dir}", dir = dir.display())]
+    OnlyParts {
+        /// The folder asked for.
+        dir: PathBuf,
+    },
     /// A new cache was to be written over somebody's files.
     #[error("{dir}: holds {found:?} but no manifest.json; a new cache needs an empty folder{hint}",
-            dir = dir.display(), hint = lost_manifest(found))]
+            dir = dir.display(), hint = what_it_is(found))]
     ForeignFolder {
         /// The folder asked for.
         dir: PathBuf,
@@ -282,6 +288,7 @@ impl Error {
             Error::BadRecord { .. } | Error::RowCount { .. } | Error::WriterFailed { .. } => ErrorClass::Runtime,
             Error::NoCompanion { .. } | Error::RepairList { .. } => ErrorClass::Runtime,
             Error::ForeignFolder { .. }
+            | Error::OnlyParts { .. }
             | Error::ForeignShards { .. }
             | Error::Raise { .. }
             | Error::Incomplete { .. }
@@ -340,8 +347,11 @@ impl Flaw {
     }
 }
 
-/// What to do where the folder is that of a cache without its manifest.
-fn lost_manifest(found: &str) -> &'static str {
+/// What to do where the folder is that of a cache without its manifest, or of parts.
+fn what_it_is(found: &str) -> &'static str {
+    if crate::WorkerFolder::from_name(found).is_some() {
+        return "; it is a folder of workers' parts: give --worker too, or another folder";
+    }
     match found.starts_with("shard-") && found.ends_with(".parquet") {
         true => "; if it is a cache that lost its manifest: `verify --repair-list FILE`, then `precompute --repair FILE`",
         false => "",

@@ -20,6 +20,7 @@ mod guard;
 mod layout;
 mod manifest;
 mod narrow;
+mod parts;
 #[cfg(test)]
 mod power;
 mod preset;
@@ -50,6 +51,7 @@ pub use fingerprint::{
 };
 pub use guard::decoding;
 pub use manifest::{CompanionEntry, FORMAT_VERSION, MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, ShardCodec, ShardEntry};
+pub use parts::WorkerFolder;
 pub use preset::{
     DEFAULT_DRAWS, DEFAULT_MIN_MASS, DEFAULT_MIN_PROB, DEFAULT_TOP_K, IdEncoding, Knobs, LOGIT_MANTISSA_BITS, Preset,
     SelectionKind, Storage, Values,

@@ -12,7 +12,7 @@
 //! ```
 
 use crate::error::{Flaw, Place};
-use crate::{Description, Error, IdEncoding, Result, Selection, Values, durable};
+use crate::{Description, Error, IdEncoding, Result, Selection, Values, durable, parts};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -141,7 +141,7 @@ impl Manifest {
             return Err(Error::NoFolder { dir: dir.to_path_buf() });
         }
         let info = match durable::call(|| std::fs::metadata(&path)) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(Error::NoManifest { dir: dir.to_path_buf() }),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(parts::no_manifest(dir)),
             info => info.map_err(Error::io(&path))?,
         };
         if !info.is_file() || info.len() > MAX_MANIFEST_BYTES {

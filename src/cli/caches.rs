@@ -120,18 +120,21 @@ pub struct Repack {
 
 /// Join caches: parts of the same data, interrupted runs, other data
 ///
-/// The parts of one data make the very bytes of a single run over it. Caches of other data are put one after another. Run again,
-/// it continues.
+/// The parts of one data make the very bytes of a single run over it. A folder of workers' parts stands for all of them. Caches of
+/// other data are put one after another. Run again, it continues.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Teacher, tokenizer, template and settings have to be alike. A conversation that two caches hold is kept once if
 its distributions are the same; if they differ, nothing is written and both places are named.
 
+Of a folder that `precompute --worker` filled, every worker's part has to be there and finished.
+
 Examples:
   potstill combine --out caches/all caches/part-1 caches/part-2 caches/part-3
+  potstill combine --out caches/all caches/parts          (parts/worker-00000-of-00003 and so on)
   potstill combine --out caches/top16 --top-k 16 caches/ultrachat caches/code")]
 pub struct Combine {
-    /// Folders of the caches to read
+    /// Folders of the caches to read, or of workers' parts
     #[arg(value_name = "CACHE", required = true, num_args = 1..)]
     pub sources: Vec<PathBuf>,
     /// Folder of the new cache

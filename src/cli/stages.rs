@@ -26,6 +26,17 @@ Presets (every knob can be turned by its flag):
   small     cutoff, mass >= 0.999  4 mantissa bits             12  more
   sampled   50 draws               counts                      12  no bias
 
+Several machines: a worker scores whole shards, asks nobody, and writes into
+DIR/worker-00003-of-00008 of --cache DIR; run again, it continues. When all are
+done, `combine --out OUT DIR` makes the very cache of a single run.
+`--worker auto` reads
+  Slurm array             SLURM_ARRAY_TASK_ID, _COUNT, _MIN, _MAX and _STEP
+  Kubernetes Indexed Job  JOB_COMPLETION_INDEX, JOB_COMPLETIONS (yours to set)
+  torchrun                RANK and WORLD_SIZE
+  SkyPilot                SKYPILOT_NODE_RANK and SKYPILOT_NUM_NODES
+and `--worker auto/8` the index alone, of 8. A worker that did its share exits 0
+though conversations were skipped: engines would take 3 for a failure.
+
 Each setting may also stand in the table [precompute] of --config FILE, or in
 a variable such as POTSTILL_PRECOMPUTE__TOP_K=32. Flags win over variables,
 variables over the file."
@@ -116,6 +127,9 @@ pub struct Precompute {
     /// Score only this share of the conversations, cut at borders of shards; `combine` joins them
     #[arg(long, value_name = "N/T")]
     pub part: Option<String>,
+    /// Score the share of worker I of N, from 0, into a folder of its own in --cache; `auto` asks the cluster engine (below)
+    #[arg(long, value_name = "I/N")]
+    pub worker: Option<String>,
     /// First score again what this list of `verify --repair-list` names, and mend the cache
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]

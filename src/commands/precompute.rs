@@ -2,6 +2,7 @@
 
 use super::{drawn, interruptible};
 use crate::cli::{Manner, Precompute};
+use crate::cluster::{self, Wish};
 use crate::config::{self, Sources};
 use crate::exit::Outcome;
 use crate::print::{self, Out, Side, Table};
@@ -13,8 +14,9 @@ use std::io::Write;
 /// Runs stage one. Skipped conversations are counted and end in [`Outcome::Skipped`].
 pub fn run(flags: Precompute, manner: Manner) -> anyhow::Result<Outcome> {
     let sources = Sources::of_process(flags.config.clone(), &flags)?;
-    let mut config: PrecomputeConfig = config::resolve(&settings::PRECOMPUTE, &sources)?;
+    let mut config = settled(&sources, manner)?;
     config.repair = flags.repair;
+    let cache = config.placed()?.cache.clone();
     // The echo goes to stderr: the folder of a cache holds only what decides its bytes, which its manifest names.
     manner.remark(&config::to_toml(&settings::PRECOMPUTE, &config)?);
 
@@ -25,7 +27,11 @@ pub fn run(flags: Precompute, manner: Manner) -> anyhow::Result<Outcome> {
         print::json(&report)?;
     } else {
         let mut out = print::out();
-        facts(&report).fact("cache", config.cache.display()).write(&mut out)?;
+        facts(&report).fact("cache", cache.display()).write(&mut out)?;
+        if report.rows == 0 && (config.part.is_some() || config.worker.is_some()) {
+            writeln!(out, "nothing to do: the data make fewer shards than there are shares,")?;
+            writeln!(out, "and this share has none; its cache is empty and complete")?;
+        }
         if let Some(repair) = &report.repair {
             writeln!(out)?;
             write_repair(repair, &mut out)?;
@@ -36,7 +42,20 @@ pub fn run(flags: Precompute, manner: Manner) -> anyhow::Result<Outcome> {
         }
         out.flush()?;
     }
-    Ok(if report.skipped.is_empty() { Outcome::Done } else { Outcome::Skipped })
+    // Which conversations are skipped is a matter of the data, the same for all workers, and no failure of any of them.
+    Ok(if report.skipped.is_empty() || config.worker.is_some() { Outcome::Done } else { Outcome::Skipped })
+}
+
+/// The settings, with a worker that the engine names put in the place of `auto`.
+fn settled(sources: &Sources, manner: Manner) -> anyhow::Result<PrecomputeConfig> {
+    let mut table = config::layered::<PrecomputeConfig>(&settings::PRECOMPUTE, sources)?;
+    if let Some(Wish::Auto(stated)) = table.get("worker").and_then(toml::Value::as_str).and_then(Wish::of) {
+        let variable = |name: &str| sources.variables.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
+        let said = cluster::worker(stated, &variable)?;
+        manner.remark(&format!("worker {} of {}, by {}", said.worker.index, said.worker.of, said.by));
+        table.insert("worker".into(), said.worker.to_string().into());
+    }
+    Ok(config::typed(&settings::PRECOMPUTE, table)?)
 }
 
 /// What a cache holds after a run.

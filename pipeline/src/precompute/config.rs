@@ -1,6 +1,6 @@
 //! Settings of stage one, their defaults, and what they come to.
 
-use super::Share;
+use super::{Share, Worker};
 use crate::data::{BadRoles, Truncation};
 use crate::kernel::Precision;
 use crate::teacher::Residency;
@@ -82,6 +82,8 @@ pub struct PrecomputeConfig {
     pub rows_per_shard: u32,
     /// The share of the conversations to be scored, where it is not all of them.
     pub part: Option<Share>,
+    /// The worker that this process is, where several share the conversations: it scores its share into a folder of its own in `cache`.
+    pub worker: Option<Worker>,
     /// A list of damaged rows, written by a check, that are to be scored again first. No setting of the cache.
     #[serde(skip)]
     pub repair: Option<PathBuf>,
@@ -147,6 +149,7 @@ impl Default for PrecomputeConfig {
             head_chunk: DEFAULT_HEAD_CHUNK,
             rows_per_shard: DEFAULT_ROWS_PER_SHARD,
             part: None,
+            worker: None,
             repair: None,
             seal_minutes: DEFAULT_SEAL_MINUTES,
         }

@@ -12,7 +12,7 @@ mod part;
 mod repair;
 
 pub use config::*;
-pub use part::Share;
+pub use part::{Share, Worker};
 
 use crate::data::pack::{self, Pack, Sequence};
 use crate::data::{self, ChatTokenizer, DataOptions, Dataset, Example};
@@ -62,6 +62,7 @@ pub struct PrecomputeReport {
 /// A second run with the same settings continues after the last durable row; of a complete cache it only reports. Errors: bad
 /// settings, data, model folder or cache; a stop asked for by `context` (every row scored until then stays).
 pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<PrecomputeReport> {
+    let config = &*config.placed()?;
     let storage = config.storage()?;
     let device = device::pick(&config.device)?;
     let model = ModelConfig::from_folder(&config.teacher)?;
@@ -77,7 +78,7 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
     }
     let options = DataOptions { max_length: config.max_length, truncation: config.truncate, on_bad_roles: config.on_bad_roles };
     let mut dataset = data::load(&config.data, &tokenizer, &options, context)?;
-    let part = part::cut(&mut dataset.examples, config.part, config.rows_per_shard)?;
+    let part = part::cut(&mut dataset.examples, config.part, config.rows_per_shard);
     let description = description::describe(config, &storage, &model, &tokenizer, &dataset, context)?;
     let description = Description { part, ..description };
     let options = WriterOptions { companions: description::companions(&config.teacher)? };
