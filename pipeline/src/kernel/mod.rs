@@ -9,13 +9,14 @@
 //!                            └── tile [12, 32] = Σ_k a[k·12 + r] · b[k·32 + c] ──┘
 //! ```
 //! In bf16 a word holds two neighbours, k even in the low half; a step adds both products. The processor's instruction for it rounds
-//! in its own way, so bf16 bits are those of the processor's kind, f32 bits those of any.
+//! in its own way; a processor without it multiplies the rounded values as f32. So bf16 bits are those of the processor's kind, f32
+//! bits those of any.
 
 mod rows;
 mod tile;
 mod transpose;
 
-pub use rows::{Block, Rows, pair_panel, round_to_pairs};
+pub use rows::{Block, Rows, pair_panel, round_all, round_to_pairs};
 pub use transpose::transpose;
 
 use std::sync::OnceLock;
@@ -78,6 +79,14 @@ impl Isa {
         levels.into_iter().map(Self).collect()
     }
 
+    /// Whether it has an instruction for pairs of bf16. Without one, values rounded to bf16 are multiplied as f32, at the speed of f32.
+    pub fn multiplies_pairs(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 == Level::Avx512Bf16;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// Its name, as people know it.
     pub fn name(self) -> &'static str {
         match self.0 {
@@ -130,9 +139,5 @@ impl Isa {
 
     pub(crate) fn has_avx512(self) -> bool {
         self.0 >= Level::Avx512
-    }
-
-    pub(crate) fn has_bf16(self) -> bool {
-        self.0 >= Level::Avx512Bf16
     }
 }

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 pub struct Rows {
     count: usize,
     width: usize,
+    precision: Precision,
     packed: Packed,
 }
 
@@ -20,7 +21,7 @@ enum Packed {
 /// A block of 12 rows.
 #[derive(Debug, Clone, Copy)]
 pub enum Block<'a> {
-    /// f32, [K][12].
+    /// f32, rounded or not, [K][12].
     F32(&'a [f32]),
     /// Pairs of bf16, [K/2 rounded up][12].
     Pairs(&'a [u32]),
@@ -32,15 +33,18 @@ impl Rows {
         let isa = Isa::best();
         let count = x.len().checked_div(width).unwrap_or(0);
         let (blocks, rows) = (count.div_ceil(TILE_ROWS), x.par_chunks((TILE_ROWS * width).max(1)));
-        let packed = match precision {
-            Precision::F32 => {
+        let packed = match (precision, isa.multiplies_pairs()) {
+            (Precision::F32, _) | (Precision::Bf16, false) => {
                 let mut packed = vec![0f32; blocks * TILE_ROWS * width];
                 packed.par_chunks_mut((TILE_ROWS * width).max(1)).zip(rows).for_each(|(out, rows)| {
                     transpose(isa, (rows, width), (rows.len() / width, width), TILE_ROWS, (out, TILE_ROWS));
+                    if precision == Precision::Bf16 {
+                        round_all(isa, out);
+                    }
                 });
                 Packed::F32(packed)
             }
-            Precision::Bf16 => {
+            (Precision::Bf16, true) => {
                 let pairs = width.div_ceil(2);
                 let mut packed = vec![0u32; blocks * TILE_ROWS * pairs];
                 let blocks = packed.par_chunks_mut((TILE_ROWS * pairs).max(1)).zip(rows);
@@ -56,7 +60,7 @@ impl Rows {
                 Packed::Pairs(packed)
             }
         };
-        Self { count, width, packed }
+        Self { count, width, precision, packed }
     }
 
     /// T.
@@ -71,10 +75,7 @@ impl Rows {
 
     /// What the values were rounded to.
     pub fn precision(&self) -> Precision {
-        match self.packed {
-            Packed::F32(_) => Precision::F32,
-            Packed::Pairs(_) => Precision::Bf16,
-        }
+        self.precision
     }
 
     /// Rows 12i to 12i + 11.
@@ -99,6 +100,15 @@ vectorised! {
         }
         if let ([last], Some(out)) = (&values[2 * whole..], out.get_mut(whole)) {
             *out = round(*last);
+        }
+    }
+}
+
+vectorised! {
+    /// Rounds f32 to the nearest bf16, in place.
+    pub fn round_all(isa: Isa, values: &mut [f32]) {
+        for value in values {
+            *value = f32::from_bits(round(*value) << 16);
         }
     }
 }

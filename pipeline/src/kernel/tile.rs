@@ -25,7 +25,8 @@ impl Isa {
         tile_plain::<R>(steps, (a, a_step), (b, b_step), out);
     }
 
-    /// The same of pairs of bf16: a word of `a` times a word of `b` adds the products of both halves.
+    /// The same of pairs of bf16: a word of `a` times a word of `b` adds the products of both halves. Fast only where
+    /// [`multiplies_pairs`](Self::multiplies_pairs).
     pub fn tile_pairs<const R: usize>(
         self,
         steps: usize,
@@ -36,13 +37,9 @@ impl Isa {
         let (a, b, out) = (covered(a, steps, a_step, R), covered(b, steps, b_step, TILE_COLUMNS), &mut out[..R * TILE_COLUMNS]);
         #[cfg(target_arch = "x86_64")]
         {
-            if self.has_bf16() {
+            if self.multiplies_pairs() {
                 // SAFETY: the processor has AVX-512 BF16, and the slices hold every element named in the formula.
                 return unsafe { x86::pairs_avx512::<R>(steps, (a, a_step), (b, b_step), out) };
-            }
-            if self.has_avx2() {
-                // SAFETY: the processor has AVX2 and FMA.
-                return unsafe { x86::pairs_avx2::<R>(steps, (a, a_step), (b, b_step), out) };
             }
         }
         pairs_plain::<R>(steps, (a, a_step), (b, b_step), out);
@@ -75,42 +72,25 @@ fn tile_plain<const R: usize>(steps: usize, (a, a_step): (&[f32], usize), (b, b_
     }
 }
 
-#[inline(always)]
+/// The definition, for processors on which nobody should call it.
 fn pairs_plain<const R: usize>(steps: usize, (a, a_step): (&[u32], usize), (b, b_step): (&[u32], usize), out: &mut [f32]) {
     let (low, high) = (|word: u32| f32::from_bits(word << 16), |word: u32| f32::from_bits(word & 0xffff_0000));
-    for r in (0..R).step_by(ROWS) {
-        for c in (0..TILE_COLUMNS).step_by(COLUMNS) {
-            let mut sums = [[0f32; COLUMNS]; ROWS];
-            for k in 0..steps {
-                let b = &b[k * b_step + c..][..COLUMNS];
-                let a = &a[k * a_step + r..][..ROWS];
-                for (sums, a) in sums.iter_mut().zip(a) {
-                    for (sum, b) in sums.iter_mut().zip(b) {
-                        *sum = high(*a).mul_add(high(*b), low(*a).mul_add(low(*b), *sum));
-                    }
-                }
-            }
-            for (i, sums) in sums.iter().enumerate() {
-                out[(r + i) * TILE_COLUMNS + c..][..COLUMNS].copy_from_slice(sums);
-            }
-        }
+    for (i, out) in out.iter_mut().enumerate() {
+        let (r, c) = (i / TILE_COLUMNS, i % TILE_COLUMNS);
+        let pairs = (0..steps).map(|k| (a[k * a_step + r], b[k * b_step + c]));
+        *out = pairs.fold(0.0, |sum, (a, b)| high(a).mul_add(high(b), low(a).mul_add(low(b), sum)));
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{TILE_COLUMNS, pairs_plain, tile_plain};
+    use super::{TILE_COLUMNS, tile_plain};
     use std::arch::x86_64::*;
     use std::mem::transmute;
 
     #[target_feature(enable = "avx2,fma")]
     pub(super) fn tile_avx2<const R: usize>(steps: usize, a: (&[f32], usize), b: (&[f32], usize), out: &mut [f32]) {
         tile_plain::<R>(steps, a, b, out);
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) fn pairs_avx2<const R: usize>(steps: usize, a: (&[u32], usize), b: (&[u32], usize), out: &mut [f32]) {
-        pairs_plain::<R>(steps, a, b, out);
     }
 
     /// SAFETY: the slices must hold a[(steps − 1)·a_step + R − 1], b[(steps − 1)·b_step + 31] and out[R·32 − 1].

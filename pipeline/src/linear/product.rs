@@ -8,7 +8,7 @@
 //! column, not on how many rows there are, nor on threads.
 
 use super::Weight;
-use crate::kernel::{Block, Isa, Precision, Rows, TILE_COLUMNS, TILE_ROWS, pair_panel, transpose};
+use crate::kernel::{Block, Isa, Precision, Rows, TILE_COLUMNS, TILE_ROWS, pair_panel, round_all, transpose};
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -95,38 +95,32 @@ thread_local! {
 /// What a thread keeps between pieces of work.
 #[derive(Default)]
 struct Scratch {
-    /// f32 [K][32]: panels of f32, or one that is about to be rounded.
+    /// f32 [K][32]: panels of f32, or one that is about to become pairs.
     values: Vec<f32>,
     /// Panels of pairs.
-    pairs: Vec<u32>,
+    words: Vec<u32>,
     /// Rows of W before they are turned.
     rows: Vec<f32>,
 }
 
 fn work(rows: &Rows, factor: &Factor, target: &Target, piece: &Piece, scratch: &mut Scratch) {
     let isa = Isa::best();
-    let (stretch, size) = match rows.precision() {
-        Precision::F32 => (PANEL_STEPS, PANEL_STEPS * TILE_COLUMNS),
-        Precision::Bf16 => (2 * PANEL_STEPS, PANEL_STEPS * TILE_COLUMNS),
-    };
-    let count = piece.panels.len();
-    let Scratch { values, pairs, rows: unturned } = scratch;
-    values.resize(stretch * TILE_COLUMNS * if rows.precision() == Precision::F32 { count } else { 1 }, 0.0);
+    let pairs = matches!(rows.block(piece.blocks.start), Block::Pairs(_));
+    let (stretch, size) = (PANEL_STEPS * if pairs { 2 } else { 1 }, PANEL_STEPS * TILE_COLUMNS);
+    let Scratch { values, words, rows: unturned } = scratch;
+    values.resize(if pairs { 2 * size } else { piece.panels.len() * size }, 0.0);
+    words.resize(if pairs { piece.panels.len() * size } else { 0 }, 0);
     let mut tile = [0f32; TILE_ROWS * TILE_COLUMNS];
     for k in (0..rows.width()).step_by(stretch) {
         let inputs = k..rows.width().min(k + stretch);
-        match rows.precision() {
-            Precision::F32 => {
-                for (panel, out) in piece.panels.clone().zip(values.chunks_exact_mut(size)) {
-                    factor.weight.panel(isa, panel, inputs.clone(), unturned, out);
-                }
-            }
-            Precision::Bf16 => {
-                pairs.resize(count * size, 0);
-                for (panel, out) in piece.panels.clone().zip(pairs.chunks_exact_mut(size)) {
-                    factor.weight.panel(isa, panel, inputs.clone(), unturned, values);
-                    pair_panel(isa, &values[..inputs.len() * TILE_COLUMNS], out);
-                }
+        for (i, panel) in piece.panels.clone().enumerate() {
+            let out = if pairs { &mut values[..] } else { &mut values[i * size..][..size] };
+            factor.weight.panel(isa, panel, inputs.clone(), unturned, out);
+            let out = &mut out[..inputs.len() * TILE_COLUMNS];
+            match (pairs, rows.precision()) {
+                (true, _) => pair_panel(isa, out, &mut words[i * size..][..size]),
+                (false, Precision::Bf16) => round_all(isa, out),
+                (false, Precision::F32) => {}
             }
         }
         let last = inputs.end == rows.width();
@@ -138,7 +132,7 @@ fn work(rows: &Rows, factor: &Factor, target: &Target, piece: &Piece, scratch: &
                         isa.tile::<TILE_ROWS>(inputs.len(), (a, TILE_ROWS), (b, TILE_COLUMNS), &mut tile);
                     }
                     Block::Pairs(a) => {
-                        let (a, b) = (&a[k / 2 * TILE_ROWS..], &pairs[i * size..][..size]);
+                        let (a, b) = (&a[k / 2 * TILE_ROWS..], &words[i * size..][..size]);
                         isa.tile_pairs::<TILE_ROWS>(inputs.len().div_ceil(2), (a, TILE_ROWS), (b, TILE_COLUMNS), &mut tile);
                     }
                 }
