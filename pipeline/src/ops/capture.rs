@@ -1,11 +1,12 @@
 //! What a cache keeps of a row of logits: the selection's entries, the rest's log-probability, draws, log-sum-exps. Refuses to know
 //! of models, files and rounding, but for logits that are kept as a bf16 head gives them.
 //!
-//! The one idea: a row becomes weights exp(z − max) in f64 once; everything kept of it is a sum over them in the order of ids, so
-//! it is a function of the row (and, for draws, of its [`Place`]) and not of how rows were cut into chunks or spread over threads.
+//! The one idea: a row is read a few times and never spread out; everything kept of it is a sum of f32 weights exp(z − max), added in
+//! f64 in a fixed order, so it is a function of the row (and, for draws, of its [`Place`]) and not of how rows were cut into chunks,
+//! spread over threads, or of how wide the machine's vectors are.
 //!
 //! ```text
-//! z [V] ─ (bf16) ─► w = exp(z − max) ─► W = Σ w ─► log-probability (z − max) − ln W
+//! z [V] ─ (bf16) ─► w = exp(z − max) ─► W = Σ w ─► log-probability (z − max) − ln W, in f64
 //!                      │                   k largest, ties to the smaller id ─ Selection::kept ─► kept
 //!                      ├─ Σ over ids not kept ───────────────────────────────► tail, never 1 − Σ kept
 //!                      ├─ sorted uniforms · W, or · tail ────────────────────► drawn ids and counts
@@ -13,12 +14,13 @@
 //! ```
 
 use super::draw::{self, Place};
+use super::largest::{Largest, falling};
+use super::vectors::vectorised;
+use super::weights::{Weights, tempered_total};
 use super::with_f32;
 use candle_core::{Result, Tensor, bail};
-use half::bf16;
-use potstill_cache::{Selection, SoftTargets, Storage, Target, Values};
+use potstill_cache::{LOGIT_MANTISSA_BITS, Selection, SoftTargets, Storage, Target, Values, round_to_mantissa};
 use rayon::prelude::*;
-use std::cmp::Ordering;
 
 /// What is kept of each distribution.
 #[derive(Debug, Clone, PartialEq)]
@@ -72,57 +74,61 @@ impl Capture {
     }
 
     fn row(&self, scratch: &mut Scratch, number: usize, z: &[f32], place: Place) -> Result<Row> {
-        if let Some(column) = z.iter().position(|v| !v.is_finite()) {
-            bail!("row {number}: the logit of id {column} is {}, expected a finite number", z[column]);
-        }
-        let Scratch { ids, rounded, weights } = scratch;
+        let Scratch { largest, rounded, sums } = scratch;
+        let given = z;
         let z = match self.values {
             Values::Logprob => z,
             Values::LogitBf16 => {
                 rounded.clear();
-                // Adding 0 turns −0 into 0: equal logits are ties, whatever their sign.
-                rounded.extend(z.iter().map(|v| bf16::from_f32(*v).to_f32() + 0.0));
-                if let Some(column) = rounded.iter().position(|v| !v.is_finite()) {
-                    bail!("row {number}: the logit of id {column} is {}, more than bfloat16 holds", z[column]);
-                }
+                round(z, rounded);
                 &rounded[..]
             }
         };
-        let max = f64::from(z.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-        weights.clear();
-        weights.extend(z.iter().map(|v| (f64::from(*v) - max).exp()));
-        let total: f64 = weights.iter().sum();
-        let mut row = Row { lse_t: self.lse_at_temperatures(z, max, total.ln()), ..Row::default() };
-        self.keep(&mut row, ids, z, (max, total.ln()));
+        let max = match largest.read(z, usize::from(self.selection.head())) {
+            Ok(max) => max,
+            Err(column) => bail!("row {number}: the logit of id {column} is {}, {}", given[column], expected(given[column])),
+        };
+        let weights = Weights::of(z, max, sums);
+        let log_total = weights.total().ln();
+        let mut row = Row::default();
+        let draw = |row: &mut Row, weights: &Weights<'_>, seed, draws| {
+            let uniforms = draw::sorted_uniforms(seed, place, draws);
+            (row.sample_ids, row.sample_counts) =
+                draw::counts(weights.sums(), |block| weights.weights(block), weights.total(), &uniforms);
+        };
+        self.keep(&mut row, largest, z, (f64::from(max), log_total));
         if let Selection::Sampled { draws, seed } = self.selection {
-            let all = (0..).zip(weights.iter().copied());
-            (row.sample_ids, row.sample_counts) = draw::counts(all, total, &draw::sorted_uniforms(seed, place, draws));
+            draw(&mut row, &weights, seed, draws);
         }
         let mut left_out = if row.ids.is_empty() { row.sample_ids.clone() } else { row.ids.clone() };
         left_out.sort_unstable();
-        let rest: f64 = others(weights, &left_out).map(|(_, w)| w).sum();
-        row.tail_logprob = ((rest.ln() - total.ln()) as f32).min(0.0) + 0.0;
+        let rest = weights.without(&left_out);
+        let below = rest.shift() - f64::from(max);
+        // A rest whose likeliest id has no probability in f64 is nothing.
+        let is_something = rest.total() > 0.0 && below.exp() > 0.0;
+        let tail = if is_something { below + rest.total().ln() - log_total } else { f64::NEG_INFINITY };
+        row.tail_logprob = (tail as f32).min(0.0) + 0.0;
         if let Selection::Hybrid { draws, seed, .. } = self.selection
-            && rest > 0.0
+            && is_something
         {
-            let uniforms = draw::sorted_uniforms(seed, place, draws);
-            (row.sample_ids, row.sample_counts) = draw::counts(others(weights, &left_out), rest, &uniforms);
+            draw(&mut row, &rest, seed, draws);
         }
+        row.lse_t = self.lse_at_temperatures(z, max, log_total, sums);
         Ok(row)
     }
 
     /// ln Σ p^(1/T) with ln p = (z − max) − ln W.
-    fn lse_at_temperatures(&self, z: &[f32], max: f64, log_total: f64) -> Vec<f32> {
+    fn lse_at_temperatures(&self, z: &[f32], max: f32, log_total: f64, sums: &mut Vec<f64>) -> Vec<f32> {
         let at = |t: &f32| {
-            let t = f64::from(*t);
-            let sum: f64 = z.iter().map(|v| ((f64::from(*v) - max) / t).exp()).sum();
-            (sum.ln() - log_total / t) as f32
+            // A factor of ∞ would make the largest logit's 0 a NaN.
+            let sum = tempered_total(z, max, (1.0 / t).min(f32::MAX), sums);
+            (sum.ln() - log_total / f64::from(*t)) as f32
         };
         self.lse_temperatures.iter().map(at).collect()
     }
 
     /// The head: ids by falling stored value, ties by rising id, as far as the selection keeps them.
-    fn keep(&self, row: &mut Row, ids: &mut Vec<u32>, z: &[f32], (max, log_total): (f64, f64)) {
+    fn keep(&self, row: &mut Row, largest: &mut Largest, z: &[f32], (max, log_total): (f64, f64)) {
         let head = usize::from(self.selection.head());
         let exact = self.values == Values::LogitBf16;
         row.logsumexp = exact.then_some((max + log_total) as f32);
@@ -131,7 +137,7 @@ impl Capture {
             let l = row.logsumexp.map_or(z - max - log_total, |lse| z - f64::from(lse)) as f32;
             l.min(0.0) + 0.0
         };
-        let mut entries: Vec<(u32, f32)> = largest(ids, z, head).iter().map(|&id| (id, logprob(id))).collect();
+        let mut entries: Vec<(u32, f32)> = largest.ids(z, head).iter().map(|&id| (id, logprob(id))).collect();
         if !exact {
             // Different logits may meet in one f32 log-probability, which is coarser where it is larger; such ids are ties again.
             entries.sort_unstable_by(|a, b| falling(a.1, b.1).then(a.0.cmp(&b.0)));
@@ -146,12 +152,25 @@ impl Capture {
     }
 }
 
-/// Buffers as wide as the vocabulary, one of each a thread.
+/// What a logit should have been that is not finite as it is kept.
+fn expected(logit: f32) -> &'static str {
+    if logit.is_finite() { "more than bfloat16 holds" } else { "expected a finite number" }
+}
+
+vectorised! {
+    /// Appends z rounded to bfloat16. Adding 0 turns −0 into 0: equal logits are ties, whatever their sign.
+    fn round(z: &[f32], rounded: &mut Vec<f32>) {
+        rounded.extend(z.iter().map(|z| round_to_mantissa(*z, LOGIT_MANTISSA_BITS) + 0.0));
+    }
+}
+
+/// Buffers, one of each a thread.
 #[derive(Default)]
 struct Scratch {
-    ids: Vec<u32>,
+    largest: Largest,
+    /// As wide as the vocabulary where logits are kept.
     rounded: Vec<f32>,
-    weights: Vec<f64>,
+    sums: Vec<f64>,
 }
 
 /// All that is kept of one row.
@@ -180,32 +199,4 @@ impl Row {
             lse_t: &self.lse_t,
         }
     }
-}
-
-/// Ids and weights but for those of `left_out`, which rises.
-fn others<'a>(weights: &'a [f64], left_out: &'a [u32]) -> impl Iterator<Item = (u32, f64)> + 'a {
-    let mut left_out = left_out.iter().copied().peekable();
-    (0..).zip(weights.iter().copied()).filter(move |(id, _)| left_out.next_if_eq(id).is_none())
-}
-
-/// The ids of the k largest values, largest first, ties by rising id.
-fn largest<'a>(ids: &'a mut Vec<u32>, z: &[f32], k: usize) -> &'a [u32] {
-    ids.clear();
-    ids.extend(0..z.len() as u32);
-    let k = k.min(ids.len());
-    if k == 0 {
-        return &[];
-    }
-    let larger = |a: &u32, b: &u32| falling(z[*a as usize], z[*b as usize]).then(a.cmp(b));
-    if k < ids.len() {
-        ids.select_nth_unstable_by(k - 1, larger);
-    }
-    let kept = &mut ids[..k];
-    kept.sort_unstable_by(larger);
-    kept
-}
-
-/// Larger values first. All are finite; 0 and −0 are equal.
-fn falling(a: f32, b: f32) -> Ordering {
-    b.partial_cmp(&a).unwrap_or(Ordering::Equal)
 }

@@ -6,9 +6,13 @@
 pub mod attention;
 pub mod capture;
 pub mod draw;
+pub mod exponential;
+mod largest;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
+pub(crate) mod vectors;
+mod weights;
 
 use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
 

@@ -1,5 +1,6 @@
 //! SwiGLU: y = silu(g) ∘ u, with silu(g) = g · σ(g).
 
+use super::exponential::sigmoid;
 use super::with_f32;
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
@@ -34,8 +35,4 @@ fn fit(g: &Tensor, other: &Tensor) -> Result<()> {
         bail!("swiglu: {:?} and {:?} do not fit", g.dims(), other.dims());
     }
     Ok(())
-}
-
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
 }
