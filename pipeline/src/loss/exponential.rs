@@ -13,7 +13,20 @@ const LANES: usize = 8;
 vectorised! {
     /// The largest value of a row; −∞ when it is empty. NaN is passed over here and shows in the sums.
     pub(super) fn largest(row: &[f32]) -> f32 {
-        row.iter().copied().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+        let mut lanes = [f32::NEG_INFINITY; 2 * LANES];
+        let (chunks, rest) = row.as_chunks::<{ 2 * LANES }>();
+        for chunk in chunks {
+            higher(&mut lanes, chunk);
+        }
+        higher(&mut lanes, rest);
+        lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+#[inline(always)]
+fn higher(lanes: &mut [f32; 2 * LANES], values: &[f32]) {
+    for (lane, &z) in lanes.iter_mut().zip(values) {
+        *lane = if z > *lane { z } else { *lane };
     }
 }
 
@@ -21,13 +34,13 @@ vectorised! {
     /// Σ exp(z · factor − largest · factor) with `largest` = max z.
     pub(super) fn sum(row: &[f32], largest: f32, factor: f32) -> f64 {
         let mut lanes = [0.0_f64; LANES];
-        let mut chunks = row.chunks_exact(LANES);
-        for chunk in &mut chunks {
+        let (chunks, rest) = row.as_chunks::<LANES>();
+        for chunk in chunks {
             for (lane, &z) in lanes.iter_mut().zip(chunk) {
                 *lane += f64::from(exp((z - largest) * factor));
             }
         }
-        for (lane, &z) in lanes.iter_mut().zip(chunks.remainder()) {
+        for (lane, &z) in lanes.iter_mut().zip(rest) {
             *lane += f64::from(exp((z - largest) * factor));
         }
         lanes.iter().sum()
@@ -39,9 +52,13 @@ vectorised! {
     pub(super) fn replace(row: &mut [f32], largest: f32, weight: f64, tempered: f64, factor: f32) {
         let (weight, tempered) = (weight as f32, tempered as f32);
         if tempered == 0.0 {
-            row.iter_mut().for_each(|z| *z = weight * exp(*z - largest));
+            for z in row {
+                *z = weight * exp(*z - largest);
+            }
         } else {
-            row.iter_mut().for_each(|z| *z = weight * exp(*z - largest) + tempered * exp((*z - largest) * factor));
+            for z in row {
+                *z = weight * exp(*z - largest) + tempered * exp((*z - largest) * factor);
+            }
         }
     }
 }

@@ -79,7 +79,6 @@ impl Capture {
         let z = match self.values {
             Values::Logprob => z,
             Values::LogitBf16 => {
-                rounded.clear();
                 round(z, rounded);
                 &rounded[..]
             }
@@ -158,9 +157,12 @@ fn expected(logit: f32) -> &'static str {
 }
 
 vectorised! {
-    /// Appends z rounded to bfloat16. Adding 0 turns −0 into 0: equal logits are ties, whatever their sign.
+    /// z rounded to bfloat16. Adding 0 turns −0 into 0: equal logits are ties, whatever their sign. `rounded` is overwritten.
     fn round(z: &[f32], rounded: &mut Vec<f32>) {
-        rounded.extend(z.iter().map(|z| round_to_mantissa(*z, LOGIT_MANTISSA_BITS) + 0.0));
+        rounded.resize(z.len(), 0.0);
+        for (rounded, z) in rounded.iter_mut().zip(z) {
+            *rounded = round_to_mantissa(*z, LOGIT_MANTISSA_BITS) + 0.0;
+        }
     }
 }
 

@@ -3,8 +3,10 @@
 //! The one idea: a body in plain Rust has separate multiplications and additions, which the compiler never contracts into one
 //! rounding; so the same source gives the same bits with 128-bit, 256-bit and 512-bit vectors, and on other machines.
 
-/// Defines a function whose body is compiled for AVX-512, for AVX2 and for every machine of the target. What the body calls gets the
-/// wide vectors only where it is inlined: mark it `#[inline(always)]`.
+/// Defines a function whose body is compiled for AVX-512, for AVX2 and for every machine of the target.
+///
+/// What the body calls gets the wide vectors only where it is inlined, and a closure handed to an iterator often is not: write `for`
+/// loops over slices, and mark the functions that they call `#[inline(always)]`.
 macro_rules! vectorised {
     ($(#[$attribute:meta])* $vis:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $output:ty)? $body:block) => {
         $(#[$attribute])*

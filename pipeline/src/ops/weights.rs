@@ -11,8 +11,7 @@ use super::vectors::vectorised;
 pub(super) const BLOCK: usize = 128;
 /// Independent partial sums of a block; fixed, so that every machine adds in the same order.
 const LANES: usize = 16;
-/// Where all weights are at most 1, a sum above this has lost nothing to weights below e^−87 that are taken as 0: of a million ids
-/// these are 1e-32 together, far below an f64's last place of 1e-18.
+/// Weights below e^−87 are taken as 0: of a million ids that is 2e-32 at most, less than the last place of an f64 sum above this.
 const SURE: f64 = 1e-15;
 
 /// A row's weights.
@@ -29,7 +28,6 @@ pub(super) struct Weights<'a> {
 impl<'a> Weights<'a> {
     /// Weights exp(z − largest) of all ids of a row whose largest value is `largest`.
     pub(super) fn of(z: &'a [f32], largest: f32, sums: &'a mut Vec<f64>) -> Self {
-        sums.clear();
         block_sums(z, largest, 1.0, sums);
         let total = sums.iter().sum();
         Self { z, left_out: &[], shift: largest, sums, total }
@@ -44,12 +42,15 @@ impl<'a> Weights<'a> {
         }
         rest.total = rest.sums.iter().sum();
         if rest.total < SURE {
-            rest.shift = (0..rest.sums.len()).flat_map(|b| rest.block(b)).fold(f32::NEG_INFINITY, f32::max);
-            for block in 0..rest.sums.len() {
-                rest.sums[block] = block_sum(&rest.block(block), rest.shift, 1.0);
+            let largest = (0..rest.sums.len()).flat_map(|b| rest.block(b)).fold(f32::NEG_INFINITY, f32::max);
+            // Where nothing is left, all sums are 0 as they are.
+            if largest > f32::NEG_INFINITY {
+                rest.shift = largest;
+                for block in 0..rest.sums.len() {
+                    rest.sums[block] = block_sum(&rest.block(block), largest, 1.0);
+                }
+                rest.total = rest.sums.iter().sum();
             }
-            // Of nothing but −∞ there is no difference from the largest.
-            rest.total = if rest.shift == f32::NEG_INFINITY { 0.0 } else { rest.sums.iter().sum() };
         }
         rest
     }
@@ -71,9 +72,7 @@ impl<'a> Weights<'a> {
 
     /// The weights of a block; beyond the row they are 0.
     pub(super) fn weights(&self, block: usize) -> [f32; BLOCK] {
-        let mut weights = self.block(block);
-        raise(&mut weights, self.shift);
-        weights
+        weights_of(&self.block(block), self.shift)
     }
 
     /// The values of a block; −∞ for what is left out and beyond the row.
@@ -90,7 +89,6 @@ impl<'a> Weights<'a> {
 
 /// Σ exp((z − largest) · factor) over a row whose largest value is `largest`. `sums` is overwritten.
 pub(super) fn tempered_total(z: &[f32], largest: f32, factor: f32, sums: &mut Vec<f64>) -> f64 {
-    sums.clear();
     block_sums(z, largest, factor, sums);
     sums.iter().sum()
 }
@@ -103,11 +101,20 @@ fn padded(values: &[f32]) -> [f32; BLOCK] {
 }
 
 #[inline(always)]
+fn raised(block: &[f32; BLOCK], shift: f32, factor: f32) -> [f32; BLOCK] {
+    let mut weights = [0.0; BLOCK];
+    for (weight, z) in weights.iter_mut().zip(block) {
+        *weight = exp((z - shift) * factor);
+    }
+    weights
+}
+
+#[inline(always)]
 fn sum_of(block: &[f32; BLOCK], shift: f32, factor: f32) -> f64 {
     let mut lanes = [0.0_f64; LANES];
-    for row in block.as_chunks::<LANES>().0 {
-        for (lane, z) in lanes.iter_mut().zip(row) {
-            *lane += f64::from(exp((z - shift) * factor));
+    for row in raised(block, shift, factor).as_chunks::<LANES>().0 {
+        for (lane, weight) in lanes.iter_mut().zip(row) {
+            *lane += f64::from(*weight);
         }
     }
     let mut half = LANES / 2;
@@ -122,10 +129,14 @@ fn sum_of(block: &[f32; BLOCK], shift: f32, factor: f32) -> f64 {
 }
 
 vectorised! {
-    /// Appends the sum of each block of a row.
+    /// The sum of each block of a row; `sums` is overwritten.
     fn block_sums(z: &[f32], shift: f32, factor: f32, sums: &mut Vec<f64>) {
         let (blocks, rest) = z.as_chunks::<BLOCK>();
-        sums.extend(blocks.iter().map(|block| sum_of(block, shift, factor)));
+        sums.clear();
+        sums.resize(blocks.len(), 0.0);
+        for (sum, block) in sums.iter_mut().zip(blocks) {
+            *sum = sum_of(block, shift, factor);
+        }
         if !rest.is_empty() {
             sums.push(sum_of(&padded(rest), shift, factor));
         }
@@ -139,7 +150,73 @@ vectorised! {
 }
 
 vectorised! {
-    fn raise(block: &mut [f32; BLOCK], shift: f32) {
-        block.iter_mut().for_each(|z| *z = exp(*z - shift));
+    fn weights_of(block: &[f32; BLOCK], shift: f32) -> [f32; BLOCK] {
+        raised(block, shift, 1.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(n: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7919) % 1009) as f32 * -0.03).collect()
+    }
+
+    /// One id after another, with nothing that could become a vector.
+    fn twin(z: &[f32], shift: f32, factor: f32) -> Vec<f64> {
+        let sum = |block: &[f32]| {
+            let mut lanes = [0.0; LANES];
+            for (i, z) in block.iter().enumerate() {
+                lanes[i % LANES] += f64::from(exp(std::hint::black_box((z - shift) * factor)));
+            }
+            for half in [8, 4, 2, 1] {
+                for i in 0..half {
+                    lanes[i] += lanes[i + half];
+                }
+            }
+            lanes[0]
+        };
+        z.chunks(BLOCK).map(sum).collect()
+    }
+
+    /// To the bit: the width of this machine's vectors decides nothing.
+    #[test]
+    fn vectors_change_no_bit() {
+        for n in [1, 15, 127, 128, 129, 5000] {
+            let (z, mut sums) = (row(n), Vec::new());
+            let weights = Weights::of(&z, 0.5, &mut sums);
+            assert_eq!(weights.sums(), twin(&z, 0.5, 1.0), "{n}");
+            let last = weights.weights(n / BLOCK - usize::from(n % BLOCK == 0));
+            let want = z.chunks(BLOCK).next_back().unwrap_or_default();
+            assert!(last.iter().zip(want).all(|(w, z)| w.to_bits() == exp(std::hint::black_box(z - 0.5)).to_bits()), "{n}");
+            assert!(last[want.len()..].iter().all(|w| *w == 0.0));
+            assert_eq!(tempered_total(&z, 0.5, 0.7, &mut Vec::new()), twin(&z, 0.5, 0.7).iter().sum::<f64>(), "{n}");
+        }
+    }
+
+    #[test]
+    fn what_is_left_out_weighs_nothing_whatever_is_left() {
+        for n in [1, 128, 400] {
+            let z = row(n);
+            for left_out in
+                [vec![], vec![0], (0..n as u32).step_by(3).collect(), (1..n as u32).collect(), (0..n as u32).collect()]
+            {
+                let mut masked = z.clone();
+                left_out.iter().for_each(|id| masked[*id as usize] = f32::NEG_INFINITY);
+                let mut sums = Vec::new();
+                let rest = Weights::of(&z, 0.0, &mut sums).without(&left_out);
+                let want: f64 = masked.iter().map(|z| f64::from(*z).exp()).sum();
+                // Two units, and a rounding of an exponent of up to 30.
+                assert!((rest.total() * rest.shift().exp() - want).abs() <= 3e-6 * want, "{n}: {left_out:?}");
+                let weighed = rest.weights(0);
+                assert!(left_out.iter().take_while(|id| **id < BLOCK as u32).all(|id| weighed[*id as usize] == 0.0));
+            }
+        }
+        // All that is left lies 200 below: 0 in f32 against the largest, all digits against its own.
+        let mut sums = Vec::new();
+        let rest = Weights::of(&[200.0, 0.0, -1.0], 200.0, &mut sums).without(&[0]);
+        assert_eq!(rest.shift(), 0.0);
+        assert!((rest.total() - (1.0 + (-1f64).exp())).abs() < 3e-7);
     }
 }
