@@ -182,6 +182,42 @@ fn bfloat16_ties_of_either_sign_come_by_rising_id() {
 }
 
 #[test]
+fn a_bad_logit_takes_its_own_row_away_and_nothing_else() {
+    let rows = rows(4, 47);
+    let mut modes: Vec<(Selection, Values)> =
+        selections().into_iter().flat_map(|s| [(s, Values::Logprob), (s, Values::LogitBf16)]).collect();
+    modes.push((Selection::Sampled { draws: 9, seed: 3 }, Values::Logprob));
+    modes.push((Selection::Hybrid { k: 5, draws: 9, seed: 3 }, Values::Logprob));
+    for (selection, values) in modes {
+        let capture = Capture { selection, values, lse_temperatures: TEMPERATURES.to_vec() };
+        let clean = capture.targets(&tensor(&rows), &places(4)).unwrap();
+        let too_large = if values == Values::LogitBf16 { f32::MAX } else { f32::NAN };
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, too_large] {
+            for (row, id) in (0..4).flat_map(|row| (0..47).map(move |id| (row, id))) {
+                let mut rows = rows.clone();
+                rows[row][id] = value;
+                let found = capture.rows(&tensor(&rows), &places(4)).unwrap();
+                let bad: Vec<_> = found.bad.iter().map(|bad| (bad.row, bad.id, bad.value.to_bits())).collect();
+                assert_eq!(bad, [(row, id as u32, value.to_bits())], "{selection}, {values:?}");
+                assert_eq!(found.targets.len(), 4);
+                for other in (0..4).filter(|other| *other != row) {
+                    assert_eq!(found.targets.position(other), clean.position(other), "{selection}, {values:?}");
+                }
+                let refused = found.sound().unwrap_err().to_string();
+                assert!(refused.contains(&format!("row {row}: the logit of id {id} is {value}")), "{refused}");
+            }
+        }
+        // Two rows of a chunk and one of the next: the first id of each, rows counted on.
+        let mut rows = rows.clone();
+        (rows[0][7], rows[0][30], rows[2][36]) = (f32::NAN, f32::INFINITY, f32::INFINITY);
+        let mut both = capture.rows(&tensor(&rows), &places(4)).unwrap();
+        both.extend(&both.clone());
+        assert_eq!(both.bad.iter().map(|bad| (bad.row, bad.id)).collect::<Vec<_>>(), [(0, 7), (2, 36), (4, 7), (6, 36)]);
+        assert_eq!((both.targets.len(), both.targets.position(5)), (8, clean.position(1)));
+    }
+}
+
+#[test]
 fn chunks_and_threads_change_no_bit() {
     let rows = rows(33, 97);
     let (all, here) = (tensor(&rows), places(rows.len()));

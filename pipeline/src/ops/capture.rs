@@ -46,9 +46,15 @@ impl Capture {
 
     /// Soft targets, unrounded, of logits [n, V] (f32) that stand at `places` (n).
     ///
-    /// Errors: a head wider than V or of 0 entries, other than n places, logits together with draws, a logit that is not finite (row
-    /// and column named).
+    /// Errors: as [`rows`](Self::rows), and a logit that cannot be kept (row and id named).
     pub fn targets(&self, logits: &Tensor, places: &[Place]) -> Result<SoftTargets> {
+        self.rows(logits, places)?.sound()
+    }
+
+    /// Soft targets as [`targets`](Self::targets), with the rows that have none.
+    ///
+    /// Errors: a head wider than V or of 0 entries, other than n places, logits together with draws.
+    pub fn rows(&self, logits: &Tensor, places: &[Place]) -> Result<Captured> {
         let (n, vocab) = logits.dims2()?;
         let head = usize::from(self.selection.head());
         let drawn_alone = matches!(self.selection, Selection::Sampled { .. });
@@ -63,17 +69,27 @@ impl Capture {
         }
         with_f32(logits, |values| {
             let rows = values.par_chunks(vocab.max(1)).zip(places).enumerate();
-            let rows: Vec<Result<Row>> =
+            let rows: Vec<std::result::Result<Row, BadLogit>> =
                 rows.map_init(Scratch::default, |scratch, (number, (z, place))| self.row(scratch, number, z, *place)).collect();
-            let mut targets = SoftTargets::with_capacity(n, head);
+            let mut captured = Captured { targets: SoftTargets::with_capacity(n, head), bad: Vec::new() };
             for row in rows {
-                targets.push_target(&row?.target());
+                let row = row.unwrap_or_else(|bad| {
+                    captured.bad.push(bad);
+                    self.nothing()
+                });
+                captured.targets.push_target(&row.target());
             }
-            Ok(targets)
+            Ok(captured)
         })
     }
 
-    fn row(&self, scratch: &mut Scratch, number: usize, z: &[f32], place: Place) -> Result<Row> {
+    /// What stands in the place of a row that has no targets: every part that the others have, and nothing in it.
+    fn nothing(&self) -> Row {
+        let logsumexp = (self.values == Values::LogitBf16).then_some(0.0);
+        Row { logsumexp, lse_t: vec![0.0; self.lse_temperatures.len()], ..Row::default() }
+    }
+
+    fn row(&self, scratch: &mut Scratch, number: usize, z: &[f32], place: Place) -> std::result::Result<Row, BadLogit> {
         let Scratch { largest, rounded, sums } = scratch;
         let given = z;
         let z = match self.values {
@@ -83,10 +99,8 @@ impl Capture {
                 &rounded[..]
             }
         };
-        let max = match largest.read(z, usize::from(self.selection.head())) {
-            Ok(max) => max,
-            Err(column) => bail!("row {number}: the logit of id {column} is {}, {}", given[column], expected(given[column])),
-        };
+        let bad = |id| BadLogit { row: number, id: id as u32, value: given[id] };
+        let max = largest.read(z, usize::from(self.selection.head())).map_err(bad)?;
         let weights = Weights::of(z, max, sums);
         let log_total = weights.total().ln();
         let mut row = Row::default();
@@ -151,9 +165,48 @@ impl Capture {
     }
 }
 
-/// What a logit should have been that is not finite as it is kept.
-fn expected(logit: f32) -> &'static str {
-    if logit.is_finite() { "more than bfloat16 holds" } else { "expected a finite number" }
+/// What was captured of rows of logits.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Captured {
+    /// One target for each row; that of a bad row is empty and stands for nothing.
+    pub targets: SoftTargets,
+    /// The first bad logit of each bad row, rows rising.
+    pub bad: Vec<BadLogit>,
+}
+
+impl Captured {
+    /// Appends the rows of `other`, whose numbers go on from these.
+    pub fn extend(&mut self, other: &Captured) {
+        let first = self.targets.len();
+        self.bad.extend(other.bad.iter().map(|bad| BadLogit { row: first + bad.row, ..*bad }));
+        self.targets.extend(&other.targets);
+    }
+
+    /// The targets of rows of which none is bad. Errors: the first bad row.
+    pub fn sound(self) -> Result<SoftTargets> {
+        match self.bad.first() {
+            Some(bad) => bail!("row {}: {bad}", bad.row),
+            None => Ok(self.targets),
+        }
+    }
+}
+
+/// A logit that cannot be kept: NaN, infinite, or beyond bfloat16 where that is what is kept.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BadLogit {
+    /// The row, from 0.
+    pub row: usize,
+    /// The id.
+    pub id: u32,
+    /// The logit as the head gave it.
+    pub value: f32,
+}
+
+impl std::fmt::Display for BadLogit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let expected = if self.value.is_finite() { "more than bfloat16 holds" } else { "expected a finite number" };
+        write!(f, "the logit of id {} is {}, {expected}", self.id, self.value)
+    }
 }
 
 vectorised! {
