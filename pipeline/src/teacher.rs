@@ -9,7 +9,7 @@ use crate::model::ModelError;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, Holding};
 use crate::model::weights::Weights;
-use crate::ops::capture::Capture;
+use crate::ops::capture::{Capture, Captured};
 use crate::ops::draw::Place;
 use crate::run::RunContext;
 use crate::{Error, Result};
@@ -61,18 +61,23 @@ impl Teacher {
     /// Soft targets of all scored places of the pack, as `capture` says. Logits of at most `chunk` places exist at once. Errors: as
     /// [`Capture::targets`].
     pub fn score(&self, pack: &Pack, capture: &Capture, chunk: usize) -> Result<SoftTargets> {
+        Ok(self.capture(pack, capture, chunk)?.sound()?)
+    }
+
+    /// The same, with the places that have none because a logit cannot be kept. Errors: as [`Capture::rows`].
+    pub fn capture(&self, pack: &Pack, capture: &Capture, chunk: usize) -> Result<Captured> {
         let n = pack.scored().len();
-        let mut targets = SoftTargets::default();
+        let mut captured = Captured::default();
         if n == 0 {
-            return Ok(targets);
+            return Ok(captured);
         }
         let places = places(pack);
         let hidden = self.hidden(pack)?;
         for start in (0..n).step_by(chunk.max(1)) {
             let rows = chunk.max(1).min(n - start);
-            targets.extend(&capture.targets(&self.logits(&hidden, start, rows)?, &places[start..start + rows])?);
+            captured.extend(&capture.rows(&self.logits(&hidden, start, rows)?, &places[start..start + rows])?);
         }
-        Ok(targets)
+        Ok(captured)
     }
 }
 

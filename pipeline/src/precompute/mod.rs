@@ -5,11 +5,13 @@
 //! there are its own first rows, and progress has an end. A conversation scores to the same bits in any pack, so neither where a run
 //! was stopped nor how many tokens go through the model at once decides a byte. Packs still never cross a shard.
 
+mod bad;
 mod config;
 mod description;
 mod part;
 mod repair;
 
+pub use bad::{BadRow, NAMED, NOT_FINITE};
 pub use config::*;
 pub use part::Share;
 
@@ -20,6 +22,7 @@ use crate::ops::capture::Capture;
 use crate::run::{RUN_AGAIN, RunContext};
 use crate::teacher::Teacher;
 use crate::{Error, Result, device};
+use bad::BadRows;
 use potstill_cache::{CacheWriter, Description, Manifest, Record, RepairReport, RowKey, WriterOptions, WriterQueue};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -44,6 +47,9 @@ pub struct PrecomputeReport {
     pub skipped: BTreeMap<String, u64>,
     /// The first skipped conversation of each reason: `file:line`.
     pub first_skipped: BTreeMap<String, String>,
+    /// The first conversations that this run left out because a logit of the teacher cannot be kept; all are counted in `skipped`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<BadRow>,
     /// Tokens cut away by truncation.
     pub truncated_tokens: u64,
     /// What was mended first, where that was asked for.
@@ -85,7 +91,8 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
     let repair = config.repair.as_deref().map(mend).transpose()?;
     let mut writer = CacheWriter::open(&config.cache, &description, options)?;
     let resumed_rows = writer.committed_rows();
-    check_committed(&writer, &dataset.examples, &config.cache)?;
+    let known = check_committed(&writer, &dataset.examples, &config.cache)?;
+    let mut bad = BadRows::of(config.max_bad, dataset.examples.len(), known)?;
 
     let mut report = PrecomputeReport { resumed_rows, repair, ..PrecomputeReport::default() };
     let packs = packs(&dataset.examples, resumed_rows as usize, config);
@@ -105,12 +112,13 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
                 return Err(Error::Interrupted { kept, again: RUN_AGAIN });
             }
             let examples = &dataset.examples[pack.clone()];
-            let mut records =
+            let (mut records, left_out) =
                 score(&teacher, examples, &capture, config.head_chunk as usize).map_err(|source| Error::Scoring {
                     first: examples.first().map_or(0, |e| e.seq_id),
                     last: examples.last().map_or(0, |e| e.seq_id),
                     source: Box::new(source),
                 })?;
+            bad.add(left_out)?;
             // Where a resumed run was given other packs, one may begin before the first row that is missing.
             records.drain(..(resumed_rows as usize).saturating_sub(pack.start));
             queue.send(records)?;
@@ -122,7 +130,9 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
         report.seconds = started.elapsed().as_secs_f64();
     }
     let manifest = writer.finish()?;
-    Ok(fill(report, &manifest, dataset))
+    let mut report = fill(report, &manifest, dataset);
+    bad.report(&mut report);
+    Ok(report)
 }
 
 /// The packs that hold a row after the first `committed`, as ranges of rows: each shard cut anew from its start, also one of which
@@ -138,31 +148,27 @@ fn packs(examples: &[Example], committed: usize, config: &PrecomputeConfig) -> V
     packs
 }
 
-/// One pack's records.
-fn score(teacher: &Teacher, examples: &[Example], capture: &Capture, chunk: usize) -> Result<Vec<Record>> {
+/// One pack's records, and its conversations that were left out.
+fn score(teacher: &Teacher, examples: &[Example], capture: &Capture, chunk: usize) -> Result<(Vec<Record>, Vec<BadRow>)> {
     let positions: Vec<Vec<u32>> = examples.iter().map(Example::positions).collect();
     let pack = Pack::new(examples.iter().zip(&positions).map(|(e, positions)| Sequence { input_ids: &e.input_ids, positions }));
-    let targets = teacher.score(&pack, capture, chunk)?;
-    let records = examples.iter().zip(positions).enumerate().map(|(i, (example, positions))| Record {
-        seq_id: example.seq_id,
-        input_ids: example.input_ids.clone(),
-        positions,
-        targets: targets.slice(pack.scored_of(i)),
-        codec: Default::default(),
-    });
-    Ok(records.collect())
+    let captured = teacher.capture(&pack, capture, chunk)?;
+    Ok(bad::records(examples, positions, &pack, &captured))
 }
 
-/// Proves that the rows already in the cache are this run's first rows.
-fn check_committed(writer: &CacheWriter, examples: &[Example], cache: &Path) -> Result<()> {
+/// Proves that the rows already in the cache are this run's first rows. Gives the numbers of those that were left out.
+fn check_committed(writer: &CacheWriter, examples: &[Example], cache: &Path) -> Result<Vec<u64>> {
+    let mut left_out = Vec::new();
     for (row, (key, example)) in writer.committed_keys()?.into_iter().zip(examples).enumerate() {
         let ours = RowKey::of(&example.input_ids, &example.positions());
-        if key != ours {
+        if key == RowKey::of(&example.input_ids, &[]) {
+            left_out.push(example.seq_id);
+        } else if key != ours {
             let (expected, found) = (ours.to_string(), key.to_string());
             return Err(Error::OtherRow { cache: cache.to_path_buf(), row, expected, found });
         }
     }
-    Ok(())
+    Ok(left_out)
 }
 
 fn fill(report: PrecomputeReport, manifest: &Manifest, dataset: Dataset) -> PrecomputeReport {

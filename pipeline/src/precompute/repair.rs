@@ -71,7 +71,7 @@ fn rescored(
     config: &PrecomputeConfig,
 ) -> Result<Vec<Record>> {
     let examples = examples.get(pack.clone()).unwrap_or_default();
-    let records = score(teacher, examples, capture, config.head_chunk as usize).map_err(|source| Error::Scoring {
+    let (records, _) = score(teacher, examples, capture, config.head_chunk as usize).map_err(|source| Error::Scoring {
         first: examples.first().map_or(0, |e| e.seq_id),
         last: examples.last().map_or(0, |e| e.seq_id),
         source: Box::new(source),
