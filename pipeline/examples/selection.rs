@@ -2,7 +2,7 @@
 //!
 //!     cargo run --release -p potstill-pipeline --example selection -- [VOCABULARY] [POSITIONS]
 //!
-//! Logits are made up: a normal distribution with a few likely ids, as a teacher's are. The median of several runs is printed.
+//! Logits are made up: a normal distribution of deviation 2.5. The median of several runs is printed.
 
 use candle_core::{Device, Tensor};
 use potstill_cache::{Preset, RowKey};
