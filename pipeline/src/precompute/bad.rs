@@ -49,8 +49,7 @@ pub(super) struct BadRows {
 impl BadRows {
     /// At most `share` of so many conversations may be bad; `known` are those that the cache has left out already.
     pub(super) fn of(share: f64, conversations: usize, known: impl IntoIterator<Item = u64>) -> Result<Self> {
-        let allowed = (share * conversations as f64).floor() as u64;
-        let seq_ids = known.into_iter().collect();
+        let (allowed, seq_ids) = (allowed(share, conversations), known.into_iter().collect());
         let rows = Self { allowed, conversations: conversations as u64, seq_ids, named: Vec::new() };
         rows.check().map(|()| rows)
     }
@@ -91,6 +90,14 @@ impl BadRows {
     }
 }
 
+/// The largest number that is no larger share of all than `share`.
+fn allowed(share: f64, conversations: usize) -> u64 {
+    let all = conversations as f64;
+    // 0.29 · 100 is a little less than 29 in f64, and 29 / 100 is 0.29.
+    let near = (share * all).round();
+    (if near / all <= share { near } else { (share * all).floor() }) as u64
+}
+
 /// A pack's records, and its conversations that were left out. `positions` are those of `examples`, of which the pack was made.
 pub(super) fn records(
     examples: &[Example],
@@ -115,4 +122,26 @@ pub(super) fn records(
     };
     let records = examples.iter().zip(positions).enumerate().map(one).collect();
     (records, left_out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::allowed;
+
+    #[test]
+    fn a_share_is_of_whole_conversations() {
+        let cases = [
+            (0.0, 39, 0),
+            (0.001, 39, 0),
+            (0.001, 999, 0),
+            (0.001, 1000, 1),
+            (0.29, 100, 29),
+            (0.5, 3, 1),
+            (0.001, 207_865, 207),
+        ];
+        for (share, of, most) in cases {
+            assert_eq!(allowed(share, of), most, "{share} of {of}");
+        }
+        assert_eq!(allowed(0.5, 0), 0);
+    }
 }
