@@ -93,6 +93,7 @@ pub const PRECOMPUTE: Section = Section {
         Setting { key: "head_chunk", rule: Rule::Whole(1, MOST_TOKENS) },
         Setting { key: "rows_per_shard", rule: Rule::Whole(1, 1 << 20) },
         Setting { key: "seal_minutes", rule: Rule::NotNegative },
+        Setting { key: "max_bad", rule: Rule::Decay },
         Setting { key: "part", rule: Rule::PartOf },
         Setting { key: "worker", rule: Rule::Worker },
     ],

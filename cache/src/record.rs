@@ -12,7 +12,8 @@ pub struct Record {
     pub seq_id: u64,
     /// The conversation's tokens.
     pub input_ids: Vec<u32>,
-    /// Rising positions that have a target, each below `input_ids.len() - 1`; one for each entry of `targets`.
+    /// Rising positions that have a target, each below `input_ids.len() - 1`; one for each entry of `targets`. None where the teacher
+    /// could not say anything of the conversation: it keeps its row, and nothing is trained on it.
     pub positions: Vec<u32>,
     /// The teacher's distributions at `positions`.
     pub targets: SoftTargets,

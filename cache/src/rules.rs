@@ -124,9 +124,6 @@ impl Rules {
         if positions != targets {
             return Err(Flaw::new(format!("one target for each of {positions} positions"), format!("{targets} targets")));
         }
-        if positions == 0 {
-            return Err(Flaw::new("at least one scored position", "none"));
-        }
         let entries = record.targets.ids().len().max(record.targets.sample_ids().len());
         if entries > MAX_ROW_ENTRIES {
             return Err(Flaw::new(format!("at most {MAX_ROW_ENTRIES} entries in a row"), entries));

@@ -22,6 +22,8 @@ pub struct Summary {
     pub shards: u64,
     /// Rows.
     pub rows: u64,
+    /// Rows without a scored position: conversations that the teacher could not score.
+    pub left_out: u64,
     /// Tokens.
     pub tokens: u64,
     /// Scored positions.
@@ -129,6 +131,7 @@ impl Summary {
             complete: manifest.complete,
             shards: manifest.shards.len() as u64,
             rows: cache.len(),
+            left_out: sums.left_out,
             tokens: manifest.tokens(),
             scored,
             entries: sums.entries,
@@ -161,6 +164,7 @@ fn columns(cache: &Cache) -> Vec<ColumnBytes> {
 /// Sums over scored positions.
 #[derive(Debug, Clone, Default)]
 struct Sums {
+    left_out: u64,
     positions: u64,
     entries: u64,
     top1: f64,
@@ -180,7 +184,7 @@ struct Sums {
 
 impl Sums {
     fn of(record: &Record) -> Self {
-        let mut sums = Sums::default();
+        let mut sums = Sums { left_out: u64::from(record.positions.is_empty()), ..Sums::default() };
         for (i, &position) in record.positions.iter().enumerate() {
             let next = record.input_ids.get(position as usize + 1).copied();
             sums.position(&record.targets.position(i), next);
@@ -216,6 +220,7 @@ impl Sums {
     }
 
     fn add(&mut self, row: &Sums) {
+        self.left_out += row.left_out;
         self.positions += row.positions;
         self.entries += row.entries;
         self.top1 += row.top1;

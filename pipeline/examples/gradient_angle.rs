@@ -119,7 +119,7 @@ impl Bench {
         let mut sum = Gradient { numbers: Vec::new(), positions: 0, ids: 0 };
         for pack in &self.packs {
             let kept = self.teacher.score(std::slice::from_ref(pack), &capture, HEAD_CHUNK, &RunContext::default())?;
-            let kept = kept.and_then(|mut all| all.pop()).ok_or("nobody asked for a stop")?;
+            let kept = kept.and_then(|mut all| all.pop()).ok_or("nobody asked for a stop")?.sound()?;
             let targets: SoftTargets = if selection.draws().is_some() { kept.estimate() } else { kept };
             let (hidden, tape) = self.student.forward(pack)?;
             let head = self.student.head();

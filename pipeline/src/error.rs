@@ -63,6 +63,20 @@ pub enum Error {
         /// What went wrong.
         source: Box<Error>,
     },
+    /// A teacher that fails on more conversations than may be left out.
+    #[error(
+        "{bad} of {conversations} conversations have a logit that cannot be kept, expected at most {allowed} (--max-bad); {example}"
+    )]
+    TooManyBad {
+        /// How many, those that the cache has left out already included.
+        bad: u64,
+        /// Conversations of the run.
+        conversations: u64,
+        /// How many may be.
+        allowed: u64,
+        /// One of them, with its place.
+        example: String,
+    },
     /// A cache whose rows are not this run's first rows, although its description is.
     #[error("{cache}: row {row} has key {found}, expected {expected}: it was written from other conversations; use another --cache folder", cache = cache.display())]
     OtherRow {
@@ -97,7 +111,7 @@ impl Error {
             Error::Train(e) => e.class(),
             Error::Miniature(e) => e.class(),
             Error::Cache(e) => e.class(),
-            Error::Tensor(_) => ErrorClass::Runtime,
+            Error::Tensor(_) | Error::TooManyBad { .. } => ErrorClass::Runtime,
             Error::Device { .. } | Error::Setting { .. } => ErrorClass::Usage,
             Error::Scoring { source, .. } => source.class(),
             Error::OtherRow { .. } => ErrorClass::Mismatch,

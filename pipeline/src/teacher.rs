@@ -15,12 +15,12 @@ use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, Holding};
 use crate::model::layer::Geometry;
 use crate::model::weights::Weights;
-use crate::ops::capture::Capture;
+use crate::ops::capture::{Capture, Captured};
 use crate::ops::draw::Place;
 use crate::run::RunContext;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
-use potstill_cache::{RowKey, SoftTargets};
+use potstill_cache::RowKey;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::Arc;
@@ -114,29 +114,23 @@ impl Teacher {
         Ok(logits)
     }
 
-    /// Soft targets of all scored places of each pack, as `capture` says; `None` where `context` asks for a stop meanwhile. Logits of at
-    /// most `chunk` places exist at once. Errors: as [`Capture::targets`].
-    pub fn score(
-        &self,
-        packs: &[Pack],
-        capture: &Capture,
-        chunk: usize,
-        context: &RunContext,
-    ) -> Result<Option<Vec<SoftTargets>>> {
+    /// What `capture` keeps of all scored places of each pack, and the places that have nothing because a logit cannot be kept; `None`
+    /// where `context` asks for a stop meanwhile. Logits of at most `chunk` places exist at once. Errors: as [`Capture::rows`].
+    pub fn score(&self, packs: &[Pack], capture: &Capture, chunk: usize, context: &RunContext) -> Result<Option<Vec<Captured>>> {
         let Some(states) = self.hidden(packs, context)? else { return Ok(None) };
         let mut all = Vec::with_capacity(packs.len());
         for (pack, hidden) in packs.iter().zip(states) {
             let (n, places) = (pack.scored().len(), places(pack));
-            let mut targets = SoftTargets::default();
+            let mut captured = Captured::default();
             for start in (0..n).step_by(chunk.max(1)) {
                 if context.stopping() {
                     return Ok(None);
                 }
                 let rows = chunk.max(1).min(n - start);
-                targets.extend(&capture.targets(&self.logits(&hidden, start, rows)?, &places[start..start + rows])?);
+                captured.extend(&capture.rows(&self.logits(&hidden, start, rows)?, &places[start..start + rows])?);
             }
             context.progress.add(self.share(pack, self.decoder.layers.len()));
-            all.push(targets);
+            all.push(captured);
         }
         if self.residency == Residency::Streamed {
             self.decoder.release_ends();

@@ -27,7 +27,7 @@ fn teacher_of(width: u32, precision: Precision, residency: Residency) -> potstil
 
 /// One pack's targets.
 fn score(teacher: &Teacher, pack: &Pack, capture: &Capture, chunk: usize) -> SoftTargets {
-    teacher.score(std::slice::from_ref(pack), capture, chunk, &RunContext::default()).unwrap().unwrap().remove(0)
+    teacher.score(std::slice::from_ref(pack), capture, chunk, &RunContext::default()).unwrap().unwrap().remove(0).sound().unwrap()
 }
 
 /// Logits of all of a pack's scored positions.
@@ -148,7 +148,7 @@ fn packs_and_chunks_decide_no_bit() {
         for block in packs.chunks(together) {
             let scored = teacher.score(block, &capture, chunk, &RunContext::default()).unwrap().unwrap();
             assert_eq!(scored.len(), block.len());
-            all.extend(scored.iter().flat_map(|targets| bits(targets, 0..targets.len())));
+            all.extend(scored.iter().flat_map(|captured| bits(&captured.targets, 0..captured.targets.len())));
         }
         (packs.len(), all)
     };

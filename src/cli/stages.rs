@@ -124,6 +124,9 @@ pub struct Precompute {
     /// Minutes after which what was scored is made durable: the most that a kill can lose; 0: after every pack
     #[arg(long, value_name = "MINUTES")]
     pub seal_minutes: Option<f64>,
+    /// Largest share of conversations that may be left out because the teacher's logits are not finite; 0: stop at the first
+    #[arg(long, value_name = "SHARE")]
+    pub max_bad: Option<f64>,
     /// Score only this share of the conversations, cut at borders of shards; `combine` joins them
     #[arg(long, value_name = "N/T")]
     pub part: Option<String>,

@@ -176,8 +176,11 @@ fn size(table: &mut Table, summary: &Summary) {
     let state = if summary.complete { "complete" } else { "not complete: run the same precompute again" };
     let each = summary.bytes_per_scored.map_or_else(|| "-".into(), |bytes| format!("{bytes:.1} B"));
     let ratio = summary.raw_ratio.map_or_else(|| "-".into(), |ratio| format!("{ratio:.2} : 1"));
+    table.fact("rows", format!("{} in {}; {state}", print::count(summary.rows), print::plural(summary.shards, "shard")));
+    if summary.left_out > 0 {
+        table.fact("left out", format!("{} of them: the teacher's logits are not finite", print::count(summary.left_out)));
+    }
     table
-        .fact("rows", format!("{} in {}; {state}", print::count(summary.rows), print::plural(summary.shards, "shard")))
         .fact("tokens", format!("{}, {} scored", print::count(summary.tokens), print::count(summary.scored)))
         .fact("size", format!("{}, {each} a scored position", print::bytes(summary.bytes)))
         .fact("compression", format!("{ratio} against plain arrays of ids and 16-bit values"));

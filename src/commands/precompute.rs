@@ -39,6 +39,9 @@ pub fn run(flags: Precompute, manner: Manner) -> anyhow::Result<Outcome> {
         if !report.skipped.is_empty() {
             writeln!(out)?;
             skipped(&report).write(&mut out)?;
+            for row in &report.left_out {
+                writeln!(out, "{row}")?;
+            }
         }
         out.flush()?;
     }

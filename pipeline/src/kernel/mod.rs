@@ -15,9 +15,11 @@
 mod rows;
 mod tile;
 mod transpose;
+mod vectors;
 
 pub use rows::{Block, Rows, pair_panel, round_all, round_to_pairs};
 pub use transpose::transpose;
+pub(crate) use vectors::vectorised;
 
 use std::sync::OnceLock;
 
@@ -100,36 +102,6 @@ impl Isa {
         }
     }
 }
-
-/// Runs a body compiled for the best instructions there are. The body is the same Rust everywhere, and Rust never fuses or reorders
-/// floating-point operations by itself, so its result is the same too.
-macro_rules! vectorised {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident ( $isa:ident : Isa $(, $arg:ident : $ty:ty)* $(,)? ) $(-> $ret:ty)? $body:block) => {
-        $(#[$meta])*
-        $vis fn $name($isa: $crate::kernel::Isa $(, $arg: $ty)*) $(-> $ret)? {
-            #[inline(always)]
-            fn body($($arg: $ty),*) $(-> $ret)? $body
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx512f")]
-                fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
-                #[target_feature(enable = "avx2,fma")]
-                fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
-                if $isa.has_avx512() {
-                    // SAFETY: an `Isa` is made only where the processor has what it stands for.
-                    return unsafe { avx512($($arg),*) };
-                }
-                if $isa.has_avx2() {
-                    // SAFETY: as above.
-                    return unsafe { avx2($($arg),*) };
-                }
-            }
-            let _ = $isa;
-            body($($arg),*)
-        }
-    };
-}
-pub(crate) use vectorised;
 
 #[cfg(target_arch = "x86_64")]
 impl Isa {

@@ -39,7 +39,7 @@ impl Rows {
                 packed.par_chunks_mut((TILE_ROWS * width).max(1)).zip(rows).for_each(|(out, rows)| {
                     transpose(isa, (rows, width), (rows.len() / width, width), TILE_ROWS, (out, TILE_ROWS));
                     if precision == Precision::Bf16 {
-                        round_all(isa, out);
+                        round_all(out);
                     }
                 });
                 Packed::F32(packed)
@@ -52,7 +52,7 @@ impl Rows {
                     || vec![0u32; TILE_ROWS * pairs],
                     |rounded, (out, rows)| {
                         for (row, rounded) in rows.chunks_exact(width).zip(rounded.chunks_exact_mut(pairs)) {
-                            round_to_pairs(isa, row, rounded);
+                            round_to_pairs(row, rounded);
                         }
                         transpose(isa, (rounded, pairs), (rows.len() / width, pairs), TILE_ROWS, (out, TILE_ROWS));
                     },
@@ -93,7 +93,7 @@ impl Rows {
 vectorised! {
     /// Rounds f32 to pairs of bf16 (to nearest, ties to even; NaN stays NaN), the first of each in the low half. An odd last value is
     /// paired with 0.
-    pub fn round_to_pairs(isa: Isa, values: &[f32], out: &mut [u32]) {
+    pub fn round_to_pairs(values: &[f32], out: &mut [u32]) {
         let whole = values.len() / 2;
         for (pair, out) in values.chunks_exact(2).zip(out.iter_mut()) {
             *out = round(pair[0]) | round(pair[1]) << 16;
@@ -106,7 +106,7 @@ vectorised! {
 
 vectorised! {
     /// Rounds f32 to the nearest bf16, in place.
-    pub fn round_all(isa: Isa, values: &mut [f32]) {
+    pub fn round_all(values: &mut [f32]) {
         for value in values {
             *value = f32::from_bits(round(*value) << 16);
         }
@@ -115,7 +115,7 @@ vectorised! {
 
 vectorised! {
     /// A panel of f32 [K][32] as pairs of bf16 [K/2 rounded up][32]: k even in the low half, an odd last k with 0.
-    pub fn pair_panel(isa: Isa, panel: &[f32], out: &mut [u32]) {
+    pub fn pair_panel(panel: &[f32], out: &mut [u32]) {
         for (both, out) in panel.chunks(2 * TILE_COLUMNS).zip(out.chunks_exact_mut(TILE_COLUMNS)) {
             match both.split_at_checked(TILE_COLUMNS) {
                 Some((even, odd)) if odd.len() == TILE_COLUMNS => {

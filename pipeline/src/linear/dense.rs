@@ -1,6 +1,6 @@
 //! Dense weights as they are stored: f32, f16 or bf16, row-major [out, in]. Owns turning them into f32; refuses to copy them.
 
-use crate::kernel::{Isa, vectorised};
+use crate::kernel::vectorised;
 use bytes::Bytes;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -65,12 +65,12 @@ impl DenseWeight {
     }
 
     /// Row `output` from input `first` on, as many values as `out` takes, exact.
-    pub fn decode(&self, isa: Isa, output: usize, first: usize, out: &mut [f32]) {
+    pub fn decode(&self, output: usize, first: usize, out: &mut [f32]) {
         let size = self.stored.size();
         let bytes = &self.bytes[(output * self.inputs + first) * size..][..out.len() * size];
         match self.stored {
-            Stored::F32 => widen_f32(isa, bytes, out),
-            Stored::Bf16 => widen_bf16(isa, bytes, out),
+            Stored::F32 => widen_f32(bytes, out),
+            Stored::Bf16 => widen_bf16(bytes, out),
             Stored::F16 => {
                 let mut halves = [f16::ZERO; 256];
                 for (bytes, out) in bytes.chunks(2 * halves.len()).zip(out.chunks_mut(halves.len())) {
@@ -88,14 +88,14 @@ impl DenseWeight {
     pub fn dequantize(&self) -> Vec<f32> {
         let mut all = vec![0f32; self.outputs * self.inputs];
         for (output, row) in all.chunks_mut(self.inputs.max(1)).enumerate() {
-            self.decode(Isa::best(), output, 0, row);
+            self.decode(output, 0, row);
         }
         all
     }
 }
 
 vectorised! {
-    fn widen_f32(isa: Isa, bytes: &[u8], out: &mut [f32]) {
+    fn widen_f32(bytes: &[u8], out: &mut [f32]) {
         for (out, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
             *out = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
         }
@@ -103,7 +103,7 @@ vectorised! {
 }
 
 vectorised! {
-    fn widen_bf16(isa: Isa, bytes: &[u8], out: &mut [f32]) {
+    fn widen_bf16(bytes: &[u8], out: &mut [f32]) {
         for (out, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
             *out = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
         }

@@ -118,8 +118,8 @@ fn work(rows: &Rows, factor: &Factor, target: &Target, piece: &Piece, scratch: &
             factor.weight.panel(isa, panel, inputs.clone(), unturned, out);
             let out = &mut out[..inputs.len() * TILE_COLUMNS];
             match (pairs, rows.precision()) {
-                (true, _) => pair_panel(isa, out, &mut words[i * size..][..size]),
-                (false, Precision::Bf16) => round_all(isa, out),
+                (true, _) => pair_panel(out, &mut words[i * size..][..size]),
+                (false, Precision::Bf16) => round_all(out),
                 (false, Precision::F32) => {}
             }
         }
@@ -178,7 +178,7 @@ impl Weight {
         rows.resize(TILE_COLUMNS * inputs.len(), 0.0);
         for (i, row) in rows.chunks_exact_mut(inputs.len()).enumerate().take(count) {
             match self {
-                Weight::Dense(weight) => weight.decode(isa, first + i, inputs.start, row),
+                Weight::Dense(weight) => weight.decode(first + i, inputs.start, row),
                 Weight::Nf4(weight) => weight.decode(first + i, inputs.start, row),
                 Weight::Awq(_) => {}
             }

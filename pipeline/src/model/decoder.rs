@@ -8,7 +8,7 @@ use super::config::{Biases, ModelConfig, Quantization};
 use super::layer::{Geometry, Layer, PROJECTIONS};
 use super::weights::Weights;
 use crate::data::pack::Pack;
-use crate::kernel::{Isa, Precision};
+use crate::kernel::Precision;
 use crate::linear::awq::{AwqWeight, PER_WORD};
 use crate::linear::dense::{DenseWeight, Stored};
 use crate::linear::nf4::Nf4Weight;
@@ -86,7 +86,7 @@ impl Decoder {
         let h = self.config.hidden_size;
         let mut x = vec![0f32; input_ids.len() * h];
         let rows = x.par_chunks_mut(h).zip(input_ids);
-        rows.for_each(|(row, id)| self.embed_tokens.decode(Isa::best(), *id as usize, 0, row));
+        rows.for_each(|(row, id)| self.embed_tokens.decode(*id as usize, 0, row));
         Tensor::from_vec(x, (input_ids.len(), h), &self.device)
     }
 

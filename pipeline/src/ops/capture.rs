@@ -1,11 +1,12 @@
 //! What a cache keeps of a row of logits: the selection's entries, the rest's log-probability, draws, log-sum-exps. Refuses to know
 //! of models, files and rounding, but for logits that are kept as a bf16 head gives them.
 //!
-//! The one idea: a row becomes weights exp(z − max) in f64 once; everything kept of it is a sum over them in the order of ids, so
-//! it is a function of the row (and, for draws, of its [`Place`]) and not of how rows were cut into chunks or spread over threads.
+//! The one idea: a row is read a few times and never spread out; everything kept of it is a sum of f32 weights exp(z − max), added in
+//! f64 in a fixed order, so it is a function of the row (and, for draws, of its [`Place`]) and not of how rows were cut into chunks,
+//! spread over threads, or of how wide the machine's vectors are.
 //!
 //! ```text
-//! z [V] ─ (bf16) ─► w = exp(z − max) ─► W = Σ w ─► log-probability (z − max) − ln W
+//! z [V] ─ (bf16) ─► w = exp(z − max) ─► W = Σ w ─► log-probability (z − max) − ln W, in f64
 //!                      │                   k largest, ties to the smaller id ─ Selection::kept ─► kept
 //!                      ├─ Σ over ids not kept ───────────────────────────────► tail, never 1 − Σ kept
 //!                      ├─ sorted uniforms · W, or · tail ────────────────────► drawn ids and counts
@@ -13,12 +14,13 @@
 //! ```
 
 use super::draw::{self, Place};
+use super::largest::{Largest, falling};
+use super::weights::{Weights, tempered_total};
 use super::with_f32;
+use crate::kernel::vectorised;
 use candle_core::{Result, Tensor, bail};
-use half::bf16;
-use potstill_cache::{Selection, SoftTargets, Storage, Target, Values};
+use potstill_cache::{LOGIT_MANTISSA_BITS, Selection, SoftTargets, Storage, Target, Values, round_to_mantissa};
 use rayon::prelude::*;
-use std::cmp::Ordering;
 
 /// What is kept of each distribution.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,9 +46,15 @@ impl Capture {
 
     /// Soft targets, unrounded, of logits [n, V] (f32) that stand at `places` (n).
     ///
-    /// Errors: a head wider than V or of 0 entries, other than n places, logits together with draws, a logit that is not finite (row
-    /// and column named).
+    /// Errors: as [`rows`](Self::rows), and a logit that cannot be kept (row and id named).
     pub fn targets(&self, logits: &Tensor, places: &[Place]) -> Result<SoftTargets> {
+        self.rows(logits, places)?.sound()
+    }
+
+    /// Soft targets as [`targets`](Self::targets), with the rows that have none.
+    ///
+    /// Errors: a head wider than V or of 0 entries, other than n places, logits together with draws.
+    pub fn rows(&self, logits: &Tensor, places: &[Place]) -> Result<Captured> {
         let (n, vocab) = logits.dims2()?;
         let head = usize::from(self.selection.head());
         let drawn_alone = matches!(self.selection, Selection::Sampled { .. });
@@ -61,68 +69,79 @@ impl Capture {
         }
         with_f32(logits, |values| {
             let rows = values.par_chunks(vocab.max(1)).zip(places).enumerate();
-            let rows: Vec<Result<Row>> =
+            let rows: Vec<std::result::Result<Row, BadLogit>> =
                 rows.map_init(Scratch::default, |scratch, (number, (z, place))| self.row(scratch, number, z, *place)).collect();
-            let mut targets = SoftTargets::with_capacity(n, head);
+            let mut captured = Captured { targets: SoftTargets::with_capacity(n, head), bad: Vec::new() };
             for row in rows {
-                targets.push_target(&row?.target());
+                let row = row.unwrap_or_else(|bad| {
+                    captured.bad.push(bad);
+                    self.nothing()
+                });
+                captured.targets.push_target(&row.target());
             }
-            Ok(targets)
+            Ok(captured)
         })
     }
 
-    fn row(&self, scratch: &mut Scratch, number: usize, z: &[f32], place: Place) -> Result<Row> {
-        if let Some(column) = z.iter().position(|v| !v.is_finite()) {
-            bail!("row {number}: the logit of id {column} is {}, expected a finite number", z[column]);
-        }
-        let Scratch { ids, rounded, weights } = scratch;
+    /// What stands in the place of a row that has no targets: every part that the others have, and nothing in it.
+    fn nothing(&self) -> Row {
+        let logsumexp = (self.values == Values::LogitBf16).then_some(0.0);
+        Row { logsumexp, lse_t: vec![0.0; self.lse_temperatures.len()], ..Row::default() }
+    }
+
+    fn row(&self, scratch: &mut Scratch, number: usize, z: &[f32], place: Place) -> std::result::Result<Row, BadLogit> {
+        let Scratch { largest, rounded, sums } = scratch;
+        let given = z;
         let z = match self.values {
             Values::Logprob => z,
             Values::LogitBf16 => {
-                rounded.clear();
-                // Adding 0 turns −0 into 0: equal logits are ties, whatever their sign.
-                rounded.extend(z.iter().map(|v| bf16::from_f32(*v).to_f32() + 0.0));
-                if let Some(column) = rounded.iter().position(|v| !v.is_finite()) {
-                    bail!("row {number}: the logit of id {column} is {}, more than bfloat16 holds", z[column]);
-                }
+                round(z, rounded);
                 &rounded[..]
             }
         };
-        let max = f64::from(z.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-        weights.clear();
-        weights.extend(z.iter().map(|v| (f64::from(*v) - max).exp()));
-        let total: f64 = weights.iter().sum();
-        let mut row = Row { lse_t: self.lse_at_temperatures(z, max, total.ln()), ..Row::default() };
-        self.keep(&mut row, ids, z, (max, total.ln()));
+        let bad = |id| BadLogit { row: number, id: id as u32, value: given[id] };
+        let max = largest.read(z, usize::from(self.selection.head())).map_err(bad)?;
+        let weights = Weights::of(z, max, sums);
+        let log_total = weights.total().ln();
+        let mut row = Row::default();
+        let draw = |row: &mut Row, weights: &Weights<'_>, seed, draws| {
+            let uniforms = draw::sorted_uniforms(seed, place, draws);
+            (row.sample_ids, row.sample_counts) =
+                draw::counts(weights.sums(), |block| weights.weights(block), weights.total(), &uniforms);
+        };
+        self.keep(&mut row, largest, z, (f64::from(max), log_total));
         if let Selection::Sampled { draws, seed } = self.selection {
-            let all = (0..).zip(weights.iter().copied());
-            (row.sample_ids, row.sample_counts) = draw::counts(all, total, &draw::sorted_uniforms(seed, place, draws));
+            draw(&mut row, &weights, seed, draws);
         }
         let mut left_out = if row.ids.is_empty() { row.sample_ids.clone() } else { row.ids.clone() };
         left_out.sort_unstable();
-        let rest: f64 = others(weights, &left_out).map(|(_, w)| w).sum();
-        row.tail_logprob = ((rest.ln() - total.ln()) as f32).min(0.0) + 0.0;
+        let rest = weights.without(&left_out);
+        let below = rest.shift() - f64::from(max);
+        // A rest whose likeliest id has no probability in f64 is nothing.
+        let is_something = rest.total() > 0.0 && below.exp() > 0.0;
+        let tail = if is_something { below + rest.total().ln() - log_total } else { f64::NEG_INFINITY };
+        row.tail_logprob = (tail as f32).min(0.0) + 0.0;
         if let Selection::Hybrid { draws, seed, .. } = self.selection
-            && rest > 0.0
+            && is_something
         {
-            let uniforms = draw::sorted_uniforms(seed, place, draws);
-            (row.sample_ids, row.sample_counts) = draw::counts(others(weights, &left_out), rest, &uniforms);
+            draw(&mut row, &rest, seed, draws);
         }
+        row.lse_t = self.lse_at_temperatures(z, max, log_total, sums);
         Ok(row)
     }
 
     /// ln Σ p^(1/T) with ln p = (z − max) − ln W.
-    fn lse_at_temperatures(&self, z: &[f32], max: f64, log_total: f64) -> Vec<f32> {
+    fn lse_at_temperatures(&self, z: &[f32], max: f32, log_total: f64, sums: &mut Vec<f64>) -> Vec<f32> {
         let at = |t: &f32| {
-            let t = f64::from(*t);
-            let sum: f64 = z.iter().map(|v| ((f64::from(*v) - max) / t).exp()).sum();
-            (sum.ln() - log_total / t) as f32
+            // A factor of ∞ would make the largest logit's 0 a NaN.
+            let sum = tempered_total(z, max, (1.0 / t).min(f32::MAX), sums);
+            (sum.ln() - log_total / f64::from(*t)) as f32
         };
         self.lse_temperatures.iter().map(at).collect()
     }
 
     /// The head: ids by falling stored value, ties by rising id, as far as the selection keeps them.
-    fn keep(&self, row: &mut Row, ids: &mut Vec<u32>, z: &[f32], (max, log_total): (f64, f64)) {
+    fn keep(&self, row: &mut Row, largest: &mut Largest, z: &[f32], (max, log_total): (f64, f64)) {
         let head = usize::from(self.selection.head());
         let exact = self.values == Values::LogitBf16;
         row.logsumexp = exact.then_some((max + log_total) as f32);
@@ -131,7 +150,7 @@ impl Capture {
             let l = row.logsumexp.map_or(z - max - log_total, |lse| z - f64::from(lse)) as f32;
             l.min(0.0) + 0.0
         };
-        let mut entries: Vec<(u32, f32)> = largest(ids, z, head).iter().map(|&id| (id, logprob(id))).collect();
+        let mut entries: Vec<(u32, f32)> = largest.ids(z, head).iter().map(|&id| (id, logprob(id))).collect();
         if !exact {
             // Different logits may meet in one f32 log-probability, which is coarser where it is larger; such ids are ties again.
             entries.sort_unstable_by(|a, b| falling(a.1, b.1).then(a.0.cmp(&b.0)));
@@ -146,12 +165,67 @@ impl Capture {
     }
 }
 
-/// Buffers as wide as the vocabulary, one of each a thread.
+/// What was captured of rows of logits.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Captured {
+    /// One target for each row; that of a bad row is empty and stands for nothing.
+    pub targets: SoftTargets,
+    /// The first bad logit of each bad row, rows rising.
+    pub bad: Vec<BadLogit>,
+}
+
+impl Captured {
+    /// Appends the rows of `other`, whose numbers go on from these.
+    pub fn extend(&mut self, other: &Captured) {
+        let first = self.targets.len();
+        self.bad.extend(other.bad.iter().map(|bad| BadLogit { row: first + bad.row, ..*bad }));
+        self.targets.extend(&other.targets);
+    }
+
+    /// The targets of rows of which none is bad. Errors: the first bad row.
+    pub fn sound(self) -> Result<SoftTargets> {
+        match self.bad.first() {
+            Some(bad) => bail!("row {}: {bad}", bad.row),
+            None => Ok(self.targets),
+        }
+    }
+}
+
+/// A logit that cannot be kept: NaN, infinite, or beyond bfloat16 where that is what is kept.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BadLogit {
+    /// The row, from 0.
+    pub row: usize,
+    /// The id.
+    pub id: u32,
+    /// The logit as the head gave it.
+    pub value: f32,
+}
+
+impl std::fmt::Display for BadLogit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let expected = if self.value.is_finite() { "more than bfloat16 holds" } else { "expected a finite number" };
+        write!(f, "the logit of id {} is {}, {expected}", self.id, self.value)
+    }
+}
+
+vectorised! {
+    /// z rounded to bfloat16. Adding 0 turns −0 into 0: equal logits are ties, whatever their sign. `rounded` is overwritten.
+    fn round(z: &[f32], rounded: &mut Vec<f32>) {
+        rounded.resize(z.len(), 0.0);
+        for (rounded, z) in rounded.iter_mut().zip(z) {
+            *rounded = round_to_mantissa(*z, LOGIT_MANTISSA_BITS) + 0.0;
+        }
+    }
+}
+
+/// Buffers, one of each a thread.
 #[derive(Default)]
 struct Scratch {
-    ids: Vec<u32>,
+    largest: Largest,
+    /// As wide as the vocabulary where logits are kept.
     rounded: Vec<f32>,
-    weights: Vec<f64>,
+    sums: Vec<f64>,
 }
 
 /// All that is kept of one row.
@@ -180,32 +254,4 @@ impl Row {
             lse_t: &self.lse_t,
         }
     }
-}
-
-/// Ids and weights but for those of `left_out`, which rises.
-fn others<'a>(weights: &'a [f64], left_out: &'a [u32]) -> impl Iterator<Item = (u32, f64)> + 'a {
-    let mut left_out = left_out.iter().copied().peekable();
-    (0..).zip(weights.iter().copied()).filter(move |(id, _)| left_out.next_if_eq(id).is_none())
-}
-
-/// The ids of the k largest values, largest first, ties by rising id.
-fn largest<'a>(ids: &'a mut Vec<u32>, z: &[f32], k: usize) -> &'a [u32] {
-    ids.clear();
-    ids.extend(0..z.len() as u32);
-    let k = k.min(ids.len());
-    if k == 0 {
-        return &[];
-    }
-    let larger = |a: &u32, b: &u32| falling(z[*a as usize], z[*b as usize]).then(a.cmp(b));
-    if k < ids.len() {
-        ids.select_nth_unstable_by(k - 1, larger);
-    }
-    let kept = &mut ids[..k];
-    kept.sort_unstable_by(larger);
-    kept
-}
-
-/// Larger values first. All are finite; 0 and −0 are equal.
-fn falling(a: f32, b: f32) -> Ordering {
-    b.partial_cmp(&a).unwrap_or(Ordering::Equal)
 }

@@ -40,28 +40,63 @@ pub fn sorted_uniforms(seed: u64, place: Place, draws: u16) -> Vec<f64> {
     uniforms
 }
 
-/// Ids by rising id with how often they were drawn: uniform u falls on the first id at which the running sum of weights exceeds
-/// u · `total`, where `total` is the sum of the weights added in the same order. One walk: O(ids + draws).
+/// Ids by rising id with how often they were drawn. The weights of ids lie in blocks of N, whose sums are `sums`; `total` is those
+/// added in their order, and `weights` gives a block's own.
 ///
-/// An id is drawn with probability weight / total, to within the rounding of the sum (ids · 2^-53); one of weight 0 never is.
-pub fn counts(weights: impl IntoIterator<Item = (u32, f64)>, total: f64, sorted_uniforms: &[f64]) -> (Vec<u32>, Vec<u16>) {
+/// Uniform u falls on the first block at whose end the running sum exceeds u · `total`; within the block on the first id at which the
+/// weights, added one by one to the sum before the block, exceed it. What rounding leaves over goes to the last block, and the last
+/// id, that weighs anything. O(blocks + N · draws).
+///
+/// An id is drawn with probability weight / total, to within the rounding of the sums (2^-53 for each addition); one of weight 0 never
+/// is.
+pub fn counts<const N: usize>(
+    sums: &[f64],
+    weights: impl Fn(usize) -> [f32; N],
+    total: f64,
+    sorted_uniforms: &[f64],
+) -> (Vec<u32>, Vec<u16>) {
     let (mut ids, mut counts) = (Vec::new(), Vec::new());
     let mut left = sorted_uniforms;
-    let mut sum = 0.0;
-    for (id, weight) in weights {
+    let mut before = 0.0;
+    for (block, sum) in sums.iter().enumerate() {
         if left.is_empty() {
             break;
         }
-        sum += weight;
-        // The last weight takes what is left: among numbers as small as f64 has, u · total may round up to the total.
-        let here = left.iter().take_while(|u| **u * total < sum || sum >= total).count();
+        let after = before + sum;
+        // Among numbers as small as f64 has, u · total may round up to the total.
+        let here = left.iter().take_while(|u| **u * total < after || after >= total).count();
         if here > 0 {
-            ids.push(id);
-            counts.push(here as u16);
+            let weights = weights(block);
+            let points = left[..here].iter().map(|u| u * total);
+            share_out((block * N) as u32, &weights, before, points).for_each(|(id, count)| {
+                ids.push(id);
+                counts.push(count);
+            });
             left = &left[here..];
         }
+        before = after;
     }
     (ids, counts)
+}
+
+/// The ids of a block that starts at id `first`, with how many of the rising `points` fall on each.
+fn share_out<const N: usize>(
+    first: u32,
+    weights: &[f32; N],
+    before: f64,
+    points: impl Iterator<Item = f64>,
+) -> impl Iterator<Item = (u32, u16)> {
+    let mut points = points.peekable();
+    let mut sum = before;
+    let last = weights.iter().rposition(|w| *w > 0.0);
+    (first..).zip(weights).enumerate().filter_map(move |(i, (id, weight))| {
+        sum += f64::from(*weight);
+        let mut count = 0;
+        while *weight > 0.0 && points.next_if(|point| *point < sum || Some(i) == last).is_some() {
+            count += 1;
+        }
+        (count > 0).then_some((id, count))
+    })
 }
 
 #[cfg(test)]
@@ -96,12 +131,35 @@ mod tests {
 
     #[test]
     fn every_uniform_falls_on_an_id_with_weight() {
-        let weights = [(3, 0.0), (5, 1.0), (9, 0.0), (12, 3.0), (13, 0.0)];
-        assert_eq!(counts(weights, 4.0, &[0.0, 0.2499, 0.25, 0.9]), (vec![5, 12], vec![2, 2]));
+        let blocks = [[0.0, 1.0], [0.0, 0.0], [0.0, 3.0], [0.0, 0.0]];
+        let drawn = |blocks: &[[f32; 2]], uniforms: &[f64]| {
+            let sums: Vec<f64> = blocks.iter().map(|block| block.iter().map(|w| f64::from(*w)).sum()).collect();
+            counts(&sums, |block| blocks[block], sums.iter().sum(), uniforms)
+        };
+        assert_eq!(drawn(&blocks, &[0.0, 0.2499, 0.25, 0.9]), (vec![1, 5], vec![2, 2]));
+        assert_eq!(drawn(&blocks, &[]), (vec![], vec![]));
         let last = 1.0 - f64::powi(2.0, -53);
-        for total in [1.0, 4.0, 3.7, 1e-300, 1.0 + f64::EPSILON, 5e-324] {
-            assert_eq!(counts([(7, total)], total, &[0.0, last]), (vec![7], vec![2]), "{total}");
+        for total in [1.0, 4.0, 3.7, 1e-30, 1.0 + f32::EPSILON, 1e-45] {
+            assert_eq!(drawn(&[[0.0, total]], &[0.0, last]), (vec![1], vec![2]), "{total}");
         }
-        assert_eq!(counts(weights, 4.0, &[]), (vec![], vec![]));
+        // Sums that rounding made larger than their weights: what is left over goes to the last id that has a weight.
+        assert_eq!(counts(&[1.0, 2.5], |_| [1.0f32, 1.0, 0.0], 3.5, &[0.5, 0.9, last]), (vec![3, 4], vec![1, 2]));
+    }
+
+    /// The two walks come to what one walk over all weights does.
+    #[test]
+    fn blocks_change_nothing() {
+        let weights: Vec<f32> = (0..4 * 64).map(|i| ((i * 7919) % 13) as f32 / 16.0).collect();
+        let uniforms = sorted_uniforms(5, place(1, 2), 500);
+        let draw = |blocks: usize| {
+            let blocks: Vec<[f32; 64]> = weights.chunks(64).take(blocks).map(|w| w.try_into().unwrap()).collect();
+            // Sixteenths add up without rounding.
+            let sums: Vec<f64> = blocks.iter().map(|b| b.iter().map(|w| f64::from(*w)).sum()).collect();
+            counts(&sums, |b| blocks[b], sums.iter().sum(), &uniforms)
+        };
+        let total: f64 = weights.iter().map(|w| f64::from(*w)).sum();
+        let whole: [f32; 256] = weights.clone().try_into().unwrap();
+        assert_eq!(draw(4), counts(&[total], |_| whole, total, &uniforms));
+        assert_eq!(draw(4).1.iter().sum::<u16>(), 500);
     }
 }

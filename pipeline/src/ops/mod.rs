@@ -7,11 +7,13 @@ pub mod attention;
 pub mod capture;
 pub mod draw;
 pub mod exponential;
+mod largest;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
+mod weights;
 
-use crate::kernel::{Isa, vectorised};
+use crate::kernel::vectorised;
 use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
@@ -26,7 +28,7 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     let sum = with_f32(x, |x| {
         with_f32(y, |y| {
             let mut sum = x.to_vec();
-            sum.par_chunks_mut(STRIDE).zip(y.par_chunks(STRIDE)).for_each(|(sum, y)| add_to(Isa::best(), sum, y));
+            sum.par_chunks_mut(STRIDE).zip(y.par_chunks(STRIDE)).for_each(|(sum, y)| add_to(sum, y));
             Ok(sum)
         })
     })?;
@@ -34,7 +36,7 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 }
 
 vectorised! {
-    fn add_to(isa: Isa, sum: &mut [f32], y: &[f32]) {
+    fn add_to(sum: &mut [f32], y: &[f32]) {
         for (sum, y) in sum.iter_mut().zip(y) {
             *sum += y;
         }

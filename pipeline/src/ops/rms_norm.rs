@@ -1,7 +1,7 @@
 //! Root-mean-square norm: y = w ∘ x · r with r = 1 / sqrt(mean(x²) + eps), row by row.
 
 use super::with_f32;
-use crate::kernel::{Isa, vectorised};
+use crate::kernel::vectorised;
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -11,7 +11,7 @@ pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let y = with_f32(x, |x| {
         with_f32(w, |w| {
             let mut y = vec![0f32; x.len()];
-            y.par_chunks_mut(h).zip(x.par_chunks(h)).for_each(|(y, x)| row(Isa::best(), x, w, eps, y));
+            y.par_chunks_mut(h).zip(x.par_chunks(h)).for_each(|(y, x)| row(x, w, eps, y));
             Ok(y)
         })
     })?;
@@ -52,7 +52,7 @@ fn width(x: &Tensor, w: &Tensor) -> Result<usize> {
 }
 
 vectorised! {
-    fn row(isa: Isa, x: &[f32], w: &[f32], eps: f64, y: &mut [f32]) {
+    fn row(x: &[f32], w: &[f32], eps: f64, y: &mut [f32]) {
         let r = inverse_rms(x, eps);
         for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
             *y = x * r * w;

@@ -2,7 +2,7 @@
 
 use super::exponential::sigmoid;
 use super::{STRIDE, with_f32};
-use crate::kernel::{Isa, vectorised};
+use crate::kernel::vectorised;
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -12,7 +12,7 @@ pub fn forward(g: &Tensor, u: &Tensor) -> Result<Tensor> {
     let y = with_f32(g, |g| {
         with_f32(u, |u| {
             let mut y = u.to_vec();
-            y.par_chunks_mut(STRIDE).zip(g.par_chunks(STRIDE)).for_each(|(y, g)| gate(Isa::best(), y, g));
+            y.par_chunks_mut(STRIDE).zip(g.par_chunks(STRIDE)).for_each(|(y, g)| gate(y, g));
             Ok(y)
         })
     })?;
@@ -46,7 +46,7 @@ fn fit(g: &Tensor, other: &Tensor) -> Result<()> {
 
 vectorised! {
     /// y = silu(g) · y.
-    fn gate(isa: Isa, y: &mut [f32], g: &[f32]) {
+    fn gate(y: &mut [f32], g: &[f32]) {
         for (y, g) in y.iter_mut().zip(g) {
             *y *= g * sigmoid(*g);
         }

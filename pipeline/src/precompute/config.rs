@@ -20,6 +20,8 @@ pub const DEFAULT_HEAD_CHUNK: u32 = 256;
 pub const DEFAULT_ROWS_PER_SHARD: u32 = 1024;
 /// Default for [`PrecomputeConfig::seal_minutes`].
 pub const DEFAULT_SEAL_MINUTES: f64 = 10.0;
+/// Default for [`PrecomputeConfig::max_bad`].
+pub const DEFAULT_MAX_BAD: f64 = 0.001;
 /// Highest [`PrecomputeConfig::seal_minutes`]: a year.
 pub const MAX_SEAL_MINUTES: f64 = 525_600.0;
 
@@ -90,6 +92,9 @@ pub struct PrecomputeConfig {
     /// Minutes after which rows of a shard under way are made durable; 0 makes them so after every pack. The finished cache's bytes
     /// do not depend on it.
     pub seal_minutes: f64,
+    /// The share of the run's conversations that may be left out because the teacher gives a logit for them that is not finite; 0
+    /// stops at the first. No setting of the cache.
+    pub max_bad: f64,
 }
 
 /// How [`Precision`] is written in settings.
@@ -152,6 +157,7 @@ impl Default for PrecomputeConfig {
             worker: None,
             repair: None,
             seal_minutes: DEFAULT_SEAL_MINUTES,
+            max_bad: DEFAULT_MAX_BAD,
         }
     }
 }
@@ -210,6 +216,9 @@ impl PrecomputeConfig {
         }
         if !(0.0..=MAX_SEAL_MINUTES).contains(&self.seal_minutes) {
             return refuse("seal_minutes", self.seal_minutes.to_string(), format!("0 to {MAX_SEAL_MINUTES} minutes"));
+        }
+        if !(0.0..1.0).contains(&self.max_bad) {
+            return refuse("max_bad", self.max_bad.to_string(), "a share from 0 to below 1".into());
         }
         let temperatures = self.temperatures();
         let rising = temperatures.windows(2).all(|pair| pair[0] < pair[1]);

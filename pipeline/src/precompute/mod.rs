@@ -5,12 +5,14 @@
 //! there are its own first rows, and progress has an end. A conversation scores to the same bits in any pack and any block of packs, so
 //! neither where a run was stopped nor how many tokens go through the model at once decides a byte. Packs still never cross a shard.
 
+mod bad;
 mod block;
 mod config;
 mod description;
 mod part;
 mod repair;
 
+pub use bad::{BadRow, NAMED, NOT_FINITE};
 pub use config::*;
 pub use part::{Share, Worker};
 
@@ -21,8 +23,9 @@ use crate::ops::capture::Capture;
 use crate::run::{RUN_AGAIN, RunContext};
 use crate::teacher::Teacher;
 use crate::{Error, Result, device};
+use bad::BadRows;
 use block::Plan;
-use potstill_cache::{CacheWriter, Description, Manifest, Record, RepairReport, RowKey, SoftTargets, WriterOptions, WriterQueue};
+use potstill_cache::{CacheWriter, Description, Manifest, Record, RepairReport, RowKey, WriterOptions, WriterQueue};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -46,6 +49,9 @@ pub struct PrecomputeReport {
     pub skipped: BTreeMap<String, u64>,
     /// The first skipped conversation of each reason: `file:line`.
     pub first_skipped: BTreeMap<String, String>,
+    /// The first conversations that this run left out because a logit of the teacher cannot be kept; all are counted in `skipped`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<BadRow>,
     /// Tokens cut away by truncation.
     pub truncated_tokens: u64,
     /// What was mended first, where that was asked for.
@@ -89,7 +95,8 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
     let repair = config.repair.as_deref().map(mend).transpose()?;
     let mut writer = CacheWriter::open(&config.cache, &description, options)?;
     let resumed_rows = writer.committed_rows();
-    check_committed(&writer, &dataset.examples, &config.cache)?;
+    let known = check_committed(&writer, &dataset.examples, &config.cache)?;
+    let mut bad = BadRows::of(config.max_bad, dataset.examples.len(), known)?;
 
     let mut report = PrecomputeReport { resumed_rows, repair, ..PrecomputeReport::default() };
     let packs = packs(&dataset.examples, resumed_rows as usize, config);
@@ -114,7 +121,8 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
                 return Err(Error::Interrupted { kept, again: RUN_AGAIN });
             };
             budget.took(tokens_of(examples), began.elapsed());
-            for (pack, mut records) in block.iter().zip(scored) {
+            for (pack, (mut records, left_out)) in block.iter().zip(scored) {
+                bad.add(left_out)?;
                 // Where a resumed run was given other packs, one may begin before the first row that is missing.
                 records.drain(..(resumed_rows as usize).saturating_sub(pack.start));
                 queue.send(records)?;
@@ -126,7 +134,9 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
         report.seconds = started.elapsed().as_secs_f64();
     }
     let manifest = writer.finish()?;
-    Ok(fill(report, &manifest, dataset))
+    let mut report = fill(report, &manifest, dataset);
+    bad.report(&mut report);
+    Ok(report)
 }
 
 /// The packs that hold a row after the first `committed`, as ranges of rows: each shard cut anew from its start, also one of which
@@ -142,7 +152,7 @@ fn packs(examples: &[Example], committed: usize, config: &PrecomputeConfig) -> V
     packs
 }
 
-/// The records of each pack of a block; `None` where a stop was asked for meanwhile.
+/// The records of each pack of a block, and its conversations that were left out; `None` where a stop was asked for meanwhile.
 fn score(
     teacher: &Teacher,
     all: &[Example],
@@ -150,7 +160,7 @@ fn score(
     capture: &Capture,
     chunk: usize,
     context: &RunContext,
-) -> Result<Option<Vec<Vec<Record>>>> {
+) -> Result<Option<Vec<(Vec<Record>, Vec<BadRow>)>>> {
     let examples = |pack: &Range<usize>| all.get(pack.clone()).unwrap_or_default();
     let positions: Vec<Vec<Vec<u32>>> =
         block.iter().map(|pack| examples(pack).iter().map(Example::positions).collect()).collect();
@@ -167,30 +177,25 @@ fn score(
         last: number(block.last().and_then(|pack| examples(pack).last())),
         source: Box::new(source),
     })?;
-    let records = |((range, pack), (positions, targets)): ((&Range<usize>, &Pack), (Vec<Vec<u32>>, SoftTargets))| {
-        let rows = examples(range).iter().zip(positions).enumerate();
-        rows.map(|(i, (example, positions))| Record {
-            seq_id: example.seq_id,
-            input_ids: example.input_ids.clone(),
-            positions,
-            targets: targets.slice(pack.scored_of(i)),
-            codec: Default::default(),
-        })
-        .collect()
-    };
-    Ok(scored.map(|scored| block.iter().zip(&packs).zip(positions.into_iter().zip(scored)).map(records).collect()))
+    let Some(scored) = scored else { return Ok(None) };
+    let parts = block.iter().zip(&packs).zip(positions.into_iter().zip(scored));
+    let records = parts.map(|((range, pack), (positions, captured))| bad::records(examples(range), positions, pack, &captured));
+    Ok(Some(records.collect()))
 }
 
-/// Proves that the rows already in the cache are this run's first rows.
-fn check_committed(writer: &CacheWriter, examples: &[Example], cache: &Path) -> Result<()> {
+/// Proves that the rows already in the cache are this run's first rows. Gives the numbers of those that were left out.
+fn check_committed(writer: &CacheWriter, examples: &[Example], cache: &Path) -> Result<Vec<u64>> {
+    let mut left_out = Vec::new();
     for (row, (key, example)) in writer.committed_keys()?.into_iter().zip(examples).enumerate() {
         let ours = RowKey::of(&example.input_ids, &example.positions());
-        if key != ours {
+        if key == RowKey::of(&example.input_ids, &[]) {
+            left_out.push(example.seq_id);
+        } else if key != ours {
             let (expected, found) = (ours.to_string(), key.to_string());
             return Err(Error::OtherRow { cache: cache.to_path_buf(), row, expected, found });
         }
     }
-    Ok(())
+    Ok(left_out)
 }
 
 fn fill(report: PrecomputeReport, manifest: &Manifest, dataset: Dataset) -> PrecomputeReport {

@@ -44,7 +44,8 @@ pub(super) fn run(
                 return Err(Error::Interrupted { kept: format!("{done} of {} shards are mended", shards.len()), again: AGAIN });
             };
             // Of such a pack only the listed rows are taken.
-            let numbered = scored.pop().unwrap_or_default().into_iter().zip(pack.clone());
+            let (scored, _) = scored.pop().unwrap_or_default();
+            let numbered = scored.into_iter().zip(pack.clone());
             let records: Vec<Record> =
                 numbered.filter(|(_, row)| listed.contains(&(*row as u64))).map(|(record, _)| record).collect();
             mending.extend(&records)?;

@@ -74,7 +74,7 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
         let Some(records) = batches.next().transpose()? else {
             return Err(TrainError::ReaderGone { cache: config.cache.clone() }.into());
         };
-        let step = accumulate(&student, &records, config, (&loss, &reading), context)?;
+        let step = accumulate(&student, records, config, (&loss, &reading), context)?;
         let stopping = step.is_none();
         if let Some(mut step) = step {
             let grad_norm = optimizer::clip(&mut step.gradients, config.max_grad_norm)?;
@@ -82,9 +82,12 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
                 return Err(TrainError::NotFinite { step: progress.step + 1, loss: step.mean.total, grad_norm }.into());
             }
             let lr = rate(progress.step);
-            let mut parameters = student.parameters();
-            adamw.step(&mut parameters, &step.gradients, lr)?;
-            student.set_parameters(&parameters)?;
+            // Of rows that were all left out nothing is learned, and no weight decays.
+            if step.scored > 0 {
+                let mut parameters = student.parameters();
+                adamw.step(&mut parameters, &step.gradients, lr)?;
+                student.set_parameters(&parameters)?;
+            }
             progress.advance(step.mean.total, step.tokens);
             metrics.append(&StepMetrics::new(&progress, &step, &loss, lr, grad_norm, started.elapsed()))?;
             context.progress.add(1);
@@ -135,7 +138,7 @@ fn open_cache(config: &TrainConfig) -> Result<Cache> {
         let (rows, expected) = (cache.len(), description.expected_rows);
         return Err(TrainError::Incomplete { cache: config.cache.clone(), rows, expected }.into());
     }
-    if cache.is_empty() {
+    if cache.manifest().scored() == 0 {
         return Err(TrainError::Empty { cache: config.cache.clone() }.into());
     }
     let student = ModelConfig::from_folder(&config.student)?;
@@ -177,11 +180,13 @@ struct Step {
 /// Mean loss over the step's scored positions, and its gradients: a sum over packs. `None` when a stop was asked for.
 fn accumulate(
     student: &Student,
-    records: &[Record],
+    records: Vec<Record>,
     config: &TrainConfig,
     (settings, reading): (&LossSettings, &Reading),
     context: &RunContext,
 ) -> Result<Option<Step>> {
+    // A row without scored positions is a conversation that the teacher could not score.
+    let records: Vec<Record> = records.into_iter().filter(|r| !r.positions.is_empty()).collect();
     let scored: usize = records.iter().map(|r| r.positions.len()).sum();
     let scale = 1.0 / scored.max(1) as f64;
     let mut step = Step { scored: scored as u64, ..Step::default() };

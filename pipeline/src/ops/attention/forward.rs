@@ -132,7 +132,7 @@ impl Piece {
                 isa.tile::<TILE_ROWS>(d, (keys, TILE_ROWS), (&scratch.queries, QUERIES), out);
             }
             let (mut sums, mut lse) = ([0f32; QUERIES], [0f32; QUERIES]);
-            softmax(isa, &mut scores[..keys * QUERIES], self.first, shape.scale, &mut sums, &mut lse);
+            softmax(&mut scores[..keys * QUERIES], self.first, shape.scale, &mut sums, &mut lse);
             self.weigh(isa, scores, keys, panels, shape, (head, queries), &sums, target);
             for (query, lse) in lse.iter().enumerate().take(queries) {
                 // SAFETY: this query and head are this piece's alone.
@@ -179,7 +179,7 @@ impl Piece {
 vectorised! {
     /// Turns scores [keys][32] of queries `first`.. into exp(s·scale − max·scale), 0 for keys after the query; the sums of each query,
     /// and ln Σ exp(s·scale).
-    fn softmax(isa: Isa, scores: &mut [f32], first: usize, scale: f32, sums: &mut [f32; QUERIES], lse: &mut [f32; QUERIES]) {
+    fn softmax(scores: &mut [f32], first: usize, scale: f32, sums: &mut [f32; QUERIES], lse: &mut [f32; QUERIES]) {
         let mut largest = [f32::NEG_INFINITY; QUERIES];
         for (key, row) in scores.chunks_exact_mut(QUERIES).enumerate() {
             for lane in 0..QUERIES {
