@@ -66,6 +66,11 @@ impl SourceFile {
     }
 }
 
+/// Whether a file of this name is one of the kinds that are read.
+pub(crate) fn holds_chats(name: &str) -> bool {
+    SourceFile::of(Path::new(name)).is_some()
+}
+
 /// The files that `paths` mean, in reading order.
 ///
 /// Errors: a path that leads nowhere, a folder or glob without a supported file, a file of another kind.
