@@ -54,16 +54,16 @@ impl Hub {
     /// The folder that `given` means: itself where it exists or can only be a path, else the snapshot of the model of this name.
     ///
     /// Counts fetched bytes in a phase of `context.progress`. Errors: a name that is neither here nor can be fetched; a stop.
-    pub fn model_folder(&self, given: &Path, context: &RunContext) -> Result<PathBuf, HubError> {
+    pub fn model_folder(&self, given: &Path, context: &RunContext) -> crate::Result<PathBuf> {
         match named(Kind::Model, given) {
-            Some(name) => self.found(&name, context).map(|(snapshot, _)| snapshot),
+            Some(name) => Ok(self.found(&name, context)?.0),
             None => Ok(given.to_path_buf()),
         }
     }
 
     /// The paths that `given` mean: each itself where it exists or can only be a path, else the files of the dataset of this name,
     /// in the order of their paths. Progress and errors as in [`model_folder`](Self::model_folder).
-    pub fn data_files(&self, given: &[PathBuf], context: &RunContext) -> Result<Vec<PathBuf>, HubError> {
+    pub fn data_files(&self, given: &[PathBuf], context: &RunContext) -> crate::Result<Vec<PathBuf>> {
         let mut paths = Vec::new();
         for one in given {
             match named(Kind::Dataset, one) {
