@@ -32,7 +32,7 @@ pub enum HubError {
         network: Network,
     },
     /// A split that is none of the dataset's.
-    #[error("{name}: expected files of this split, found {found}")]
+    #[error("{name}: expected files of chats, found {found}")]
     NoSplit {
         /// The name.
         name: String,

@@ -30,7 +30,9 @@ pub(super) fn files_of(paths: &[String], split: Option<&str>) -> Result<Vec<Stri
     rows.sort();
     let taken =
         |chosen: &dyn Fn(&str) -> bool| -> Vec<String> { rows.iter().filter(|p| chosen(p)).map(|p| p.to_string()).collect() };
-    let Some(split) = split else { return Ok(taken(&|_| true)) };
+    let Some(split) = split else {
+        return if rows.is_empty() { Err(Vec::new()) } else { Ok(taken(&|_| true)) };
+    };
     let sharded: BTreeSet<&str> = rows.iter().filter_map(|path| Some(shard_of(path)?.split)).collect();
     let words = |split: &str| WORDS.iter().find(|(known, _)| *known == split).map(|(_, words)| words.to_vec());
     let asked = words(split).unwrap_or_else(|| vec![split]);

@@ -234,7 +234,7 @@ fn a_split_is_fetched_alone_and_the_list_tells_later_what_is_missing() {
     assert!(
         sentence.ends_with("lacks data/b b-00000-of-00001.jsonl and 1 more; nothing is downloaded, as HF_HUB_OFFLINE is set")
     );
-    assert!(files(&hub, "Org/Name@dev/1:c").unwrap_err().contains("expected files of this split, found the splits a, b, b b"));
+    assert!(files(&hub, "Org/Name@dev/1:c").unwrap_err().contains("expected files of chats, found the splits a, b, b b"));
     assert_eq!(server.requests(), []);
 
     let all = files(&hub, "Org/Name@dev/1").unwrap();

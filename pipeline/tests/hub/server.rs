@@ -157,7 +157,7 @@ fn serve(shared: &Shared, stream: TcpStream) {
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
     let Some(first) = lines.next() else { return };
     let mut words = first.split(' ').map(str::to_string);
-    let (method, path) = (words.next().unwrap(), words.next().unwrap());
+    let (method, path) = (words.next().unwrap(), words.next().unwrap().replace("%20", " "));
     let split = |line: String| line.split_once(':').map(|(n, v)| (n.to_ascii_lowercase(), v.trim().to_string()));
     let headers = lines.take_while(|line| !line.is_empty()).filter_map(split).collect();
     let request = Request { method, path, headers };
@@ -214,7 +214,7 @@ fn ordinary(shared: &Shared, request: &Request) -> Answer {
             .with("x-linked-etag", format!("\"{}\"", sha256(&file.bytes)))
             .with("x-linked-size", file.bytes.len().to_string()),
         Some((commit, path, _)) => {
-            Answer::of(307, &[("x-repo-commit", commit)], "moved").with("location", format!("/kept/{path}"))
+            Answer::of(307, &[("x-repo-commit", commit)], "moved").with("location", format!("/kept/{}", path.replace(' ', "%20")))
         }
         None => Answer::of(404, &[("x-error-code", "RepoNotFound")], "not here"),
     }

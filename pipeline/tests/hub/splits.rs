@@ -42,7 +42,7 @@ fn numbered_files_in_data_carry_their_split() {
     refuses(&[files[0], files[2]], ":train_sft", "lacks data/train_sft-00001-of-00002*;");
     refuses(&[files[1], files[2]], "", "lacks data/train_sft-00000-of-00002*;");
     refuses(&["data/x-00000-of-00099.parquet"], ":x", "lacks data/x-00001-of-00099* and 97 more");
-    means(&["data/a-00000-of-00001-of-00000-of-00001.jsonl"], ":a-00000-of-00001", &[]);
+    means(&["data/a-00000-of-00001-00000-of-00001.jsonl"], "", &["data/a-00000-of-00001-00000-of-00001.jsonl"]);
 }
 
 #[test]
@@ -104,8 +104,10 @@ fn a_list_of_the_commit_tells_what_is_missing() {
     assert_eq!(cache.files("Org/Chats"), Ok(vec!["data/one.jsonl".into()]));
     fs::write(&tree, "[").unwrap();
     assert_eq!(cache.files("Org/Chats"), Ok(vec!["data/one.jsonl".into()]));
-    // A list cannot lead out either: what is not in the snapshot is missing.
-    list(1, &["../../../../secret.jsonl"]);
+    // A list cannot lead out either: what climbs is hidden, and what is not in the snapshot is missing.
     fs::write(cache.path("secret.jsonl"), "{}").unwrap();
-    assert!(cache.files("Org/Chats").unwrap_err().contains("lacks ../../../../secret.jsonl"));
+    list(1, &["../../../../secret.jsonl"]);
+    assert_eq!(cache.files("Org/Chats"), Err("Org/Chats: expected files of chats, found no file of chats".into()));
+    list(1, &["/secret.jsonl"]);
+    assert!(cache.files("Org/Chats").unwrap_err().contains(" lacks /secret.jsonl;"));
 }
