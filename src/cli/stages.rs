@@ -46,7 +46,7 @@ pub struct Precompute {
     /// Teacher: a Hugging Face folder or a name ORG/NAME[@REVISION]; AWQ (int4) or dense
     #[arg(long, value_name = "DIR|NAME")]
     pub teacher: Option<PathBuf>,
-    /// Chats: files, folders, globs (Parquet, JSONL, JSONL.zst) or names ORG/NAME[@REVISION][:SPLIT]
+    /// Chats: files, folders, globs (Parquet, JSON, JSONL, also .gz, .zst) or names ORG/NAME[@REVISION][:SPLIT]
     #[arg(long, value_name = "PATH|NAME", num_args = 1..)]
     pub data: Option<Vec<PathBuf>>,
     /// Folder of the cache; made if it is not there, continued if it is
