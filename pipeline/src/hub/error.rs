@@ -84,10 +84,14 @@ pub enum HubError {
         found: String,
     },
     /// The hub could not be reached, or gave up, however often it was asked.
-    #[error("{what}: {found} (asked {tries} times); what was fetched is kept: run the same command again to continue")]
+    #[error(
+        "{what}: the hub at {endpoint} failed {tries} times, at last: {found}; what was fetched is kept: run the same command again to continue"
+    )]
     Unreachable {
         /// What was asked for.
         what: String,
+        /// The hub's address.
+        endpoint: String,
         /// What happened at last.
         found: String,
         /// How often it was asked.

@@ -134,7 +134,7 @@ impl Server {
     /// Somebody who fetches from here into `cache`.
     pub fn hub(&self, cache: &Path, variables: &[(&str, &str)]) -> Hub {
         let own = [("HF_HUB_CACHE", cache.to_str().unwrap()), ("HF_ENDPOINT", self.endpoint.as_str())];
-        let mut settings = settings(&[&own[..], variables].concat());
+        let mut settings = settings(&[variables, &own[..]].concat());
         settings.pause = Duration::from_millis(1);
         Hub::new(settings)
     }

@@ -3,13 +3,13 @@
 //!
 //! The one idea: a failure either passes, and then the request is repeated after a pause, or it is final and says what may help.
 
-use super::super::listing::{Entry, MAX_LIST_BYTES};
-use super::super::name::{self, HubName, Kind};
+use super::super::listing::MAX_LIST_BYTES;
+use super::super::name::{HubName, Kind};
 use super::super::{HubError, HubSettings, Proxy};
+use super::list::{self, List};
 use crate::run::RunContext;
-use serde::Deserialize;
-use std::collections::BTreeMap;
 use std::io::Read;
+use std::path::Path;
 use std::time::{Duration, Instant};
 use ureq::http::{Response, Uri};
 use ureq::{Agent, Body};
@@ -18,8 +18,6 @@ use ureq::{Agent, Body};
 const TRIES: u32 = 5;
 /// Redirects followed in a row.
 const MAX_REDIRECTS: usize = 10;
-/// Most files of a repository.
-const MAX_FILES: usize = 50_000;
 /// Longest nap in which a stop goes unnoticed.
 const NAP: Duration = Duration::from_millis(50);
 
@@ -53,12 +51,6 @@ pub(super) struct Client<'a> {
     pub(super) context: &'a RunContext,
     agent: Agent,
     token: Option<String>,
-}
-
-/// A commit and its files.
-pub(super) struct List {
-    pub(super) commit: String,
-    pub(super) files: BTreeMap<String, Entry>,
 }
 
 /// Where a file's bytes are, and how they are known.
@@ -108,7 +100,12 @@ impl<'a> Client<'a> {
                 Err(Fault::Passing(found, Gain::Nothing)) => {
                     tries += 1;
                     if tries >= TRIES {
-                        return Err(HubError::Unreachable { what: what.to_string(), found, tries });
+                        return Err(HubError::Unreachable {
+                            what: what.to_string(),
+                            endpoint: self.settings.endpoint.clone(),
+                            found,
+                            tries,
+                        });
                     }
                 }
             }
@@ -135,7 +132,9 @@ impl<'a> Client<'a> {
     pub(super) fn list(&self, revision: &str) -> Result<List, HubError> {
         let (plural, id) = (self.name.kind.plural(), &self.name.id);
         let url = format!("{}/api/{plural}/{id}/revision/{}?blobs=true", self.settings.endpoint, encoded(revision, ""));
-        let what = format!("{id}@{revision}");
+        // A mistyped path may look like a name, so the sentence says that there is no such path.
+        let cache = self.settings.cache.as_deref().unwrap_or(Path::new("the cache")).display();
+        let what = format!("{id}@{revision} (no such path, and not whole in {cache})");
         let bytes = self.insist(&what, || {
             let mut response = self.send("GET", &url, None, Border::Cross, &what)?.0;
             self.accept(&response, &[200], &what)?;
@@ -144,7 +143,7 @@ impl<'a> Client<'a> {
             read.map_err(|e| Fault::Passing(e.to_string(), Gain::Nothing))?;
             Ok(bytes)
         })?;
-        parsed(&bytes).map_err(|(expected, found)| HubError::Answer { what, expected, found })
+        list::parsed(&bytes).map_err(|(expected, found)| HubError::Answer { what, expected, found })
     }
 
     /// Asks where the file is and what identifies its bytes.
@@ -274,44 +273,6 @@ struct Seen {
     linked_size: Option<String>,
 }
 
-/// Reads the hub's answer about a commit; else (expected, found).
-fn parsed(bytes: &[u8]) -> Result<List, (String, String)> {
-    #[derive(Deserialize)]
-    struct Answer {
-        sha: String,
-        siblings: Vec<Sibling>,
-    }
-    #[derive(Deserialize)]
-    #[serde(rename_all = "camelCase")]
-    struct Sibling {
-        rfilename: String,
-        size: Option<u64>,
-        blob_id: Option<String>,
-        lfs: Option<Large>,
-    }
-    #[derive(Deserialize)]
-    struct Large {
-        sha256: String,
-        size: u64,
-    }
-    if bytes.len() as u64 > MAX_LIST_BYTES {
-        return Err((format!("a list of at most {MAX_LIST_BYTES} bytes"), "more".into()));
-    }
-    let answer: Answer = serde_json::from_slice(bytes).map_err(|e| ("a commit and its files".to_string(), e.to_string()))?;
-    if !name::is_commit(&answer.sha) {
-        let found: String = answer.sha.chars().take(60).collect();
-        return Err(("a commit's hash of 40 digits".into(), format!("{found:?}")));
-    }
-    if answer.siblings.len() > MAX_FILES {
-        return Err((format!("at most {MAX_FILES} files"), answer.siblings.len().to_string()));
-    }
-    let entry = |sibling: Sibling| {
-        let (sha256, size) = sibling.lfs.map(|large| (large.sha256, large.size)).unzip();
-        (sibling.rfilename, Entry { bytes: size.or(sibling.size), git: sibling.blob_id, sha256 })
-    };
-    Ok(List { commit: answer.sha, files: answer.siblings.into_iter().map(entry).collect() })
-}
-
 /// Everything but letters, digits, `-._~` and `kept` as %XX.
 fn encoded(text: &str, kept: &str) -> String {
     let one = |byte: u8| match char::from(byte) {
@@ -340,6 +301,7 @@ fn said(error: &ureq::Error) -> String {
     match error {
         ureq::Error::HostNotFound => "the host is not known".into(),
         ureq::Error::Timeout(_) => "no answer in time".into(),
+        ureq::Error::Io(source) => source.to_string(),
         ureq::Error::BadUri(_) => "the address is none".into(),
         other => other.to_string(),
     }

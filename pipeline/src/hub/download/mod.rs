@@ -5,13 +5,15 @@
 
 mod blob;
 mod client;
+mod list;
 
 use super::layout::Repository;
 use super::name::{self, HubName, Kind};
 use super::wanted::{self, Weights};
 use super::{HubError, HubSettings, listing};
 use crate::run::RunContext;
-use client::{Client, List};
+use client::Client;
+use list::List;
 use std::fs;
 use std::path::Path;
 
