@@ -85,6 +85,85 @@ fn every_stage_of_a_run() {
     );
 }
 
+/// Lays a folder of the reference data out as a snapshot in the Hugging Face cache `hub`.
+fn cached(bench: &Bench, folder: &str, repository: &str, within: &str) {
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let root = bench.path("hub").join(repository);
+    let snapshot = root.join("snapshots").join(commit).join(within);
+    for place in [&root.join("blobs"), &root.join("refs"), &snapshot] {
+        std::fs::create_dir_all(place).unwrap();
+    }
+    std::fs::write(root.join("refs/main"), commit).unwrap();
+    let (from, up) = (golden(folder), if within.is_empty() { "../../" } else { "../../../" });
+    for file in [std::path::PathBuf::from(&from)]
+        .into_iter()
+        .chain(std::fs::read_dir(&from).into_iter().flatten().map(|e| e.unwrap().path()))
+    {
+        if file.is_file() {
+            let name = file.file_name().unwrap().to_str().unwrap();
+            let etag = name.replace('.', "-");
+            std::fs::copy(&file, root.join("blobs").join(&etag)).unwrap();
+            std::os::unix::fs::symlink(format!("{up}blobs/{etag}"), snapshot.join(name)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_run_by_name_is_the_run_by_path() {
+    let bench = Bench::new();
+    cached(&bench, "teacher-awq", "models--Org--Teacher-AWQ", "");
+    cached(&bench, "student", "models--Org--Student", "");
+    cached(&bench, "chats.jsonl", "datasets--Org--Chats", "train");
+    let run = |code: i32, arguments: &[&str]| {
+        let output = bench.command(arguments).env("HF_HUB_CACHE", bench.path("hub")).env("HF_HUB_OFFLINE", "1").output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    bench.cache("by-path");
+    let by_name = |a: &'static str| match a {
+        a if a == TEACHER.as_str() => "Org/Teacher-AWQ",
+        a if a == support::CHATS.as_str() => "Org/Chats:train",
+        a => a,
+    };
+    run(3, &precompute("by-name").into_iter().map(by_name).collect::<Vec<_>>());
+    let (named, others) = (files(&bench.path("by-name")), files(&bench.path("by-path")));
+    let manifest =
+        |files: &std::collections::BTreeMap<String, Vec<u8>>| serde_json::from_slice::<Value>(&files["manifest.json"]).unwrap();
+    let (ours, theirs) = (manifest(&named), manifest(&others));
+    assert_eq!(ours["description"]["teacher"]["name"], "Org/Teacher-AWQ");
+    assert_eq!(theirs["description"]["teacher"]["name"], "teacher-awq");
+    assert_eq!(ours["description"]["data"], theirs["description"]["data"], "files are known by name and content");
+    assert_eq!(named.keys().collect::<Vec<_>>(), others.keys().collect::<Vec<_>>());
+    // The snapshot's own path gives the same bytes throughout: a folder called after a commit is known by its model's name.
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let snapshot = bench.path("hub/models--Org--Teacher-AWQ/snapshots").join(commit).display().to_string();
+    bench.expect(
+        3,
+        &precompute("snapshot").into_iter().map(|a| if a == TEACHER.as_str() { &snapshot } else { a }).collect::<Vec<_>>(),
+    );
+    assert_eq!(files(&bench.path("snapshot")), named);
+
+    let arguments = train("run", "sft", "1").into_iter().map(|a| match a {
+        a if a == STUDENT.as_str() => "Org/Student@main",
+        "cache" => "by-name",
+        a => a,
+    });
+    run(0, &arguments.collect::<Vec<_>>());
+    let adapter = files(&bench.path("run/adapter"));
+    let config: Value = serde_json::from_slice(&adapter["adapter_config.json"]).unwrap();
+    assert_eq!(config["base_model_name_or_path"], "Org/Student");
+    assert!(String::from_utf8(adapter["README.md"].clone()).unwrap().contains("base_model: \"Org/Student\""));
+    run(0, &["merge", "--student", "Org/Student", "--adapter", "run/adapter", "--out", "merged", "--quiet"]);
+    assert!(files(&bench.path("merged")).contains_key("model.safetensors"));
+
+    let sentence = run(1, &["merge", "--student", "Org/Nothing", "--adapter", "run/adapter", "--out", "m", "--quiet"]);
+    let hub = bench.path("hub").display().to_string();
+    let expected = format!(
+        "Org/Nothing: there is no such path, and no model of this name in the Hugging Face cache (there is no {hub}/models--Org--Nothing)"
+    );
+    assert!(sentence.contains(&expected), "{sentence}");
+}
+
 #[test]
 fn a_second_run_of_the_same_command_does_nothing_and_other_settings_are_refused() {
     let bench = Bench::new();

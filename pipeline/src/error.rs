@@ -14,6 +14,9 @@ pub enum Error {
     /// Model folder: config or weights.
     #[error(transparent)]
     Model(#[from] crate::model::ModelError),
+    /// A name that is not on this machine and could not be fetched.
+    #[error(transparent)]
+    Hub(#[from] crate::hub::HubError),
     /// Adapter folder or merge.
     #[error(transparent)]
     Adapter(#[from] crate::adapter::AdapterError),
@@ -105,6 +108,7 @@ impl Error {
         match self {
             Error::Data(e) => e.class(),
             Error::Model(e) => e.class(),
+            Error::Hub(e) => e.class(),
             Error::Adapter(e) => e.class(),
             Error::Loss(e) => e.class(),
             Error::Optimizer(e) => e.class(),

@@ -9,6 +9,7 @@ mod bounded;
 pub mod data;
 pub mod device;
 mod error;
+pub mod hub;
 pub mod kernel;
 pub mod linear;
 pub mod loss;

@@ -5,6 +5,7 @@ use potstill_cache::ErrorClass;
 use potstill_pipeline::data::{BadRoles, ChatTokenizer, DataError, DataOptions, Dataset, Truncation, load};
 use potstill_pipeline::run::RunContext;
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
@@ -49,15 +50,26 @@ fn chat(turns: &[(&str, &str)]) -> String {
 
 const GOOD: &str = r#"{"messages":[{"role":"user","content":"Hi"},{"role":"assistant","content":"Ho"}]}"#;
 
+fn gzip(text: impl AsRef<[u8]>) -> Vec<u8> {
+    let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
+    packer.write_all(text.as_ref()).unwrap();
+    packer.finish().unwrap()
+}
+
 #[test]
-fn zstd_folder_glob_list_and_several_files_give_the_same_rows() {
+fn packed_folder_glob_list_and_several_files_give_the_same_rows() {
     let folder = tempfile::tempdir().unwrap();
     let lines = std::fs::read_to_string(golden("chats.jsonl")).unwrap();
     let expected = read(&[golden("chats.jsonl")], BadRoles::Skip).unwrap();
     let packed = |text: &str| zstd::encode_all(text.as_bytes(), 3).unwrap();
     let list = format!("\u{feff}\n[\n {} ]\n", lines.trim_end().replace('\n', " ,\n"));
     let windows = format!("\u{feff}{}", lines.replace('\n', "\r\n\r\n"));
-    let files: [(&str, Vec<u8>); 5] = [
+    let (first, rest) = lines.split_at(lines.find('\n').unwrap() - 3);
+    let files: [(&str, Vec<u8>); 8] = [
+        ("a.jsonl.gz", gzip(&lines)),
+        ("a.JSON.GZ", gzip(&list)),
+        // Members in a row, the border within a line.
+        ("b.jsonl.gz", [gzip(first), gzip(rest)].concat()),
         ("a.jsonl.zst", packed(&lines)),
         ("a.json", list.clone().into_bytes()),
         ("a.json.zst", packed(&list)),
@@ -208,6 +220,32 @@ fn malformed_text_is_refused_with_its_line() {
     assert_eq!(refusal("x.jsonl", &long), "x.jsonl:2: expected a row of at most 16777216 bytes, found a longer one");
     assert_eq!(refusal("x.json", format!("[{}]", long.replace('\n', ",\n"))), long_row("x.json:2"));
     assert_eq!(refusal("x.jsonl.zst", zstd::encode_all(long.as_bytes(), 1).unwrap()), long_row("x.jsonl.zst:2"));
+    assert_eq!(refusal("x.jsonl.gz", gzip(&long)), long_row("x.jsonl.gz:2"));
+}
+
+#[test]
+fn damaged_gzip_is_refused() {
+    let good = gzip(format!("{GOOD}\n"));
+    let changed = |at: usize, to: u8| {
+        let mut bytes = good.clone();
+        bytes[at] = to;
+        bytes
+    };
+    // A name in the header that never ends.
+    let endless = [&changed(3, 8)[..10], &[b'x'; 70_000]].concat();
+    let cases = [
+        (good[..good.len() - 9].to_vec(), "x.jsonl.gz: "),
+        (good[..5].to_vec(), "x.jsonl.gz: "),
+        (changed(good.len() - 8, !good[good.len() - 8]), "x.jsonl.gz: corrupt gzip stream does not have a matching checksum"),
+        ([&good[..], b"more"].concat(), "x.jsonl.gz: "),
+        (GOOD.into(), "x.jsonl.gz: invalid gzip header"),
+        (endless, "x.jsonl.gz: "),
+    ];
+    for (i, (bytes, expected)) in cases.into_iter().enumerate() {
+        let sentence = refusal("x.jsonl.gz", bytes);
+        assert!(sentence.starts_with(expected), "{i}: {sentence}");
+    }
+    assert!(refusal("x.parquet.gz", &good).contains("expected a file ending in "));
 }
 
 fn long_row(place: &str) -> String {
@@ -277,7 +315,7 @@ fn paths_that_lead_to_no_data_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path().display().to_string();
     std::fs::write(folder.path().join("notes.txt"), "x").unwrap();
-    let supported = ".jsonl, .json, .jsonl.zst, .json.zst or .parquet";
+    let supported = ".jsonl, .json (both also with .gz or .zst) or .parquet";
     let cases = [
         ("none.jsonl", format!("{here}/none.jsonl: expected a file, a folder or a glob of chats, found nothing there")),
         ("*.jsonl", format!("{here}/*.jsonl: expected at least one file ending in {supported}, found none")),

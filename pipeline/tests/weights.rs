@@ -237,11 +237,51 @@ fn links_may_lead_to_the_blobs_of_a_hub_cache_and_nowhere_else() {
     symlink(outside.path().join("secret.safetensors"), dir.path().join("model.safetensors")).unwrap();
     refused(dir.path(), &["leads out of the model folder", "secret.safetensors"]);
 
+    // A snapshot's links: to a blob of its repository, or through one to a blob that repositories share.
     let hub = folder(&[]);
-    let (blobs, snapshot) = (hub.path().join("models--a--b/blobs"), hub.path().join("models--a--b/snapshots/0123"));
-    fs::create_dir_all(&blobs).unwrap();
-    fs::create_dir_all(&snapshot).unwrap();
-    fs::write(blobs.join("cafe"), vectors(&["a"])).unwrap();
-    symlink("../../blobs/cafe", snapshot.join("model.safetensors")).unwrap();
+    let (commit, hash) = ("0123456789abcdef0123456789abcdef01234567", "ab".repeat(32));
+    let leads = |repository: &str, name: &str, link: &str, file: &str| {
+        let snapshot = hub.path().join(repository).join(name);
+        fs::create_dir_all(&snapshot).unwrap();
+        let file = snapshot.join(file);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(&file, vectors(&["a"])).unwrap();
+        let _ = fs::remove_file(snapshot.join("model.safetensors"));
+        symlink(link, snapshot.join("model.safetensors")).unwrap();
+        snapshot
+    };
+    let (good, place) = ("models--a--b", format!("snapshots/{commit}"));
+    let snapshot = leads(good, &place, "../../blobs/cafe", "../../blobs/cafe");
     assert!(Weights::open(&snapshot).unwrap().contains("a"));
+    let shared = format!("../../../blobs/ab/{hash}");
+    leads(good, &place, "../../blobs/cafe", &shared);
+    fs::remove_file(hub.path().join(good).join("blobs/cafe")).unwrap();
+    symlink(format!("../../blobs/ab/{hash}"), hub.path().join(good).join("blobs/cafe")).unwrap();
+    assert!(Weights::open(&snapshot).unwrap().contains("a"));
+
+    // Nothing wider: other places, and folders that only look alike.
+    let wider = |repository: &str, name: &str, link: &str| {
+        refused(&leads(repository, name, link, link), &["leads out of the model folder"])
+    };
+    for link in
+        ["../../blobs/x/cafe", "../../refs/cafe", "../0000/cafe", "../../../models--a--c/blobs/cafe", "../../../blobs/cafe"]
+    {
+        wider(good, &place, link);
+    }
+    for link in
+        [format!("../../../blobs/cd/{hash}"), format!("../../../blobs/ab/{}", &hash[2..]), format!("../../../blobs/{hash}")]
+    {
+        wider(good, &place, &link);
+    }
+    for (repository, name) in [
+        ("b", "snapshots/0123"),
+        ("models--a--b--c", "snapshots/0"),
+        ("spaces--a--b", "snapshots/0"),
+        ("models--a", "snapshots/0"),
+    ] {
+        wider(repository, &name.replace("/0", &format!("/{commit}")).replace("123", ""), "../../blobs/cafe");
+    }
+    for name in ["snapshots/0123", "snapshots/main", "versions/0", "snapshots/0123456789ABCDEF0123456789ABCDEF01234567"] {
+        wider(good, &name.replace("versions/0", &format!("versions/{commit}")), "../../blobs/beef");
+    }
 }

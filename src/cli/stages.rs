@@ -37,16 +37,28 @@ done, `combine --out OUT DIR` makes the very cache of a single run.
 and `--worker auto/8` the index alone, of 8. A worker that did its share exits 0
 though conversations were skipped: engines would take 3 for a failure.
 
+By name:
+  potstill precompute --teacher Qwen/Qwen1.5-32B-Chat-AWQ \\
+      --data HuggingFaceH4/ultrachat_200k:train_sft --cache caches/ultrachat
+
+A path that exists wins over a name. A name means the snapshot in the Hugging
+Face cache ($HF_HUB_CACHE, $HF_HOME/hub, ~/.cache/huggingface/hub) that
+refs/main or @REVISION says; what is there whole is used without a network.
+What is missing is fetched by a build with the cargo feature hub, unless
+HF_HUB_OFFLINE is set; HF_TOKEN and HF_ENDPOINT count too. A split means files
+called data/SPLIT-00000-of-00003*, else a folder, else a file called after it;
+no split means all files.
+
 Each setting may also stand in the table [precompute] of --config FILE, or in
 a variable such as POTSTILL_PRECOMPUTE__TOP_K=32. Flags win over variables,
 variables over the file."
 )]
 pub struct Precompute {
-    /// Teacher's Hugging Face folder: AWQ (int4) or dense
-    #[arg(long, value_name = "DIR")]
+    /// Teacher: a Hugging Face folder or a name ORG/NAME[@REVISION]; AWQ (int4) or dense
+    #[arg(long, value_name = "DIR|NAME")]
     pub teacher: Option<PathBuf>,
-    /// Chats: files, folders or globs (Parquet, JSONL, JSONL.zst)
-    #[arg(long, value_name = "PATH", num_args = 1..)]
+    /// Chats: files, folders, globs (Parquet, JSON, JSONL, also .gz, .zst) or names ORG/NAME[@REVISION][:SPLIT]
+    #[arg(long, value_name = "PATH|NAME", num_args = 1..)]
     pub data: Option<Vec<PathBuf>>,
     /// Folder of the cache; made if it is not there, continued if it is
     #[arg(long, value_name = "DIR")]
@@ -167,8 +179,8 @@ Each setting may also stand in the table [train] of --config FILE, or in a varia
 POTSTILL_TRAIN__LR=1e-4. Flags win over variables, variables over the file."
 )]
 pub struct Train {
-    /// Student's Hugging Face folder (dense; held in NF4 while training)
-    #[arg(long, value_name = "DIR")]
+    /// Student: a Hugging Face folder or a name ORG/NAME[@REVISION] (dense; held in NF4 while training)
+    #[arg(long, value_name = "DIR|NAME")]
     pub student: Option<PathBuf>,
     /// Folder of the cache
     #[arg(long, value_name = "DIR")]
@@ -279,8 +291,8 @@ Example:
 Each setting may also stand in the table [merge] of --config FILE, or in a variable such as
 POTSTILL_MERGE__DTYPE=bf16. Flags win over variables, variables over the file.")]
 pub struct Merge {
-    /// The base model's Hugging Face folder
-    #[arg(long, value_name = "DIR")]
+    /// The base model: a Hugging Face folder or a name ORG/NAME[@REVISION]
+    #[arg(long, value_name = "DIR|NAME")]
     pub student: Option<PathBuf>,
     /// The adapter's folder (PEFT)
     #[arg(long, value_name = "DIR")]

@@ -7,6 +7,7 @@ use crate::exit::Outcome;
 use crate::print::{self, Table};
 use crate::settings;
 use potstill_pipeline::adapter::{self, MergeConfig, MergeReport};
+use potstill_pipeline::hub::Hub;
 use std::io::Write;
 
 /// Merges an adapter into its base model.
@@ -15,7 +16,10 @@ pub fn run(flags: Merge, manner: Manner) -> anyhow::Result<Outcome> {
     let config: MergeConfig = config::resolve(&settings::MERGE, &sources)?;
 
     let context = interruptible()?;
-    let report = drawn(&context, manner, || Ok(adapter::merge(&config, &context)?))?;
+    let report = drawn(&context, manner, || {
+        let student = Hub::of_process().model_folder(&config.student, &context)?;
+        Ok(adapter::merge(&MergeConfig { student, ..config.clone() }, &context)?)
+    })?;
 
     if manner.json {
         print::json(&report)?;

@@ -8,6 +8,7 @@ use crate::exit::Outcome;
 use crate::print::{self, Out, Side, Table};
 use crate::settings;
 use potstill_cache::{ManifestState, RepairReport, Sameness};
+use potstill_pipeline::hub::Hub;
 use potstill_pipeline::precompute::{self, PrecomputeConfig, PrecomputeReport};
 use std::io::Write;
 
@@ -21,7 +22,12 @@ pub fn run(flags: Precompute, manner: Manner) -> anyhow::Result<Outcome> {
     manner.remark(&config::to_toml(&settings::PRECOMPUTE, &config)?);
 
     let context = interruptible()?;
-    let report = drawn(&context, manner, || Ok(precompute::run(&config, &context)?))?;
+    let report = drawn(&context, manner, || {
+        let hub = Hub::of_process();
+        let teacher = hub.model_folder(&config.teacher, &context)?;
+        let data = hub.data_files(&config.data, &context)?;
+        Ok(precompute::run(&PrecomputeConfig { teacher, data, ..config.clone() }, &context)?)
+    })?;
 
     if manner.json {
         print::json(&report)?;

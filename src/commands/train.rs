@@ -6,6 +6,7 @@ use crate::config::{self, Sources};
 use crate::exit::Outcome;
 use crate::print::{self, Table};
 use crate::settings;
+use potstill_pipeline::hub::Hub;
 use potstill_pipeline::train::{self, TrainConfig, TrainReport};
 use std::io::Write;
 
@@ -16,7 +17,10 @@ pub fn run(flags: Train, manner: Manner) -> anyhow::Result<Outcome> {
     manner.remark(&config::to_toml(&settings::TRAIN, &config)?);
 
     let context = interruptible()?;
-    let report = drawn(&context, manner, || Ok(train::run(&config, &context)?))?;
+    let report = drawn(&context, manner, || {
+        let student = Hub::of_process().model_folder(&config.student, &context)?;
+        Ok(train::run(&TrainConfig { student, ..config.clone() }, &context)?)
+    })?;
 
     if manner.json {
         print::json(&report)?;

@@ -1,7 +1,8 @@
-//! The rows of JSON text: one object a line, or one list of objects; plain or zstd.
+//! The rows of JSON text: one object a line, or one list of objects; plain, gzip or zstd.
 //!
 //! Nothing is parsed here: a line ends at its newline, an item of a list at the comma or bracket outside strings and brackets,
-//! and the parser sees each row alone. A byte order mark, CRLF and blank lines are accepted; a row and zstd's window are bounded.
+//! and the parser sees each row alone. A byte order mark, CRLF and blank lines are accepted; a row and zstd's window are bounded;
+//! gzip's is by its format, and so is what its headers may hold.
 
 use super::DataError;
 use super::rows::{Body, MAX_ROW_BYTES, Place, Row, Unit};
@@ -61,6 +62,8 @@ impl JsonRows {
             BufReader::with_capacity(1 << 16, Counted { file: File::open(&file.path).map_err(io)?, read: read.clone() });
         let input: Box<dyn BufRead + Send> = match file.packing {
             Packing::Plain => Box::new(counted),
+            // One member after another, as `cat a.gz b.gz` makes them.
+            Packing::Gzip => Box::new(BufReader::with_capacity(1 << 16, flate2::bufread::MultiGzDecoder::new(counted))),
             Packing::Zstd => {
                 let mut decoder = zstd::Decoder::with_buffer(counted).map_err(io)?;
                 decoder.window_log_max(MAX_ZSTD_WINDOW_LOG).map_err(io)?;

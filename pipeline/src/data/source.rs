@@ -6,7 +6,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// The endings of supported files, for messages.
-pub(super) const SUPPORTED: &str = ".jsonl, .json, .jsonl.zst, .json.zst or .parquet";
+pub(super) const SUPPORTED: &str = ".jsonl, .json (both also with .gz or .zst) or .parquet";
 
 /// How a file holds rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub(super) enum Container {
 pub(super) enum Packing {
     /// As they are.
     Plain,
+    /// gzip members.
+    Gzip,
     /// zstd frames.
     Zstd,
 }
@@ -43,9 +45,10 @@ impl SourceFile {
     /// By the ending of the name; `None` for another kind of file.
     fn of(path: &Path) -> Option<Self> {
         let name = path.file_name()?.to_string_lossy().to_ascii_lowercase();
-        let (stem, packing) = match name.strip_suffix(".zst") {
-            Some(stem) => (stem, Packing::Zstd),
-            None => (name.as_str(), Packing::Plain),
+        let (stem, packing) = match name.rsplit_once('.')? {
+            (stem, "zst") => (stem, Packing::Zstd),
+            (stem, "gz") => (stem, Packing::Gzip),
+            _ => (name.as_str(), Packing::Plain),
         };
         let container = match (stem.rsplit_once('.')?.1, packing) {
             ("jsonl", _) => Container::Lines,
@@ -64,6 +67,11 @@ impl SourceFile {
         let name = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(DataFile { name, bytes: hasher.count(), blake3: hasher.finalize().to_hex().to_string() })
     }
+}
+
+/// Whether a file of this name is one of the kinds that are read.
+pub(crate) fn holds_chats(name: &str) -> bool {
+    SourceFile::of(Path::new(name)).is_some()
 }
 
 /// The files that `paths` mean, in reading order.

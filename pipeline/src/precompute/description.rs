@@ -60,7 +60,9 @@ fn teacher_fingerprint(
     let weights = Arc::new(Weights::open(folder)?);
     // A folder that cannot be loaded must not leave a cache behind that was made from it.
     Teacher::check_folder(folder, model, &weights, width)?;
-    let name = folder.canonicalize().ok().and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
+    // A snapshot's folder is named after its commit; the model's name is one of the cache's folders above it.
+    let last = || folder.canonicalize().ok().and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
+    let name = crate::hub::name_of(folder).or_else(last);
     let dense =
         weights.info("model.embed_tokens.weight").map_or("unknown".into(), |info| format!("{:?}", info.dtype).to_lowercase());
     Ok(TeacherFingerprint {

@@ -230,7 +230,7 @@ fn save_adapter(folder: &std::path::Path, config: &TrainConfig, student: &Studen
         rank: config.rank,
         alpha: config.alpha,
         scaling: Scaling::Standard,
-        base_model: config.student.display().to_string(),
+        base_model: crate::hub::name_of(&config.student).unwrap_or_else(|| config.student.display().to_string()),
         target_modules: modules,
     };
     let facts = [

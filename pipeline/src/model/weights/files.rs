@@ -155,14 +155,12 @@ pub(super) fn find(folder: &Path) -> Result<Found, ModelError> {
     Ok(Found { files, index, listed })
 }
 
-/// The canonical path of `root/name`, which must lie in `root` or, for a snapshot of a Hugging Face cache
-/// (`models--a--b/snapshots/revision`), in the `blobs` folder that its links lead to.
+/// The canonical path of `root/name`, which must lie in `root` or, for a snapshot of a Hugging Face cache, be one of the blobs that
+/// its links lead to. `root` is canonical.
 pub(crate) fn contained(root: &Path, name: &str) -> Result<PathBuf, ModelError> {
     let asked = root.join(name);
     let path = asked.canonicalize().map_err(|source| ModelError::Io { path: asked.clone(), source })?;
-    let snapshots = root.parent().filter(|parent| parent.file_name().is_some_and(|n| n == "snapshots"));
-    let blobs = snapshots.and_then(Path::parent).map(|model| model.join("blobs"));
-    if path.starts_with(root) || blobs.is_some_and(|blobs| path.starts_with(blobs)) {
+    if path.starts_with(root) || crate::hub::is_blob_of(root, &path) {
         return Ok(path);
     }
     Err(ModelError::WeightsOutside { path: asked, leads_to: path })
