@@ -101,8 +101,9 @@ def main():
         print(f"bench_memory: {e}", file=sys.stderr)
         sys.exit(2)
     more = growth(runs, "streamed", *options.layers)
-    print(f"Hidden {options.hidden}, intermediate {4 * options.hidden}, 32k ids, AWQ int4; {runs['streamed', options.layers[0]][0]['tokens']} "
-          f"tokens, {options.compute}, {options.threads} threads, medians of {options.rounds} rounds.\n")
+    tokens = runs["streamed", options.layers[0]][0]["tokens"]
+    print(f"Hidden {options.hidden}, intermediate {4 * options.hidden}, 32k ids, AWQ int4; {tokens} tokens, "
+          f"{options.compute}, {options.threads} threads, medians of {options.rounds} rounds.\n")
     print("\n".join(table(runs, options.layers)))
     if options.json:
         listed = {f"{residency} {layers}": found for (residency, layers), found in runs.items()}
