@@ -59,6 +59,12 @@ def write_chats(path, tokens):
     """Chats of at least `tokens` tokens in all, the same at each call, no two alike: short questions, long answers, several turns."""
     tokenizer = Tokenizer.from_file(str(GOLDEN / "teacher-awq/tokenizer.json"))
     count = lambda text: len(tokenizer.encode(text).ids) + 5  # and the template's tokens
+
+    def cut(text, most):
+        while count(text) > most and len(text) > 1:
+            text = text[: max(len(text) * 9 // 10, 1)].rstrip()
+        return text
+
     said, dice, total, number = texts(), random.Random(4), 0, 0
     with path.open("w", encoding="utf-8") as file:
         while total < tokens:
@@ -68,17 +74,15 @@ def write_chats(path, tokens):
             wanted = min(max(wanted, FEWEST), MOST, max(tokens - total, FEWEST))
             messages, length = [], 0
             while length < wanted:
-                question = f"Question {number}.{len(messages) // 2}: {dice.choice(said['user'])}"
-                question = " ".join(question.split(" ")[:40])
-                length += count(question)
-                answer, most = [], min(dice.randint(100, 400), max(wanted - length, 10))
+                question = cut(f"Question {number}.{len(messages) // 2}: {dice.choice(said['user'])}", 60)
+                answer, most = [], min(dice.randint(100, 400), max(wanted - length - count(question), 10))
                 while count("\n\n".join(answer)) < most:
                     answer.append(dice.choice(said["assistant"]))
-                words = "\n\n".join(answer).split(" ")
-                while count(" ".join(words)) > most + 5 and len(words) > 1:
-                    words = words[: max(len(words) * 9 // 10, 1)]
-                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": " ".join(words)}]
-                length += count(" ".join(words))
+                answer = cut("\n\n".join(answer), most)
+                if messages and length + count(question) + count(answer) > MOST:
+                    break
+                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                length += count(question) + count(answer)
             total, number = total + length, number + 1
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 

@@ -236,7 +236,7 @@ def main():
     for program in (options.potstill, options.maker):
         if not program.is_file():
             sys.exit(f"bench_teacher: {program}: not there; build it with\n  {chats.HOW_TO_BUILD}")
-    if min(options.threads, options.rounds, options.pack_tokens // MAX_LENGTH, options.tokens or 1) < 1:
+    if min(options.threads, options.rounds, options.pack_tokens // MAX_LENGTH, 1 if options.tokens is None else options.tokens) < 1:
         sys.exit(f"bench_teacher: expected at least one thread, round and token, and --pack-tokens of at least {MAX_LENGTH}")
     done = []
     try:
