@@ -60,11 +60,12 @@ def tolerance(shape, dtype):
     thousands of terms in another order: 1e-6 of s for a layer is ample, and 24 layers of it at random. In bf16 each rounding moves a value
     by 2^-9 / sqrt(3) of itself; they add up at random, the worst of 1e5 lies five deviations out, and transformers rounds the logits
     themselves by up to 2^-7 (those from 2 to 4; most are from 1 to 2: 2^-9 on average). Twice that, because both sides round, each at
-    other places."""
+    other places; for the largest three times, because positions differ in how much they round. Wrong weights, or a wrong rope_theta, were
+    off by 0.4 and more on average, and by 2 at the worst."""
     if dtype == "f32":
         return F32_TOLERANCE
     deviation = 0.02 * shape["hidden"] ** 0.5 * (ROUNDINGS * shape["layers"]) ** 0.5 * 2**-9 / 3**0.5
-    return {"mean": 2 * (deviation + 2**-9), "max": 2 * (5 * deviation + 2**-7)}
+    return {"mean": 2 * (deviation + 2**-9), "max": 3 * (5 * deviation + 2**-7)}
 
 
 class Comparison:
