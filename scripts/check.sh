@@ -73,6 +73,17 @@ done || true)
 step "clippy"
 cargo clippy --workspace --all-targets --locked -- -D warnings
 
+# The one feature; where the library is compiled once more, its tests are run too.
+cargo clippy -p potstill-pipeline --features hub --all-targets --locked -- -D warnings
+cargo test --locked --quiet -p potstill-pipeline --features hub --test hub
+
+step "cluster files"
+if python3 -c 'import yaml' 2> /dev/null; then
+    python3 scripts/kubernetes/check.py
+else
+    echo "skipped: scripts/kubernetes/check.py needs PyYAML"
+fi
+
 step "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
 

@@ -8,6 +8,7 @@ mod alignment;
 mod batches;
 mod codec;
 mod combine;
+mod disk;
 mod durable;
 mod error;
 #[cfg(test)]
@@ -44,6 +45,7 @@ pub use alignment::Misalignment;
 pub use batches::Batches;
 pub use codec::{TAIL_FLOOR_LOGPROB, UNSCORED_TAIL_LOGPROB, encode, round_to_mantissa, stored_logprob, stored_tail_logprob};
 pub use combine::{Rewritten, Stored, combine};
+pub use disk::free_bytes;
 pub use error::{Difference, Error, ErrorClass, Result};
 pub use fingerprint::{
     DataFile, DataFingerprint, Derivation, Description, EncodingFingerprint, MAX_LSE_TEMPERATURES, MAX_ROWS_PER_SHARD,
@@ -57,7 +59,7 @@ pub use preset::{
     SelectionKind, Storage, Values,
 };
 pub use progress::ScanProgress;
-pub use queue::WriterQueue;
+pub use queue::{WriterQueue, Written};
 pub use reader::Cache;
 pub use record::{CodecError, Record, RowKey};
 pub use repack::{Reshape, repack};

@@ -24,7 +24,8 @@ use potstill_cache::RowKey;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// Where a teacher's weights are between two uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +46,8 @@ pub struct Teacher {
     residency: Residency,
     /// Whether every layer was in memory once.
     warm: AtomicBool,
+    /// Nanoseconds spent on the head and on what is kept of its logits.
+    head_nanos: AtomicU64,
 }
 
 /// A pack's hidden states at its scored places, after the final norm: f32 [N, H].
@@ -63,7 +66,13 @@ impl Teacher {
     ) -> Result<Self> {
         let decoder = Decoder::from_folder(folder, Holding::AsStored, precision, device, context)?;
         let head = check_width(folder, &decoder.config, width, decoder.head().first_rows(width as usize))?;
-        Ok(Self { decoder, head: Linear::new(Weight::Dense(head), None), residency, warm: AtomicBool::new(false) })
+        Ok(Self {
+            decoder,
+            head: Linear::new(Weight::Dense(head), None),
+            residency,
+            warm: AtomicBool::new(false),
+            head_nanos: AtomicU64::new(0),
+        })
     }
 
     /// What [`from_folder`](Self::from_folder) would refuse, found without loading anything.
@@ -118,6 +127,7 @@ impl Teacher {
     /// where `context` asks for a stop meanwhile. Logits of at most `chunk` places exist at once. Errors: as [`Capture::rows`].
     pub fn score(&self, packs: &[Pack], capture: &Capture, chunk: usize, context: &RunContext) -> Result<Option<Vec<Captured>>> {
         let Some(states) = self.hidden(packs, context)? else { return Ok(None) };
+        let began = Instant::now();
         let mut all = Vec::with_capacity(packs.len());
         for (pack, hidden) in packs.iter().zip(states) {
             let (n, places) = (pack.scored().len(), places(pack));
@@ -135,7 +145,13 @@ impl Teacher {
         if self.residency == Residency::Streamed {
             self.decoder.release_ends();
         }
+        self.head_nanos.fetch_add(began.elapsed().as_nanos() as u64, Ordering::Relaxed);
         Ok(Some(all))
+    }
+
+    /// Time spent on the head and on what is kept of its logits, so far.
+    pub fn head_time(&self) -> Duration {
+        Duration::from_nanos(self.head_nanos.load(Ordering::Relaxed))
     }
 
     /// How many of a pack's tokens step `i` of `layers + 1` counts for, so that all steps count each token once.

@@ -150,6 +150,49 @@ fn attention_and_its_backward() {
     }
 }
 
+/// Conversations longer than a tile in both directions, heads wider than one and not a whole number of them.
+#[test]
+fn attention_in_many_tiles() {
+    let segments = [0u32, 70, 70, 71, 103, 212];
+    for (heads, kv_heads, d) in [(4, 2, 40), (2, 2, 64), (3, 1, 6)] {
+        let t = 212;
+        let (q, k, v) = (values(t * heads * d, 1), values(t * kv_heads * d, 2), values(t * kv_heads * d, 3));
+        let (qs, ks) = ([t, heads, d], [t, kv_heads, d]);
+        let attended = attention::forward(&tensor(&q, &qs), &tensor(&k, &ks), &tensor(&v, &ks), &segments).unwrap();
+        close(&attended.output, &attention_twin(&q, &k, &v, &segments, heads, kv_heads, d), &format!("{heads} heads of {d}"));
+    }
+}
+
+/// A token that is not finite is seen by itself and by what comes after it in its conversation, by nothing else: 0 · NaN is NaN, so a
+/// masked product must not be taken at all.
+#[test]
+fn attention_carries_what_is_not_finite_forward_only() {
+    let (heads, kv_heads, d, t) = (2, 1, 8, 90);
+    let segments = [0u32, 50, 90];
+    let shape = [t, heads, d];
+    let (q, k, v) = (values(t * heads * d, 1), values(t * kv_heads * d, 2), values(t * kv_heads * d, 3));
+    let plain = |v: &[f64]| {
+        let (k, v) = (tensor(&k, &[t, kv_heads, d]), tensor(v, &[t, kv_heads, d]));
+        floats(&attention::forward(&tensor(&q, &shape), &k, &v, &segments).unwrap().output)
+    };
+    let sound = plain(&v);
+    for at in [0, 13, 49, 50, 89] {
+        for bad in [f64::NAN, f64::INFINITY] {
+            let mut spoilt = v.clone();
+            spoilt[at * d + 3] = bad;
+            let end = if at < 50 { 50 } else { 90 };
+            for (i, (found, want)) in plain(&spoilt).iter().zip(&sound).enumerate() {
+                let (token, dimension) = (i / (heads * d), i % d);
+                if (at..end).contains(&token) && dimension == 3 {
+                    assert!(!found.is_finite(), "{bad} at {at} is seen at {token}");
+                } else {
+                    assert!((found - want).abs() < 1e-6, "{bad} at {at}: {found} for {want} at {token}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn attention_refuses_what_does_not_fit() {
     let x = |shape: &[usize]| tensor(&values(shape.iter().product(), 1), shape);

@@ -80,7 +80,22 @@ pub fn facts(report: &PrecomputeReport) -> Table {
         .fact("truncated tokens", print::count(report.truncated_tokens))
         .fact("time", print::duration(report.seconds))
         .fact("teacher's speed", print::rate(report.scored_tokens, report.seconds, "tokens"));
+    if let Some(saved) = saved(report) {
+        table.fact("not computed", saved);
+    }
     table
+}
+
+/// What it saved to run head and selection only where a token is trained on. The last position of a conversation never has a target.
+fn saved(report: &PrecomputeReport) -> Option<String> {
+    let positions = report.tokens.saturating_sub(report.rows + report.scored);
+    if positions == 0 || report.scored_now == 0 {
+        return None;
+    }
+    let bytes = report.bytes as f64 / report.scored.max(1) as f64 * positions as f64;
+    let seconds = report.head_seconds / report.scored_now as f64 * positions as f64;
+    let (positions, bytes, seconds) = (print::count(positions), print::bytes(bytes as u64), print::duration(seconds));
+    Some(format!("{positions} positions not trained on: {bytes} and {seconds} saved"))
 }
 
 /// What was mended, and whether it is what it was.

@@ -32,6 +32,11 @@ pub struct Pack {
 }
 
 impl Example {
+    /// How many positions have a target.
+    pub fn scored_positions(&self) -> u64 {
+        self.scored.iter().skip(1).filter(|scored| **scored).count() as u64
+    }
+
     /// The positions that have a target: those before a token to be trained on.
     pub fn positions(&self) -> Vec<u32> {
         (1..self.scored.len()).filter(|i| self.scored[*i]).map(|i| i as u32 - 1).collect()

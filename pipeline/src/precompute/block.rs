@@ -126,4 +126,21 @@ mod tests {
         fixed.took(1, Duration::from_secs(10));
         assert_eq!(fixed.now, 1000);
     }
+
+    #[test]
+    fn weights_stay_in_memory_where_they_fit_and_blocks_in_what_is_left() {
+        let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/golden/teacher-awq");
+        let model = ModelConfig::from_folder(std::path::Path::new(golden)).unwrap();
+        let plan = |config: &PrecomputeConfig, available| Plan::of(config, &model, 1000, available);
+        let config = PrecomputeConfig::default();
+        assert_eq!(plan(&config, None), Plan { residency: Residency::Resident, most: 0, fixed: false });
+        assert_eq!(plan(&config, Some(2000)).residency, Residency::Resident);
+        assert_eq!(plan(&config, Some(1200)).residency, Residency::Streamed);
+        // A quarter of 80 MiB holds the states, before and after, of so many tokens of 256 values.
+        let streamed = PrecomputeConfig { residency: Some(Residency::Streamed), ..PrecomputeConfig::default() };
+        assert_eq!(plan(&streamed, Some(80 << 20)).most, (20 << 20) / (2 * 4 * 256));
+        assert_eq!(plan(&streamed, Some(1 << 50)).most, MOST_TOKENS);
+        let named = PrecomputeConfig { block_tokens: Some(77), ..streamed };
+        assert_eq!(plan(&named, Some(80 << 20)), Plan { residency: Residency::Streamed, most: 77, fixed: true });
+    }
 }

@@ -9,6 +9,7 @@ mod bad;
 mod block;
 mod config;
 mod description;
+mod outlook;
 mod part;
 mod repair;
 
@@ -25,7 +26,8 @@ use crate::teacher::Teacher;
 use crate::{Error, Result, device};
 use bad::BadRows;
 use block::Plan;
-use potstill_cache::{CacheWriter, Description, Manifest, Record, RepairReport, RowKey, WriterOptions, WriterQueue};
+use outlook::Outlook;
+use potstill_cache::{CacheWriter, Description, Manifest, Record, RepairReport, RowKey, WriterOptions, WriterQueue, free_bytes};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -61,6 +63,10 @@ pub struct PrecomputeReport {
     pub seconds: f64,
     /// Tokens that went through the teacher in this run.
     pub scored_tokens: u64,
+    /// Scored positions of this run.
+    pub scored_now: u64,
+    /// Seconds of it spent on the head and the selection of these positions, which are spared at all others.
+    pub head_seconds: f64,
 }
 
 /// Runs stage one: scores every conversation that the cache does not hold yet.
@@ -104,11 +110,14 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
         let teacher = teacher()?;
         let tokens_of = |examples: &[Example]| examples.iter().map(|e| e.input_ids.len() as u64).sum::<u64>();
         // Encoding and compressing go on beside the teacher, which waits only where they are slower than it for long.
-        let mut queue = WriterQueue::start(writer, config.seal_interval())?;
+        // Half the time for a block, half for rows that wait in the writer: together what a kill may lose.
+        let half = config.seal_interval() / 2;
+        let mut queue = WriterQueue::start(writer, half)?;
         let started = Instant::now();
         report.scored_tokens = packs.iter().map(|pack| tokens_of(&dataset.examples[pack.clone()])).sum();
         context.progress.begin("scoring", "tokens", report.scored_tokens);
-        let mut budget = plan.budget(config.seal_interval());
+        let mut outlook = Outlook::new(&dataset.examples);
+        let mut budget = plan.budget(half);
         let mut packs = packs.into_iter().peekable();
         while packs.peek().is_some() {
             let block = budget.take(&mut packs, |pack| tokens_of(&dataset.examples[pack.clone()]));
@@ -125,13 +134,16 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
                 bad.add(left_out)?;
                 // Where a resumed run was given other packs, one may begin before the first row that is missing.
                 records.drain(..(resumed_rows as usize).saturating_sub(pack.start));
+                outlook.add(records.iter().map(|record| record.positions.len() as u64).sum());
                 queue.send(records)?;
-                context.progress.note(format!("row {} of {}", pack.end, dataset.examples.len()));
+                context.progress.note(outlook.remark(pack.end as u64, queue.written(), free_bytes(&config.cache)));
             }
         }
         writer = queue.close()?;
         context.progress.end();
         report.seconds = started.elapsed().as_secs_f64();
+        report.scored_now = outlook.scored_now();
+        report.head_seconds = teacher.head_time().as_secs_f64();
     }
     let manifest = writer.finish()?;
     let mut report = fill(report, &manifest, dataset);
