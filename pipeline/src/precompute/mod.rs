@@ -164,6 +164,9 @@ fn packs(examples: &[Example], committed: usize, config: &PrecomputeConfig) -> V
     packs
 }
 
+/// A pack's records, and its conversations that were left out.
+type ScoredPack = (Vec<Record>, Vec<BadRow>);
+
 /// The records of each pack of a block, and its conversations that were left out; `None` where a stop was asked for meanwhile.
 fn score(
     teacher: &Teacher,
@@ -172,7 +175,7 @@ fn score(
     capture: &Capture,
     chunk: usize,
     context: &RunContext,
-) -> Result<Option<Vec<(Vec<Record>, Vec<BadRow>)>>> {
+) -> Result<Option<Vec<ScoredPack>>> {
     let examples = |pack: &Range<usize>| all.get(pack.clone()).unwrap_or_default();
     let positions: Vec<Vec<Vec<u32>>> =
         block.iter().map(|pack| examples(pack).iter().map(Example::positions).collect()).collect();

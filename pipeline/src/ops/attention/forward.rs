@@ -51,7 +51,14 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32]) -> Result<A
     let size = shape.tokens * shape.heads;
     let (mut o, mut lse): (Vec<f32>, Vec<f32>) = (Vec::with_capacity(size * shape.d), Vec::with_capacity(size));
     let target = Target { o: o.as_mut_ptr(), lse: lse.as_mut_ptr() };
-    with_f32(q, |q| with_f32(k, |k| with_f32(v, |v| Ok(attend((q, k, v), segments, shape, &target)))))?;
+    with_f32(q, |q| {
+        with_f32(k, |k| {
+            with_f32(v, |v| {
+                attend((q, k, v), segments, shape, &target);
+                Ok(())
+            })
+        })
+    })?;
     // SAFETY: the segments cover all tokens, and the pieces all queries and heads: every place was written once.
     unsafe {
         o.set_len(size * shape.d);
