@@ -1,6 +1,6 @@
 //! The innermost loops of the CPU path: tiles of products and the layouts they read. Refuses to know models, weights and tensors.
 //!
-//! The one idea: every value is a sum in one fixed order, whatever the processor. A tile adds a[k]·b[k] for rising k with one fused
+//! The one idea: every value is a sum in one fixed order, whatever the processor. A tile adds `a[k] · b[k]` for rising k with one fused
 //! multiply-add each, so AVX-512, AVX2 and plain code give the same bits in f32, and a row's bits do not depend on the rows beside it.
 //!
 //! ```text

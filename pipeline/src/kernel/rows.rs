@@ -21,9 +21,9 @@ enum Packed {
 /// A block of 12 rows.
 #[derive(Debug, Clone, Copy)]
 pub enum Block<'a> {
-    /// f32, rounded or not, [K][12].
+    /// f32, rounded or not, `[K][12]`.
     F32(&'a [f32]),
-    /// Pairs of bf16, [K/2 rounded up][12].
+    /// Pairs of bf16, `[K/2 rounded up][12]`.
     Pairs(&'a [u32]),
 }
 
@@ -114,7 +114,7 @@ vectorised! {
 }
 
 vectorised! {
-    /// A panel of f32 [K][32] as pairs of bf16 [K/2 rounded up][32]: k even in the low half, an odd last k with 0.
+    /// A panel of f32 `[K][32]` as pairs of bf16 `[K/2 rounded up][32]`: k even in the low half, an odd last k with 0.
     pub fn pair_panel(panel: &[f32], out: &mut [u32]) {
         for (both, out) in panel.chunks(2 * TILE_COLUMNS).zip(out.chunks_exact_mut(TILE_COLUMNS)) {
             match both.split_at_checked(TILE_COLUMNS) {

@@ -80,7 +80,7 @@ impl AwqWeight {
         out
     }
 
-    /// Columns `first` to `first` + 31 of the inputs given, zeros beyond the last column: out f32 [inputs][32]. `first` is a multiple
+    /// Columns `first` to `first` + 31 of the inputs given, zeros beyond the last column: out f32 `[inputs][32]`. `first` is a multiple
     /// of 8.
     pub fn panel(&self, isa: Isa, first: usize, inputs: Range<usize>, out: &mut [f32]) {
         let words = (self.outputs - first).min(TILE_COLUMNS) / PER_WORD;
