@@ -118,14 +118,15 @@ pub fn forward_all<const N: usize>(layers: [&Linear; N], x: &Tensor, precision: 
         bail!("linear: x {:?} does not fit {} inputs", x.dims(), layer.weight.inputs());
     }
     let rows = with_f32(x, |x| Ok(Rows::pack(x, width, precision)))?;
-    let biases = layers.map(|layer| layer.bias.as_ref().map(|bias| bias.to_vec1::<f32>()).transpose());
+    let biases = layers.iter().map(|layer| layer.bias.as_ref().map(Tensor::to_vec1::<f32>).transpose());
+    let biases: Vec<Option<Vec<f32>>> = biases.collect::<Result<_>>()?;
     let mut factors = Vec::with_capacity(N);
     for (layer, bias) in layers.iter().zip(&biases) {
-        let bias = match bias {
-            Ok(bias) => bias.as_deref(),
-            Err(error) => bail!("linear: {error}"),
-        };
-        factors.push(Factor { weight: &layer.weight, bias });
+        let (weight, bias) = (&layer.weight, bias.as_deref());
+        if let Some(bias) = bias.filter(|bias| bias.len() != weight.outputs()) {
+            bail!("linear: a bias of {} values does not fit {} outputs", bias.len(), weight.outputs());
+        }
+        factors.push(Factor { weight, bias });
     }
     let mut outputs = Vec::with_capacity(N);
     for (values, layer) in products(&rows, &factors).into_iter().zip(layers) {
