@@ -23,7 +23,6 @@ use candle_core::{Device, Tensor};
 use potstill_cache::RowKey;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -76,7 +75,7 @@ impl Teacher {
     }
 
     /// What [`from_folder`](Self::from_folder) would refuse, found without loading anything.
-    pub fn check_folder(folder: &Path, config: &ModelConfig, weights: &Arc<Weights>, width: u32) -> Result<()> {
+    pub fn check_folder(folder: &Path, config: &ModelConfig, weights: &Weights, width: u32) -> Result<()> {
         check_width(folder, config, width, (config.vocab_size >= width as usize).then_some(()))?;
         Ok(Decoder::check_folder(config, weights)?)
     }

@@ -39,7 +39,7 @@ fn a_tile_has_the_same_bits_on_every_instruction_set() {
         let (a, b) = (values(steps * a_step + 12, 1), values(steps * b_step + 32, 2));
         let tile = |isa: Isa| {
             let mut out = vec![f32::NAN; TILE_ROWS * TILE_COLUMNS];
-            isa.tile::<TILE_ROWS>(steps, (&a, a_step), (&b, b_step), &mut out);
+            isa.tile(steps, (&a, a_step), (&b, b_step), &mut out);
             out
         };
         let want = tile(sets[0]);
@@ -64,7 +64,7 @@ fn a_tile_of_pairs_is_the_sum_of_both_products() {
     let (a, b) = (words(steps * 12, 3), words(steps * 32, 4));
     for isa in Isa::all() {
         let mut out = vec![f32::NAN; TILE_ROWS * TILE_COLUMNS];
-        isa.tile_pairs::<TILE_ROWS>(steps, (&a, 12), (&b, 32), &mut out);
+        isa.tile_pairs(steps, (&a, 12), (&b, 32), &mut out);
         for (i, found) in out.iter().enumerate() {
             let (r, c) = (i / TILE_COLUMNS, i % TILE_COLUMNS);
             let term = |k: usize| {

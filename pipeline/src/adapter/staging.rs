@@ -1,24 +1,12 @@
 //! Owns building a folder beside its place and renaming it into it. Refuses to replace a folder that it was not told to.
 
 use super::{AdapterError, Checked};
+use crate::data::COMPANIONS;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-/// Files that make a folder usable by a tokenizer or a generator; copied where they are.
-pub(super) const COMPANIONS: [&str; 12] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
-    "NOTICE",
-];
+/// Files that are copied where they are, beside [`COMPANIONS`], which make a folder usable by a tokenizer or a generator.
+const BESIDE: [&str; 3] = ["tokenizer.json", "LICENSE", "NOTICE"];
 
 /// A folder under construction; removed when dropped before [`publish`](Self::publish).
 #[derive(Debug)]
@@ -56,7 +44,7 @@ impl Staging {
     /// Copies those companions that `from` has; none may lead out of it.
     pub(super) fn copy_companions(&self, from: &Path) -> Checked<()> {
         let root = from.canonicalize().map_err(|source| AdapterError::Io { path: from.to_path_buf(), source })?;
-        for name in COMPANIONS.into_iter().filter(|name| root.join(name).is_file()) {
+        for name in COMPANIONS.into_iter().chain(BESIDE).filter(|name| root.join(name).is_file()) {
             let (source, to) = (crate::model::weights::contained(&root, name)?, self.file(name));
             let copied = File::open(&source).and_then(|mut f| std::io::copy(&mut f, &mut File::create(&to)?));
             copied.map_err(|source| AdapterError::Io { path: to, source })?;

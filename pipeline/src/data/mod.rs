@@ -28,6 +28,7 @@ pub use chat_tokenizer::ChatTokenizer;
 pub use dataset::{DataOptions, Dataset, load};
 pub use error::DataError;
 pub use guard::guarded;
+pub(crate) use model_folder::COMPANIONS;
 pub(crate) use source::holds_chats;
 pub(crate) use tokenizer_json::MAX_TOKENIZER_BYTES;
 

@@ -8,6 +8,18 @@ use serde_json::Value;
 use std::io::Read;
 use std::path::Path;
 
+/// Files beside `tokenizer.json` and the weights that tokenizers and generators use, where they are there.
+pub(crate) const COMPANIONS: [&str; 9] = [
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+];
 /// Largest `tokenizer_config.json` read, in bytes.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 /// Largest chat template, in bytes.

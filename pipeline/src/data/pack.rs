@@ -32,14 +32,18 @@ pub struct Pack {
 }
 
 impl Example {
-    /// How many positions have a target.
-    pub fn scored_positions(&self) -> u64 {
-        self.scored.iter().skip(1).filter(|scored| **scored).count() as u64
-    }
-
     /// The positions that have a target: those before a token to be trained on.
     pub fn positions(&self) -> Vec<u32> {
-        (1..self.scored.len()).filter(|i| self.scored[*i]).map(|i| i as u32 - 1).collect()
+        self.targets().collect()
+    }
+
+    /// How many they are.
+    pub fn scored_positions(&self) -> u64 {
+        self.targets().count() as u64
+    }
+
+    fn targets(&self) -> impl Iterator<Item = u32> + '_ {
+        (1..self.scored.len()).filter(|i| self.scored[*i]).map(|i| i as u32 - 1)
     }
 }
 

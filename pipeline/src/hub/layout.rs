@@ -105,9 +105,15 @@ pub fn name_of(folder: &Path) -> Option<String> {
     identity(&folder.canonicalize().ok()?).map(|(_, id, _)| id)
 }
 
+/// Whether what `path` is belongs to the model or dataset folder `root`: it lies in it or, where that is a snapshot, is one of its blobs.
+/// Both are canonical.
+pub(crate) fn holds(root: &Path, path: &Path) -> bool {
+    path.starts_with(root) || is_blob_of(root, path)
+}
+
 /// Whether `path` is a blob of the repository that `snapshot` is a snapshot of: `blobs/ETAG` beside it, or `blobs/XX/HASH` of the
 /// whole cache, where repositories share files. Both are canonical.
-pub(crate) fn is_blob_of(snapshot: &Path, path: &Path) -> bool {
+fn is_blob_of(snapshot: &Path, path: &Path) -> bool {
     let Some((_, _, repository)) = identity(snapshot) else { return false };
     if path.parent() == Some(&repository.join("blobs")) {
         return true;

@@ -15,7 +15,7 @@ mod split;
 mod wanted;
 
 pub use error::HubError;
-pub(crate) use layout::is_blob_of;
+pub(crate) use layout::holds;
 pub use layout::name_of;
 pub use name::{DEFAULT_REVISION, HubName, Kind};
 pub use settings::{DEFAULT_ENDPOINT, DEFAULT_PAUSE, DEFAULT_TIMEOUT_SECONDS, HubSettings, Network, Proxy};
@@ -195,7 +195,7 @@ fn contained(snapshot: &Path, file: &str) -> Result<PathBuf, HubError> {
     };
     let root = snapshot.canonicalize().map_err(io(snapshot))?;
     let leads_to = path.canonicalize().map_err(io(&path))?;
-    if !name::is_plain_path(file) || !(leads_to.starts_with(&root) || is_blob_of(&root, &leads_to)) {
+    if !name::is_plain_path(file) || !holds(&root, &leads_to) {
         return Err(HubError::Outside { path, leads_to });
     }
     Ok(path)

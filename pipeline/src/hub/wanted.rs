@@ -3,36 +3,19 @@
 
 use super::name::{self, HubName, Kind};
 use super::{HubError, split};
+#[cfg(feature = "hub")]
+use crate::data::COMPANIONS;
+pub(super) use crate::model::weights::INDEX_NAME as INDEX;
+use crate::model::weights::{ADAPTER_NAME as ADAPTER, MAX_INDEX_BYTES, SINGLE_NAME as SINGLE};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// Files beside the weights that are used where they are there, in the order they are fetched in.
+/// Files that are fetched where they are there, beside [`COMPANIONS`].
 #[cfg(feature = "hub")]
-const BESIDE: [&str; 15] = [
-    "generation_config.json",
-    "quant_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "README.md",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-];
+const BESIDE: [&str; 6] = ["quant_config.json", "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"];
 /// Files without which no folder is a model.
 pub(super) const NEEDED: [&str; 2] = ["tokenizer.json", "config.json"];
-const SINGLE: &str = "model.safetensors";
-pub(super) const INDEX: &str = "model.safetensors.index.json";
-const ADAPTER: &str = "adapter_model.safetensors";
-/// Longest index read, in bytes.
-const MAX_INDEX_BYTES: u64 = 64 << 20;
 
 /// How the weights of a model are named.
 #[derive(Debug, PartialEq, Eq)]
@@ -64,7 +47,7 @@ pub(super) fn weights(paths: &[String]) -> Weights {
 #[cfg(feature = "hub")]
 pub(super) fn beside(paths: &[String]) -> Vec<String> {
     let index = (weights(paths) == Weights::Indexed).then_some(INDEX);
-    let all = BESIDE.into_iter().chain(index).chain(NEEDED);
+    let all = COMPANIONS.into_iter().chain(BESIDE).chain(index).chain(NEEDED);
     all.filter(|name| paths.iter().any(|path| path == name)).map(String::from).collect()
 }
 

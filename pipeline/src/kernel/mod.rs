@@ -21,6 +21,7 @@ pub use rows::{Block, Rows, pair_panel, round_all, round_to_pairs};
 pub use transpose::transpose;
 pub(crate) use vectors::vectorised;
 
+use serde::{Deserialize, Serialize};
 use std::sync::OnceLock;
 
 /// Rows of a tile.
@@ -29,7 +30,8 @@ pub const TILE_ROWS: usize = 12;
 pub const TILE_COLUMNS: usize = 32;
 
 /// What the factors of a product are rounded to; sums are f32 in any case.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Precision {
     /// Not at all.
     #[default]

@@ -1,48 +1,43 @@
 //! The tile: a few rows by 32 columns of a product, with all sums in registers.
 
-use super::{Isa, TILE_COLUMNS};
+use super::{Isa, TILE_COLUMNS, TILE_ROWS};
 
 /// Columns and rows of the block that plain code keeps in registers.
 const COLUMNS: usize = 16;
 const ROWS: usize = 4;
 
 impl Isa {
-    /// out[r·32 + c] = Σ_k a[k·a_step + r] · b[k·b_step + c] for `steps` k, r < R, c < 32, added up for rising k by fused multiply-adds.
-    /// R is a multiple of 4.
-    pub fn tile<const R: usize>(self, steps: usize, (a, a_step): (&[f32], usize), (b, b_step): (&[f32], usize), out: &mut [f32]) {
-        let (a, b, out) = (covered(a, steps, a_step, R), covered(b, steps, b_step, TILE_COLUMNS), &mut out[..R * TILE_COLUMNS]);
+    /// out[r·32 + c] = Σ_k a[k·a_step + r] · b[k·b_step + c] for `steps` k, r < 12, c < 32, added up for rising k by fused multiply-adds.
+    pub fn tile(self, steps: usize, (a, a_step): (&[f32], usize), (b, b_step): (&[f32], usize), out: &mut [f32]) {
+        let (a, b, out) =
+            (covered(a, steps, a_step, TILE_ROWS), covered(b, steps, b_step, TILE_COLUMNS), &mut out[..TILE_ROWS * TILE_COLUMNS]);
         #[cfg(target_arch = "x86_64")]
         {
             if self.has_avx512() {
                 // SAFETY: the processor has AVX-512, and the slices hold every element named in the formula.
-                return unsafe { x86::tile_avx512::<R>(steps, (a, a_step), (b, b_step), out) };
+                return unsafe { x86::tile_avx512(steps, (a, a_step), (b, b_step), out) };
             }
             if self.has_avx2() {
                 // SAFETY: the processor has AVX2 and FMA.
-                return unsafe { x86::tile_avx2::<R>(steps, (a, a_step), (b, b_step), out) };
+                return unsafe { x86::tile_avx2(steps, (a, a_step), (b, b_step), out) };
             }
         }
-        tile_plain::<R>(steps, (a, a_step), (b, b_step), out);
+        tile_plain(steps, (a, a_step), (b, b_step), out);
     }
 
     /// The same of pairs of bf16: a word of `a` times a word of `b` adds the products of both halves. Fast only where
     /// [`multiplies_pairs`](Self::multiplies_pairs).
-    pub fn tile_pairs<const R: usize>(
-        self,
-        steps: usize,
-        (a, a_step): (&[u32], usize),
-        (b, b_step): (&[u32], usize),
-        out: &mut [f32],
-    ) {
-        let (a, b, out) = (covered(a, steps, a_step, R), covered(b, steps, b_step, TILE_COLUMNS), &mut out[..R * TILE_COLUMNS]);
+    pub fn tile_pairs(self, steps: usize, (a, a_step): (&[u32], usize), (b, b_step): (&[u32], usize), out: &mut [f32]) {
+        let (a, b, out) =
+            (covered(a, steps, a_step, TILE_ROWS), covered(b, steps, b_step, TILE_COLUMNS), &mut out[..TILE_ROWS * TILE_COLUMNS]);
         #[cfg(target_arch = "x86_64")]
         {
             if self.multiplies_pairs() {
                 // SAFETY: the processor has AVX-512 BF16, and the slices hold every element named in the formula.
-                return unsafe { x86::pairs_avx512::<R>(steps, (a, a_step), (b, b_step), out) };
+                return unsafe { x86::pairs_avx512(steps, (a, a_step), (b, b_step), out) };
             }
         }
-        pairs_plain::<R>(steps, (a, a_step), (b, b_step), out);
+        pairs_plain(steps, (a, a_step), (b, b_step), out);
     }
 }
 
@@ -52,8 +47,8 @@ fn covered<T>(values: &[T], steps: usize, step: usize, width: usize) -> &[T] {
 }
 
 #[inline(always)]
-fn tile_plain<const R: usize>(steps: usize, (a, a_step): (&[f32], usize), (b, b_step): (&[f32], usize), out: &mut [f32]) {
-    for r in (0..R).step_by(ROWS) {
+fn tile_plain(steps: usize, (a, a_step): (&[f32], usize), (b, b_step): (&[f32], usize), out: &mut [f32]) {
+    for r in (0..TILE_ROWS).step_by(ROWS) {
         for c in (0..TILE_COLUMNS).step_by(COLUMNS) {
             let mut sums = [[0f32; COLUMNS]; ROWS];
             for k in 0..steps {
@@ -73,7 +68,7 @@ fn tile_plain<const R: usize>(steps: usize, (a, a_step): (&[f32], usize), (b, b_
 }
 
 /// The definition, for processors on which nobody should call it.
-fn pairs_plain<const R: usize>(steps: usize, (a, a_step): (&[u32], usize), (b, b_step): (&[u32], usize), out: &mut [f32]) {
+fn pairs_plain(steps: usize, (a, a_step): (&[u32], usize), (b, b_step): (&[u32], usize), out: &mut [f32]) {
     let (low, high) = (|word: u32| f32::from_bits(word << 16), |word: u32| f32::from_bits(word & 0xffff_0000));
     for (i, out) in out.iter_mut().enumerate() {
         let (r, c) = (i / TILE_COLUMNS, i % TILE_COLUMNS);
@@ -84,24 +79,19 @@ fn pairs_plain<const R: usize>(steps: usize, (a, a_step): (&[u32], usize), (b, b
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{TILE_COLUMNS, tile_plain};
+    use super::{TILE_COLUMNS, TILE_ROWS, tile_plain};
     use std::arch::x86_64::*;
     use std::mem::transmute;
 
     #[target_feature(enable = "avx2,fma")]
-    pub(super) fn tile_avx2<const R: usize>(steps: usize, a: (&[f32], usize), b: (&[f32], usize), out: &mut [f32]) {
-        tile_plain::<R>(steps, a, b, out);
+    pub(super) fn tile_avx2(steps: usize, a: (&[f32], usize), b: (&[f32], usize), out: &mut [f32]) {
+        tile_plain(steps, a, b, out);
     }
 
-    /// SAFETY: the slices must hold a[(steps − 1)·a_step + R − 1], b[(steps − 1)·b_step + 31] and out[R·32 − 1].
+    /// SAFETY: the slices must hold a[(steps − 1)·a_step + 11] and b[(steps − 1)·b_step + 31].
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn tile_avx512<const R: usize>(
-        steps: usize,
-        (a, a_step): (&[f32], usize),
-        (b, b_step): (&[f32], usize),
-        out: &mut [f32],
-    ) {
-        let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    pub(super) unsafe fn tile_avx512(steps: usize, (a, a_step): (&[f32], usize), (b, b_step): (&[f32], usize), out: &mut [f32]) {
+        let mut sums = [[_mm512_setzero_ps(); 2]; TILE_ROWS];
         let (mut a, mut b) = (a.as_ptr(), b.as_ptr());
         for _ in 0..steps {
             // SAFETY: the caller's promise covers every step; the pointers pass the end only after the last one.
@@ -115,24 +105,13 @@ mod x86 {
                 (a, b) = (a.wrapping_add(a_step), b.wrapping_add(b_step));
             }
         }
-        for (r, sums) in sums.iter().enumerate() {
-            // SAFETY: the caller's promise on `out`.
-            unsafe {
-                _mm512_storeu_ps(out.as_mut_ptr().add(r * TILE_COLUMNS), sums[0]);
-                _mm512_storeu_ps(out.as_mut_ptr().add(r * TILE_COLUMNS + 16), sums[1]);
-            }
-        }
+        store(sums, out);
     }
 
     /// SAFETY: as [`tile_avx512`].
     #[target_feature(enable = "avx512f,avx512bf16")]
-    pub(super) unsafe fn pairs_avx512<const R: usize>(
-        steps: usize,
-        (a, a_step): (&[u32], usize),
-        (b, b_step): (&[u32], usize),
-        out: &mut [f32],
-    ) {
-        let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    pub(super) unsafe fn pairs_avx512(steps: usize, (a, a_step): (&[u32], usize), (b, b_step): (&[u32], usize), out: &mut [f32]) {
+        let mut sums = [[_mm512_setzero_ps(); 2]; TILE_ROWS];
         let (mut a, mut b) = (a.as_ptr(), b.as_ptr());
         for _ in 0..steps {
             // SAFETY: the caller's promise covers every step; a register of 16 words is one of 32 bf16.
@@ -147,11 +126,18 @@ mod x86 {
                 (a, b) = (a.wrapping_add(a_step), b.wrapping_add(b_step));
             }
         }
-        for (r, sums) in sums.iter().enumerate() {
-            // SAFETY: the caller's promise on `out`.
+        store(sums, out);
+    }
+
+    /// Writes the sums row by row.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn store(sums: [[__m512; 2]; TILE_ROWS], out: &mut [f32]) {
+        for (sums, out) in sums.iter().zip(out.chunks_exact_mut(TILE_COLUMNS)) {
+            // SAFETY: a row is 32 values.
             unsafe {
-                _mm512_storeu_ps(out.as_mut_ptr().add(r * TILE_COLUMNS), sums[0]);
-                _mm512_storeu_ps(out.as_mut_ptr().add(r * TILE_COLUMNS + 16), sums[1]);
+                _mm512_storeu_ps(out.as_mut_ptr(), sums[0]);
+                _mm512_storeu_ps(out.as_mut_ptr().add(16), sums[1]);
             }
         }
     }

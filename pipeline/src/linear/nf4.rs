@@ -77,14 +77,7 @@ impl Nf4Weight {
     /// The weight, row-major [rows, columns], in f32 (one f32 product an element, not rounded further).
     pub fn dequantize(&self) -> Vec<f32> {
         let mut out = vec![0f32; self.rows * self.columns];
-        out.par_chunks_mut(BLOCK).enumerate().for_each(|(block, out)| {
-            let scale = self.block_scale(block);
-            for (i, value) in out.iter_mut().enumerate() {
-                let byte = self.codes[(block * BLOCK + i) / 2];
-                let code = if i % 2 == 0 { byte >> 4 } else { byte & 15 };
-                *value = LEVELS[code as usize] * scale;
-            }
-        });
+        out.par_chunks_mut(self.columns.max(1)).enumerate().for_each(|(row, out)| self.decode(row, 0, out));
         out
     }
 

@@ -125,15 +125,16 @@ fn work(rows: &Rows, factor: &Factor, target: &Target, piece: &Piece, scratch: &
         }
         let last = inputs.end == rows.width();
         for block in piece.blocks.clone() {
+            let a = rows.block(block);
             for (i, panel) in piece.panels.clone().enumerate() {
-                match rows.block(block) {
+                match a {
                     Block::F32(a) => {
                         let (a, b) = (&a[k * TILE_ROWS..], &values[i * size..][..size]);
-                        isa.tile::<TILE_ROWS>(inputs.len(), (a, TILE_ROWS), (b, TILE_COLUMNS), &mut tile);
+                        isa.tile(inputs.len(), (a, TILE_ROWS), (b, TILE_COLUMNS), &mut tile);
                     }
                     Block::Pairs(a) => {
                         let (a, b) = (&a[k / 2 * TILE_ROWS..], &words[i * size..][..size]);
-                        isa.tile_pairs::<TILE_ROWS>(inputs.len().div_ceil(2), (a, TILE_ROWS), (b, TILE_COLUMNS), &mut tile);
+                        isa.tile_pairs(inputs.len().div_ceil(2), (a, TILE_ROWS), (b, TILE_COLUMNS), &mut tile);
                     }
                 }
                 target.put(block, panel, &tile, k == 0, factor.bias.filter(|_| last));

@@ -65,15 +65,17 @@ impl Decoder {
             config.check_dense(folder)?;
         }
         let weights = Arc::new(Weights::open(folder)?);
-        Reader { config: &config, weights: &weights, holding, precision, device }.decoder(context).map_err(|e| match e {
-            ReadError::Model(e) => e,
-            ReadError::Tensor(source) => ModelError::Tensor { folder: folder.to_path_buf(), source },
-        })
+        Reader { config: &config, weights: &weights, holding, precision, device }.decoder(&weights, context).map_err(
+            |e| match e {
+                ReadError::Model(e) => e,
+                ReadError::Tensor(source) => ModelError::Tensor { folder: folder.to_path_buf(), source },
+            },
+        )
     }
 
     /// Checks config, tensor names and shapes of a model folder without loading it. Errors: as
     /// [`from_folder`](Self::from_folder).
-    pub fn check_folder(config: &ModelConfig, weights: &Arc<Weights>) -> Result<(), ModelError> {
+    pub fn check_folder(config: &ModelConfig, weights: &Weights) -> Result<(), ModelError> {
         let (holding, precision) = (Holding::AsStored, Precision::default());
         Reader { config, weights, holding, precision, device: &Device::Cpu }.check()
     }
@@ -168,7 +170,7 @@ const HEAD: &str = "lm_head.weight";
 /// Reads one folder.
 struct Reader<'a> {
     config: &'a ModelConfig,
-    weights: &'a Arc<Weights>,
+    weights: &'a Weights,
     holding: Holding,
     precision: Precision,
     device: &'a Device,
@@ -192,7 +194,7 @@ impl From<candle_core::Error> for ReadError {
 }
 
 impl Reader<'_> {
-    fn decoder(&self, context: &RunContext) -> Result<Decoder, ReadError> {
+    fn decoder(&self, files: &Arc<Weights>, context: &RunContext) -> Result<Decoder, ReadError> {
         let c = self.config;
         self.check()?;
         let embed_tokens = self.dense(EMBEDDING, c.vocab_size, c.hidden_size)?;
@@ -208,7 +210,7 @@ impl Reader<'_> {
         }
         context.progress.end();
         let norm = self.float("model.norm.weight", &[c.hidden_size])?;
-        let (device, weights) = (self.device.clone(), Arc::clone(self.weights));
+        let (device, weights) = (self.device.clone(), Arc::clone(files));
         Ok(Decoder { config: c.clone(), embed_tokens, layers, norm, head, device, weights, precision: self.precision })
     }
 

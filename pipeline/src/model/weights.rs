@@ -6,7 +6,7 @@
 
 mod files;
 
-pub(crate) use files::contained;
+pub(crate) use files::{ADAPTER_NAME, INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, contained};
 
 use super::ModelError;
 use crate::run::RunContext;

@@ -22,17 +22,22 @@ const STRIDE: usize = 1 << 14;
 
 /// x + y, f32 of one shape.
 pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    combined("add", x, y, add_to)
+}
+
+/// A copy of x [...] with y, of the same shape, worked into it by `combine`.
+fn combined(name: &str, x: &Tensor, y: &Tensor, combine: fn(&mut [f32], &[f32])) -> Result<Tensor> {
     if x.dims() != y.dims() {
-        bail!("add: {:?} and {:?} do not fit", x.dims(), y.dims());
+        bail!("{name}: {:?} and {:?} do not fit", x.dims(), y.dims());
     }
-    let sum = with_f32(x, |x| {
+    let values = with_f32(x, |x| {
         with_f32(y, |y| {
-            let mut sum = x.to_vec();
-            sum.par_chunks_mut(STRIDE).zip(y.par_chunks(STRIDE)).for_each(|(sum, y)| add_to(sum, y));
-            Ok(sum)
+            let mut values = x.to_vec();
+            values.par_chunks_mut(STRIDE).zip(y.par_chunks(STRIDE)).for_each(|(values, y)| combine(values, y));
+            Ok(values)
         })
     })?;
-    Tensor::from_vec(sum, x.dims(), x.device())
+    Tensor::from_vec(values, x.dims(), x.device())
 }
 
 vectorised! {

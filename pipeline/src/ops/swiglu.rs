@@ -1,22 +1,14 @@
 //! SwiGLU: y = silu(g) ∘ u, with silu(g) = g · σ(g).
 
 use super::exponential::sigmoid;
-use super::{STRIDE, with_f32};
+use super::{combined, with_f32};
 use crate::kernel::vectorised;
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 /// y of gate g and up u, all f32 of one shape.
 pub fn forward(g: &Tensor, u: &Tensor) -> Result<Tensor> {
-    fit(g, u)?;
-    let y = with_f32(g, |g| {
-        with_f32(u, |u| {
-            let mut y = u.to_vec();
-            y.par_chunks_mut(STRIDE).zip(g.par_chunks(STRIDE)).for_each(|(y, g)| gate(y, g));
-            Ok(y)
-        })
-    })?;
-    Tensor::from_vec(y, g.dims(), g.device())
+    combined("swiglu", u, g, gate)
 }
 
 /// (dL/dg, dL/du): dg = dy · u · σ(g) (1 + g (1 − σ(g))), du = dy · g · σ(g).

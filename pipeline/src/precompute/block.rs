@@ -2,10 +2,9 @@
 //! speed seen. Decides no byte of the cache.
 
 use super::PrecomputeConfig;
+use crate::memory;
 use crate::model::config::ModelConfig;
-use crate::model::weights::Weights;
 use crate::teacher::Residency;
-use crate::{Result, memory};
 use std::iter::Peekable;
 use std::ops::Range;
 use std::time::Duration;
@@ -29,10 +28,9 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// The plan for a teacher on this machine. Errors: a model folder without weights.
-    pub fn new(config: &PrecomputeConfig, model: &ModelConfig) -> Result<Self> {
-        let bytes = Weights::open(&config.teacher)?.total_bytes();
-        Ok(Self::of(config, model, bytes, memory::available()))
+    /// The plan for a teacher on this machine whose weights take so many bytes.
+    pub fn new(config: &PrecomputeConfig, model: &ModelConfig, weights: u64) -> Self {
+        Self::of(config, model, weights, memory::available())
     }
 
     fn of(config: &PrecomputeConfig, model: &ModelConfig, weights: u64, available: Option<u64>) -> Self {

@@ -68,7 +68,6 @@ pub struct PrecomputeConfig {
     /// `auto`, `cpu`, `cuda` or `cuda:N`.
     pub device: String,
     /// What the factors of the teacher's products are rounded to.
-    #[serde(with = "compute")]
     pub compute: Precision,
     /// Where the teacher's weights are between two uses; absent: wherever there is room.
     pub residency: Option<Residency>,
@@ -95,34 +94,6 @@ pub struct PrecomputeConfig {
     /// The share of the run's conversations that may be left out because the teacher gives a logit for them that is not finite; 0
     /// stops at the first. No setting of the cache.
     pub max_bad: f64,
-}
-
-/// How [`Precision`] is written in settings.
-mod compute {
-    use crate::kernel::Precision;
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    #[derive(Serialize, Deserialize)]
-    #[serde(rename_all = "kebab-case")]
-    enum Name {
-        F32,
-        Bf16,
-    }
-
-    pub(super) fn serialize<S: Serializer>(precision: &Precision, to: S) -> Result<S::Ok, S::Error> {
-        let name = match precision {
-            Precision::F32 => Name::F32,
-            Precision::Bf16 => Name::Bf16,
-        };
-        name.serialize(to)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Precision, D::Error> {
-        Ok(match Name::deserialize(from)? {
-            Name::F32 => Precision::F32,
-            Name::Bf16 => Precision::Bf16,
-        })
-    }
 }
 
 impl Default for PrecomputeConfig {

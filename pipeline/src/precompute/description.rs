@@ -11,13 +11,12 @@ use crate::teacher::Teacher;
 use crate::{Result, bounded};
 use potstill_cache::{Companion, Description, EncodingFingerprint, Storage, TeacherFingerprint};
 use std::path::Path;
-use std::sync::Arc;
 
 /// Everything that decides the cache's bytes.
 pub(super) fn describe(
     config: &PrecomputeConfig,
     storage: &Storage,
-    model: &ModelConfig,
+    model: (&ModelConfig, &Weights),
     tokenizer: &ChatTokenizer,
     dataset: &Dataset,
     context: &RunContext,
@@ -52,14 +51,13 @@ pub(super) fn describe(
 
 fn teacher_fingerprint(
     config: &PrecomputeConfig,
-    model: &ModelConfig,
+    (model, weights): (&ModelConfig, &Weights),
     width: u32,
     context: &RunContext,
 ) -> Result<TeacherFingerprint> {
     let folder = &config.teacher;
-    let weights = Arc::new(Weights::open(folder)?);
     // A folder that cannot be loaded must not leave a cache behind that was made from it.
-    Teacher::check_folder(folder, model, &weights, width)?;
+    Teacher::check_folder(folder, model, weights, width)?;
     // A snapshot's folder is named after its commit; the model's name is one of the cache's folders above it.
     let last = || folder.canonicalize().ok().and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
     let name = crate::hub::name_of(folder).or_else(last);

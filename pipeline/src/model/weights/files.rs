@@ -22,7 +22,7 @@ const MAX_TENSORS: usize = 100_000;
 /// Most dimensions of a tensor.
 const MAX_DIMENSIONS: usize = 8;
 /// Longest index read, in bytes.
-const MAX_INDEX_BYTES: u64 = 64 << 20;
+pub(crate) const MAX_INDEX_BYTES: u64 = 64 << 20;
 /// Most files an index may name.
 const MAX_FILES: usize = 10_000;
 /// Bytes of the little-endian header length that opens a file.
@@ -31,9 +31,9 @@ const LENGTH_BYTES: usize = 8;
 /// The smallest page in use.
 const PAGE: usize = 4 << 10;
 
-const SINGLE_NAME: &str = "model.safetensors";
-const INDEX_NAME: &str = "model.safetensors.index.json";
-const ADAPTER_NAME: &str = "adapter_model.safetensors";
+pub(crate) const SINGLE_NAME: &str = "model.safetensors";
+pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";
+pub(crate) const ADAPTER_NAME: &str = "adapter_model.safetensors";
 
 /// The files of a folder.
 #[derive(Debug)]
@@ -160,7 +160,7 @@ pub(super) fn find(folder: &Path) -> Result<Found, ModelError> {
 pub(crate) fn contained(root: &Path, name: &str) -> Result<PathBuf, ModelError> {
     let asked = root.join(name);
     let path = asked.canonicalize().map_err(|source| ModelError::Io { path: asked.clone(), source })?;
-    if path.starts_with(root) || crate::hub::is_blob_of(root, &path) {
+    if crate::hub::holds(root, &path) {
         return Ok(path);
     }
     Err(ModelError::WeightsOutside { path: asked, leads_to: path })

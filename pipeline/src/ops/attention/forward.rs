@@ -136,11 +136,11 @@ impl Piece {
             let scores = &mut scratch.scores[..];
             for (block, out) in scores.chunks_exact_mut(TILE_ROWS * QUERIES).enumerate() {
                 let keys = &panels.keys[block * TILE_ROWS * d..][..TILE_ROWS * d];
-                isa.tile::<TILE_ROWS>(d, (keys, TILE_ROWS), (&scratch.queries, QUERIES), out);
+                isa.tile(d, (keys, TILE_ROWS), (&scratch.queries, QUERIES), out);
             }
             let (mut sums, mut lse) = ([0f32; QUERIES], [0f32; QUERIES]);
             softmax(&mut scores[..keys * QUERIES], self.first, shape.scale, &mut sums, &mut lse);
-            self.weigh(isa, scores, keys, panels, shape, (head, queries), &sums, target);
+            self.weigh(scores, panels, shape, (head, queries), &sums, target);
             for (query, lse) in lse.iter().enumerate().take(queries) {
                 // SAFETY: this query and head are this piece's alone.
                 unsafe { target.lse.add(head * shape.tokens + begin + self.first + query).write(*lse) };
@@ -149,19 +149,16 @@ impl Piece {
     }
 
     /// O = Pᵀ V / Σ P of one head.
-    #[allow(clippy::too_many_arguments)]
     fn weigh(
         &self,
-        isa: Isa,
         scores: &[f32],
-        keys: usize,
         panels: &Panels,
         shape: Shape,
         (head, queries): (usize, usize),
         sums: &[f32; QUERIES],
         target: &Target,
     ) {
-        let (d, count) = (shape.d, self.segment.1 - self.segment.0);
+        let (isa, d, count) = (Isa::best(), shape.d, self.segment.1 - self.segment.0);
         let mut tile = [0f32; TILE_ROWS * TILE_COLUMNS];
         for panel in 0..d.div_ceil(TILE_COLUMNS) {
             let values = &panels.values[panel * count * TILE_COLUMNS..][..count * TILE_COLUMNS];
@@ -169,8 +166,8 @@ impl Piece {
             // 0 · NaN is NaN: where there is one, each query is given its own keys alone.
             let rows = if panels.finite { TILE_ROWS } else { 1 };
             for row in (0..queries).step_by(rows) {
-                let keys = if panels.finite { keys } else { self.first + row + 1 };
-                isa.tile::<TILE_ROWS>(keys, (&scores[row..], QUERIES), (values, TILE_COLUMNS), &mut tile);
+                let keys = self.first + if panels.finite { queries } else { row + 1 };
+                isa.tile(keys, (&scores[row..], QUERIES), (values, TILE_COLUMNS), &mut tile);
                 for (query, tile) in (row..queries.min(row + rows)).zip(tile.chunks_exact_mut(TILE_COLUMNS)) {
                     tile.iter_mut().for_each(|o| *o /= sums[query]);
                     let token = self.segment.0 + self.first + query;
