@@ -12,7 +12,8 @@ use potstill_pipeline::linear::Weight;
 use potstill_pipeline::linear::awq::AwqWeight;
 use potstill_pipeline::linear::dense::{DenseWeight, Stored};
 use potstill_pipeline::linear::nf4::Nf4Weight;
-use potstill_pipeline::linear::product::{Factor, products};
+use potstill_pipeline::linear::panel::Factor;
+use potstill_pipeline::linear::product::{Product, products};
 use potstill_pipeline::ops::{attention, rms_norm, swiglu};
 
 #[global_allocator]
@@ -33,7 +34,7 @@ fn main() -> Result<(), Failure> {
                 let flops = 2.0 * (rows * outputs * inputs) as f64;
                 let pack = best(rounds, || drop(Rows::pack(&x, inputs, precision)));
                 let packed = Rows::pack(&x, inputs, precision);
-                let time = best(rounds, || drop(products(&packed, &[Factor { weight: &weight, bias: None }])));
+                let time = best(rounds, || drop(products(&[Product::of(&packed, Factor::forward(&weight))])));
                 let per_weight = 1e9 * time / (outputs * inputs) as f64;
                 println!(
                     "{name:<16} {encoding:<5} {precision:?}: {:>6.1} GFLOP/s, {per_weight:.2} ns a weight; packing x {:.1} % of that",

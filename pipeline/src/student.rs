@@ -11,7 +11,7 @@
 use crate::adapter::MAX_RANK;
 use crate::data::pack::Pack;
 use crate::kernel::Precision;
-use crate::linear::Lora;
+use crate::linear::{Head, Lora};
 use crate::model::decoder::{Decoder, Holding, features};
 use crate::model::layer::{Geometry, PROJECTIONS};
 use crate::run::RunContext;
@@ -36,8 +36,6 @@ pub struct LoraSettings {
 #[derive(Debug, Clone)]
 pub struct Student {
     decoder: Decoder,
-    /// f32 [V, H].
-    head: Tensor,
 }
 
 /// What the backward walk needs of the forward walk.
@@ -81,8 +79,7 @@ impl Student {
                 linear.lora = Some(Lora { a, b, scale });
             }
         }
-        let head = decoder.head_tensor()?;
-        Ok(Self { decoder, head })
+        Ok(Self { decoder })
     }
 
     /// The model.
@@ -90,9 +87,9 @@ impl Student {
         &self.decoder
     }
 
-    /// The head, f32 [V, H]: logits = normed hidden · headᵀ.
-    pub fn head(&self) -> &Tensor {
-        &self.head
+    /// The head as the loss takes it.
+    pub fn head(&self) -> Head<'_> {
+        Head { weight: self.decoder.head(), precision: self.decoder.precision() }
     }
 
     /// The trainable tensors: `model.layers.I.PROJECTION.lora_A.weight` f32 [r, in] and `….lora_B.weight` f32 [out, r], layer by

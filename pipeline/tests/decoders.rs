@@ -12,6 +12,7 @@ mod support;
 use candle_core::{Device, Tensor};
 use potstill_pipeline::data::pack::{Pack, Sequence};
 use potstill_pipeline::kernel::Precision;
+use potstill_pipeline::linear::Weight;
 use potstill_pipeline::model::config::{Biases, ModelConfig};
 use potstill_pipeline::model::decoder::{Decoder, Holding};
 use potstill_pipeline::model::layer::Geometry;
@@ -93,7 +94,7 @@ fn gradient(decoder: &Decoder, expected: &HashMap<String, Tensor>) -> Tensor {
     for layer in &decoder.layers {
         inputs.push(layer.forward(inputs.last().unwrap(), &geometry).unwrap());
     }
-    let d_normed = expected["cotangent"].matmul(&decoder.head_tensor().unwrap()).unwrap();
+    let d_normed = expected["cotangent"].matmul(&Weight::Dense(decoder.head().clone()).to_tensor().unwrap()).unwrap();
     let mut d = decoder.final_norm_backward(&inputs.pop().unwrap(), &d_normed).unwrap();
     for (layer, x) in decoder.layers.iter().zip(&inputs).rev() {
         d = layer.backward(x, &d, &geometry).unwrap().0;

@@ -3,6 +3,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use potstill_cache::SoftTargets;
+use potstill_pipeline::kernel::Precision;
+use potstill_pipeline::linear::Head;
+use potstill_pipeline::linear::dense::DenseWeight;
 use potstill_pipeline::loss::{Batch, Divergence, LossSettings, Tail, fused, fused_batch, rows};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -178,10 +181,16 @@ fn gradients_equal_finite_differences() {
 /// A problem of `n` positions: hidden states, head, labels, targets.
 struct Problem {
     hidden: Tensor,
-    head: Tensor,
+    head: DenseWeight,
     labels: Vec<u32>,
     targets: SoftTargets,
     lse_t: Vec<f32>,
+}
+
+impl Problem {
+    fn head(&self) -> Head<'_> {
+        Head { weight: &self.head, precision: Precision::F32 }
+    }
 }
 
 const H: usize = 72;
@@ -199,7 +208,7 @@ fn problem(n: usize, t: f64) -> Problem {
     }
     Problem {
         hidden: Tensor::from_vec(hidden, (n, H), &Device::Cpu).unwrap(),
-        head: Tensor::from_vec(head, (V, H), &Device::Cpu).unwrap(),
+        head: DenseWeight::from_f32(V, H, &head).unwrap(),
         labels: (0..n).map(|_| dice.below(V) as u32).collect(),
         targets,
         lse_t,
@@ -215,7 +224,7 @@ fn the_fused_head_equals_a_dense_one_in_float64() {
     for settings in all_settings() {
         let n = 5;
         let p = problem(n, settings.temperature);
-        let (hidden, head) = (flat(&p.hidden), flat(&p.head));
+        let (hidden, head) = (flat(&p.hidden), p.head.dequantize());
         let batch = Batch {
             labels: &p.labels,
             targets: Some(&p.targets),
@@ -223,7 +232,7 @@ fn the_fused_head_equals_a_dense_one_in_float64() {
             settings: &settings,
             scale: 1.0 / n as f64,
         };
-        let (sums, gradient) = fused_batch(&p.hidden, &p.head, &batch, 2).unwrap();
+        let (sums, gradient) = fused_batch(&p.hidden, p.head(), &batch, 2).unwrap();
         let (gradient, mut total) = (flat(&gradient), 0.0);
         for i in 0..n {
             let logit = |h: &[f64], v: usize| (0..H).map(|j| h[j] * f64::from(head[v * H + j])).sum::<f64>();
@@ -263,15 +272,15 @@ fn chunks_do_not_change_a_bit() {
         let settings = LossSettings { tail, temperature: 2.0, kd_alpha: 0.7, kd_ce_alpha: 0.3, ..LossSettings::default() };
         let batch =
             Batch { labels: &p.labels, targets: Some(&p.targets), lse_t: Some(&p.lse_t), settings: &settings, scale: 0.1 };
-        let (whole, gradient) = fused_batch(&p.hidden, &p.head, &batch, n).unwrap();
+        let (whole, gradient) = fused_batch(&p.hidden, p.head(), &batch, n).unwrap();
         let bits = |t: &Tensor| flat(t).iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
         for chunk in [1, 2, 3, 7, 22, 1000] {
-            let (sums, part) = fused_batch(&p.hidden, &p.head, &batch, chunk).unwrap();
+            let (sums, part) = fused_batch(&p.hidden, p.head(), &batch, chunk).unwrap();
             assert_eq!((sums.kd.to_bits(), sums.ce.to_bits()), (whole.kd.to_bits(), whole.ce.to_bits()), "chunk {chunk}");
             assert_eq!(bits(&part), bits(&gradient), "chunk {chunk}");
         }
         let alone = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-        let (sums, part) = alone.install(|| fused_batch(&p.hidden, &p.head, &batch, 7)).unwrap();
+        let (sums, part) = alone.install(|| fused_batch(&p.hidden, p.head(), &batch, 7)).unwrap();
         assert_eq!((sums, bits(&part)), (whole, bits(&gradient)));
     }
 }
@@ -280,8 +289,8 @@ fn chunks_do_not_change_a_bit() {
 fn without_targets_it_is_plain_cross_entropy() {
     let p = problem(4, 1.0);
     let settings = LossSettings { kd_alpha: 0.0, kd_ce_alpha: 1.0, ..LossSettings::default() };
-    let (alone, gradient) = fused(&p.hidden, &p.head, &p.labels, None, &settings, 1.0, 3).unwrap();
-    let (both, same) = fused(&p.hidden, &p.head, &p.labels, Some(&p.targets), &settings, 1.0, 3).unwrap();
+    let (alone, gradient) = fused(&p.hidden, p.head(), &p.labels, None, &settings, 1.0, 3).unwrap();
+    let (both, same) = fused(&p.hidden, p.head(), &p.labels, Some(&p.targets), &settings, 1.0, 3).unwrap();
     assert_eq!((alone.kd, alone.total), (0.0, alone.ce));
     assert!((alone.ce - both.ce).abs() < 1e-6 && both.kd > 0.0);
     assert!(flat(&gradient).iter().zip(flat(&same)).all(|(a, b)| (a - b).abs() < 1e-6));
@@ -291,7 +300,7 @@ fn without_targets_it_is_plain_cross_entropy() {
 fn no_position_no_loss() {
     let p = problem(1, 1.0);
     let hidden = Tensor::zeros((0, H), DType::F32, &Device::Cpu).unwrap();
-    let (sums, gradient) = fused(&hidden, &p.head, &[], Some(&SoftTargets::default()), &LossSettings::default(), 1.0, 8).unwrap();
+    let (sums, gradient) = fused(&hidden, p.head(), &[], Some(&SoftTargets::default()), &LossSettings::default(), 1.0, 8).unwrap();
     assert_eq!((sums.total, gradient.dims()), (0.0, &[0, H][..]));
 }
 
@@ -374,9 +383,9 @@ fn inputs_that_lie_are_refused() {
     }
 
     let p = problem(3, 1.0);
-    let wrong = |hidden: &Tensor, head: &Tensor, chunk| fused(hidden, head, &p.labels, None, &plain, 1.0, chunk).map(|r| r.0);
-    refused(wrong(&p.hidden.narrow(0, 0, 2).unwrap(), &p.head, 4), &["hidden states", "F32 [3, 72]", "F32 [2, 72]"]);
-    refused(wrong(&p.hidden.narrow(1, 0, 2).unwrap(), &p.head, 4), &["hidden states", "F32 [3, 72]", "F32 [3, 2]"]);
-    refused(wrong(&p.hidden, &p.head.to_dtype(DType::BF16).unwrap(), 4), &["head", "F32 [V, H]", "BF16 [203, 72]"]);
-    refused(wrong(&p.hidden, &p.head, 0), &["head_chunk = 0"]);
+    let wrong = |hidden: &Tensor, chunk| fused(hidden, p.head(), &p.labels, None, &plain, 1.0, chunk).map(|r| r.0);
+    refused(wrong(&p.hidden.narrow(0, 0, 2).unwrap(), 4), &["hidden states", "F32 [3, 72]", "F32 [2, 72]"]);
+    refused(wrong(&p.hidden.narrow(1, 0, 2).unwrap(), 4), &["hidden states", "F32 [3, 72]", "F32 [3, 2]"]);
+    refused(wrong(&p.hidden.to_dtype(DType::BF16).unwrap(), 4), &["hidden states", "F32 [3, 72]", "BF16 [3, 72]"]);
+    refused(wrong(&p.hidden, 0), &["head_chunk = 0"]);
 }

@@ -150,16 +150,66 @@ fn attention_and_its_backward() {
     }
 }
 
-/// Conversations longer than a tile in both directions, heads wider than one and not a whole number of them.
+/// (dq, dk, dv) from the definition, in f64.
+fn attention_backward_twin(
+    (q, k, v, g): (&[f64], &[f64], &[f64], &[f64]),
+    segments: &[u32],
+    (heads, kv_heads, d): (usize, usize, usize),
+) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let scale = 1.0 / (d as f64).sqrt();
+    let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+    for (h, ends) in (0..heads).flat_map(|h| segments.windows(2).map(move |ends| (h, ends))) {
+        let kv = h * kv_heads / heads;
+        for i in ends[0] as usize..ends[1] as usize {
+            let (query, seen) = ((i * heads + h) * d, ends[0] as usize..=i);
+            let dot = |a: &[f64], at: usize, b: &[f64], bt: usize| (0..d).map(|c| a[at + c] * b[bt + c]).sum::<f64>();
+            let key = |j: usize| (j * kv_heads + kv) * d;
+            let weights: Vec<f64> = seen.clone().map(|j| (dot(q, query, k, key(j)) * scale).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            let dp: Vec<f64> = seen.clone().map(|j| dot(g, query, v, key(j))).collect();
+            let delta: f64 = weights.iter().zip(&dp).map(|(w, dp)| w / sum * dp).sum();
+            for ((w, dp), j) in weights.iter().zip(&dp).zip(seen) {
+                let (p, ds) = (w / sum, w / sum * (dp - delta) * scale);
+                for c in 0..d {
+                    dq[query + c] += ds * k[key(j) + c];
+                    dk[key(j) + c] += ds * q[query + c];
+                    dv[key(j) + c] += p * g[query + c];
+                }
+            }
+        }
+    }
+    (dq, dk, dv)
+}
+
+/// Conversations longer than a tile in both directions, heads wider than one and not a whole number of them; and a conversation alone has
+/// the bits that it has among others.
 #[test]
 fn attention_in_many_tiles() {
     let segments = [0u32, 70, 70, 71, 103, 212];
+    let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     for (heads, kv_heads, d) in [(4, 2, 40), (2, 2, 64), (3, 1, 6)] {
         let t = 212;
         let (q, k, v) = (values(t * heads * d, 1), values(t * kv_heads * d, 2), values(t * kv_heads * d, 3));
+        let (g, what) = (values(t * heads * d, 4), format!("{heads} heads of {d}"));
         let (qs, ks) = ([t, heads, d], [t, kv_heads, d]);
-        let attended = attention::forward(&tensor(&q, &qs), &tensor(&k, &ks), &tensor(&v, &ks), &segments).unwrap();
-        close(&attended.output, &attention_twin(&q, &k, &v, &segments, heads, kv_heads, d), &format!("{heads} heads of {d}"));
+        let (qt, kt, vt, gt) = (tensor(&q, &qs), tensor(&k, &ks), tensor(&v, &ks), tensor(&g, &qs));
+        let attended = attention::forward(&qt, &kt, &vt, &segments).unwrap();
+        close(&attended.output, &attention_twin(&q, &k, &v, &segments, heads, kv_heads, d), &what);
+        let ours = attention::backward(&qt, &kt, &vt, &attended, &gt, &segments).unwrap();
+        let twins = attention_backward_twin((&q, &k, &v, &g), &segments, (heads, kv_heads, d));
+        close(&ours.0, &twins.0, &format!("dq, {what}"));
+        close(&ours.1, &twins.1, &format!("dk, {what}"));
+        close(&ours.2, &twins.2, &format!("dv, {what}"));
+
+        let alone = |x: &Tensor| x.narrow(0, 103, 109).unwrap().contiguous().unwrap();
+        let (qa, ka, va, ga) = (alone(&qt), alone(&kt), alone(&vt), alone(&gt));
+        let again = one_thread.install(|| {
+            let attended = attention::forward(&qa, &ka, &va, &[0, 109]).unwrap();
+            attention::backward(&qa, &ka, &va, &attended, &ga, &[0, 109]).unwrap()
+        });
+        for (among, alone_again) in [(&ours.0, &again.0), (&ours.1, &again.1), (&ours.2, &again.2)] {
+            assert_eq!(floats(&alone(among)), floats(alone_again), "{what}");
+        }
     }
 }
 

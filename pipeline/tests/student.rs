@@ -59,7 +59,7 @@ fn with_adapter(decoder: Decoder) -> Student {
 fn logits(student: &Student, input_ids: &[u32]) -> Tensor {
     let pack = Pack::new([Sequence { input_ids, positions: &[] }]);
     let hidden = student.decoder().final_norm(&student.decoder().hidden(&pack).unwrap()).unwrap();
-    hidden.matmul(&student.head().t().unwrap()).unwrap()
+    student.decoder().logits(&hidden).unwrap()
 }
 
 fn compare_variant(student: &Student, variant: &str, bound: f32) {

@@ -2,6 +2,7 @@
 
 use super::{Isa, Precision, TILE_COLUMNS, TILE_ROWS, transpose, vectorised};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// x [T, K] in blocks of 12 rows, k by k; a last block is filled up with zeros.
 #[derive(Debug, Clone)]
@@ -30,14 +31,21 @@ pub enum Block<'a> {
 impl Rows {
     /// Packs x, row-major [T, `width`]; what does not fill a row is left out.
     pub fn pack(x: &[f32], width: usize, precision: Precision) -> Self {
+        Self::pack_columns(x, width, 0..width, precision)
+    }
+
+    /// Packs some columns of x, row-major [T, `row`].
+    pub fn pack_columns(x: &[f32], row: usize, columns: Range<usize>, precision: Precision) -> Self {
         let isa = Isa::best();
-        let count = x.len().checked_div(width).unwrap_or(0);
-        let (blocks, rows) = (count.div_ceil(TILE_ROWS), x.par_chunks((TILE_ROWS * width).max(1)));
+        let (count, width) = (x.len().checked_div(row).unwrap_or(0), columns.len());
+        // A product over no columns has no rows here: nobody asks for one.
+        let count = if width == 0 { 0 } else { count };
+        let (blocks, rows) = (count.div_ceil(TILE_ROWS), x[..count * row].par_chunks((TILE_ROWS * row).max(1)));
         let packed = match (precision, isa.multiplies_pairs()) {
             (Precision::F32, _) | (Precision::Bf16, false) => {
                 let mut packed = vec![0f32; blocks * TILE_ROWS * width];
                 packed.par_chunks_mut((TILE_ROWS * width).max(1)).zip(rows).for_each(|(out, rows)| {
-                    transpose(isa, (rows, width), (rows.len() / width, width), TILE_ROWS, (out, TILE_ROWS));
+                    transpose(isa, (&rows[columns.start..], row), (rows.len() / row, width), TILE_ROWS, (out, TILE_ROWS));
                     if precision == Precision::Bf16 {
                         round_all(out);
                     }
@@ -51,10 +59,10 @@ impl Rows {
                 blocks.for_each_init(
                     || vec![0u32; TILE_ROWS * pairs],
                     |rounded, (out, rows)| {
-                        for (row, rounded) in rows.chunks_exact(width).zip(rounded.chunks_exact_mut(pairs)) {
-                            round_to_pairs(row, rounded);
+                        for (values, rounded) in rows.chunks_exact(row).zip(rounded.chunks_exact_mut(pairs)) {
+                            round_to_pairs(&values[columns.clone()], rounded);
                         }
-                        transpose(isa, (rounded, pairs), (rows.len() / width, pairs), TILE_ROWS, (out, TILE_ROWS));
+                        transpose(isa, (rounded, pairs), (rows.len() / row, pairs), TILE_ROWS, (out, TILE_ROWS));
                     },
                 );
                 Packed::Pairs(packed)

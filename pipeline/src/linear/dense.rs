@@ -4,6 +4,7 @@ use crate::kernel::vectorised;
 use bytes::Bytes;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use std::ops::Range;
 
 /// How an element is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,8 +61,15 @@ impl DenseWeight {
 
     /// The first `outputs` rows, if there are so many.
     pub fn first_rows(&self, outputs: usize) -> Option<Self> {
-        let bytes = outputs.checked_mul(self.inputs)?.checked_mul(self.stored.size())?;
-        (outputs <= self.outputs).then(|| Self { outputs, bytes: self.bytes.slice(..bytes), ..self.clone() })
+        self.rows(0..outputs)
+    }
+
+    /// Some of the rows, if they are there, where they lie.
+    pub fn rows(&self, rows: Range<usize>) -> Option<Self> {
+        let place = |row: usize| row.checked_mul(self.inputs)?.checked_mul(self.stored.size());
+        let (start, end) = (place(rows.start)?, place(rows.end)?);
+        let there = rows.start <= rows.end && rows.end <= self.outputs;
+        there.then(|| Self { outputs: rows.len(), bytes: self.bytes.slice(start..end), ..self.clone() })
     }
 
     /// Row `output` from input `first` on, as many values as `out` takes, exact.

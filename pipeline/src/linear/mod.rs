@@ -5,12 +5,15 @@
 pub mod awq;
 pub mod dense;
 pub mod nf4;
+pub mod outer;
+pub mod panel;
+mod pass;
 pub mod product;
 
-use crate::kernel::{Precision, Rows};
-use crate::ops::with_f32;
-use candle_core::{Device, Result, Tensor, bail};
-use product::{Factor, products};
+pub use pass::{Low, backward_all, forward_all, forward_kept};
+
+use crate::kernel::Precision;
+use candle_core::{Device, Result, Tensor};
 
 /// A frozen weight.
 #[derive(Debug, Clone)]
@@ -51,6 +54,15 @@ impl Weight {
             Weight::Nf4(w) => Tensor::from_vec(w.dequantize(), (outputs, inputs), &Device::Cpu),
         }
     }
+}
+
+/// The frozen matrix that makes logits, [V, H].
+#[derive(Debug, Clone, Copy)]
+pub struct Head<'a> {
+    /// As stored.
+    pub weight: &'a dense::DenseWeight,
+    /// What the factors of its products are rounded to.
+    pub precision: Precision,
 }
 
 /// Low-rank factors added to a frozen layer: y += scale · B (A x).
@@ -97,45 +109,9 @@ impl Linear {
     }
 
     /// From x [T, in] and dL/dy [T, out]: dL/dx [T, in], and the gradients of LoRA's factors where there are any.
-    ///
-    /// With u = A x: du = scale·Bᵀ dy, dB = scale·dy uᵀ, dA = du xᵀ, dx = Wᵀ dy + Aᵀ du (sums over the T rows).
     pub fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<(Tensor, Option<LoraGradient>)> {
-        let dx = dy.matmul(&self.weight.to_tensor()?)?;
-        let Some(lora) = &self.lora else { return Ok((dx, None)) };
-        let u = x.matmul(&lora.a.t()?)?;
-        let scaled = (dy * lora.scale)?;
-        let du = scaled.matmul(&lora.b)?;
-        let gradient = LoraGradient { a: du.t()?.matmul(x)?, b: scaled.t()?.matmul(&u)? };
-        Ok(((dx + du.matmul(&lora.a)?)?, Some(gradient)))
+        let (_, low) = forward_kept([self], x, Precision::F32)?;
+        let (dx, [gradient]) = backward_all([self], x, &low, [dy], Precision::F32)?;
+        Ok((dx, gradient))
     }
-}
-
-/// The outputs [T, out] of several layers of the same x [T, in], all f32 and contiguous. `precision` is that of the frozen weights'
-/// products; LoRA's are f32.
-pub fn forward_all<const N: usize>(layers: [&Linear; N], x: &Tensor, precision: Precision) -> Result<[Tensor; N]> {
-    let (t, width) = x.dims2()?;
-    if let Some(layer) = layers.iter().find(|layer| layer.weight.inputs() != width) {
-        bail!("linear: x {:?} does not fit {} inputs", x.dims(), layer.weight.inputs());
-    }
-    let rows = with_f32(x, |x| Ok(Rows::pack(x, width, precision)))?;
-    let biases = layers.iter().map(|layer| layer.bias.as_ref().map(Tensor::to_vec1::<f32>).transpose());
-    let biases: Vec<Option<Vec<f32>>> = biases.collect::<Result<_>>()?;
-    let mut factors = Vec::with_capacity(N);
-    for (layer, bias) in layers.iter().zip(&biases) {
-        let (weight, bias) = (&layer.weight, bias.as_deref());
-        if let Some(bias) = bias.filter(|bias| bias.len() != weight.outputs()) {
-            bail!("linear: a bias of {} values does not fit {} outputs", bias.len(), weight.outputs());
-        }
-        factors.push(Factor { weight, bias });
-    }
-    let mut outputs = Vec::with_capacity(N);
-    for (values, layer) in products(&rows, &factors).into_iter().zip(layers) {
-        let mut y = Tensor::from_vec(values, (t, layer.weight.outputs()), x.device())?;
-        if let Some(lora) = &layer.lora {
-            let u = x.matmul(&lora.a.t()?)?;
-            y = (y + (u.matmul(&lora.b.t()?)? * lora.scale)?)?;
-        }
-        outputs.push(y);
-    }
-    outputs.try_into().map_err(|_| candle_core::Error::Msg("linear: a product is missing".into()))
 }

@@ -11,6 +11,7 @@
 //! ```
 //! Source of the formulas: QLoRA (arXiv 2305.14314) and the stored format of bitsandbytes; compared with its files in the tests.
 
+use crate::kernel::Isa;
 use rayon::prelude::*;
 use std::sync::OnceLock;
 
@@ -83,18 +84,33 @@ impl Nf4Weight {
 
     /// Values of row `row` from column `first` on, as many as `out` takes; as [`dequantize`](Self::dequantize) gives them.
     pub fn decode(&self, row: usize, first: usize, out: &mut [f32]) {
+        self.decode_on(Isa::best(), row, first, out);
+    }
+
+    /// [`decode`](Self::decode) with the instructions given: the same bits.
+    pub fn decode_on(&self, isa: Isa, row: usize, first: usize, out: &mut [f32]) {
         let mut at = row * self.columns + first;
         let mut rest = out;
         while !rest.is_empty() {
             let (here, later) = rest.split_at_mut((BLOCK - at % BLOCK).min(rest.len()));
             let scale = self.block_scale(at / BLOCK);
-            for value in here {
+            let length = here.len();
+            let mut done = 0;
+            #[cfg(target_arch = "x86_64")]
+            if isa.has_avx512() && at.is_multiple_of(2) {
+                let codes = &self.codes[at / 2..][..length / 16 * 8];
+                done = 2 * codes.len();
+                // SAFETY: the processor has AVX-512.
+                unsafe { x86::decode(codes, scale, &mut here[..done]) };
+            }
+            for (at, value) in (at + done..).zip(&mut here[done..]) {
                 let byte = self.codes[at / 2];
                 *value = LEVELS[usize::from(if at.is_multiple_of(2) { byte >> 4 } else { byte & 15 })] * scale;
-                at += 1;
             }
+            at += length;
             rest = later;
         }
+        let _ = isa;
     }
 
     /// Output features of a linear layer.
@@ -209,4 +225,28 @@ pub fn dynamic_map() -> &'static [f32] {
         map.sort_by(f32::total_cmp);
         map
     })
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::LEVELS;
+    use std::arch::x86_64::*;
+
+    /// Eight bytes at a time: spread over sixteen lanes, shifted to their nibbles, looked up and scaled.
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn decode(codes: &[u8], scale: f32, out: &mut [f32]) {
+        // SAFETY: there are sixteen levels.
+        let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
+        let (scale, low) = (_mm512_set1_ps(scale), _mm512_set1_epi64(0x0000_0000_0000_000f));
+        let high = _mm512_set1_epi64(0x0000_000f_0000_0000);
+        for (bytes, out) in codes.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<16>().0) {
+            // A 64-bit lane a byte: its high nibble belongs in the lower half, its low nibble in the upper.
+            let bytes = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(i64::from_le_bytes(*bytes)));
+            let first = _mm512_and_si512(_mm512_srli_epi64::<4>(bytes), low);
+            let second = _mm512_and_si512(_mm512_slli_epi64::<32>(bytes), high);
+            let values = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_or_si512(first, second), levels), scale);
+            // SAFETY: sixteen values.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), values) };
+        }
+    }
 }

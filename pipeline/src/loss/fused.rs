@@ -1,20 +1,32 @@
 //! Owns the head of the student during training: hidden states in, loss and gradient to the hidden states out. Refuses to
 //! hold more than one chunk of logits; a `[N, V]` tensor never exists.
+//!
+//! ```text
+//! of a chunk:  hidden [n, H] ─ · headᵀ ─► logits [n, V] ─ loss of each row ─► d logits, in their place ─ · head ─► d hidden [n, H]
+//! ```
+//! The second product goes by stretches of the vocabulary, so that only a few of the chunk's columns are ever packed beside it.
 
 use super::{Batch, Checked, LossError, LossSettings, LossSums};
+use crate::kernel::Rows;
+use crate::linear::dense::DenseWeight;
+use crate::linear::panel::Factor;
+use crate::linear::product::{Product, add_product, write_products};
+use crate::linear::{Head, Weight};
+use crate::ops::floats;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor};
+use candle_core::{DType, Tensor};
 use potstill_cache::SoftTargets;
-use std::sync::Mutex;
 
-/// The loss of N scored positions from their hidden states `[N, H]` (f32) and the head `[V, H]` (f32), and
-/// d(total · scale) / d(hidden) `[N, H]` (f32).
+/// Vocabulary entries whose gradients are packed at once for the way back to the hidden states.
+const VOCABULARY_STRETCH: usize = 8192;
+
+/// The loss of N scored positions from their hidden states `[N, H]` (f32) and the head, and d(total · scale) / d(hidden) `[N, H]` (f32).
 ///
 /// `chunk` positions' logits exist at once. The result does not depend on it, nor on threads, to the last bit. The head gets no
 /// gradient: it is frozen. Errors: as [`rows`](super::rows), and tensors of other shapes or dtypes.
 pub fn fused(
     hidden: &Tensor,
-    head: &Tensor,
+    head: Head<'_>,
     labels: &[u32],
     targets: Option<&SoftTargets>,
     settings: &LossSettings,
@@ -25,81 +37,57 @@ pub fn fused(
 }
 
 /// [`fused`] with everything about the rows in one value, ln Z_T included.
-pub fn fused_batch(hidden: &Tensor, head: &Tensor, batch: &Batch<'_>, chunk: usize) -> Result<(LossSums, Tensor)> {
-    let (n, vocab) = shapes(hidden, head, batch)?;
+pub fn fused_batch(hidden: &Tensor, head: Head<'_>, batch: &Batch<'_>, chunk: usize) -> Result<(LossSums, Tensor)> {
+    let (n, width) = shapes(hidden, head.weight, batch)?;
     if chunk == 0 {
         return Err(Error::Setting { name: "head_chunk", found: "0".into(), expected: "1 or more positions".into() });
     }
-    batch.check(vocab)?;
+    batch.check(head.weight.outputs())?;
     let mut sums = LossSums::default();
-    let mut gradients = Vec::with_capacity(n.div_ceil(chunk));
-    for first in (0..n).step_by(chunk) {
-        let rows = chunk.min(n - first);
-        gradients.push(chunk_gradient(&hidden.narrow(0, first, rows)?, head, batch, first, &mut sums)?);
+    let mut gradient = vec![0f32; n * width];
+    let mut logits = vec![Vec::new()];
+    {
+        let hidden = floats(hidden)?;
+        let chunks = hidden.chunks(chunk.saturating_mul(width)).zip(gradient.chunks_mut(chunk.saturating_mul(width)));
+        for (i, (hidden, gradient)) in chunks.enumerate() {
+            differentiate(hidden, head, batch, i * chunk, &mut logits, gradient, &mut sums)?;
+        }
     }
     batch.close(&mut sums);
-    let gradient = if gradients.is_empty() { hidden.zeros_like()? } else { Tensor::cat(&gradients, 0)? };
-    Ok((sums, gradient))
+    Ok((sums, Tensor::from_vec(gradient, (n, width), hidden.device())?))
 }
 
-/// Checks hidden states against head and labels; gives N and V.
-fn shapes(hidden: &Tensor, head: &Tensor, batch: &Batch<'_>) -> Checked<(usize, usize)> {
-    let describe = |t: &Tensor| format!("{:?} {:?}", t.dtype(), t.dims());
-    let refuse = |what, expected: String, t| Err(LossError::Tensor { what, expected, found: describe(t) });
-    match (hidden.dims(), head.dims()) {
-        (&[n, h], &[v, width])
-            if n == batch.labels.len() && h == width && hidden.dtype() == DType::F32 && head.dtype() == DType::F32 =>
-        {
-            Ok((n, v))
-        }
-        (_, &[_, h]) if head.dtype() == DType::F32 => {
-            refuse("hidden states", format!("F32 [{}, {h}]", batch.labels.len()), hidden)
-        }
-        _ => refuse("head", "F32 [V, H]".into(), head),
+/// Checks hidden states against head and labels; gives N and H.
+fn shapes(hidden: &Tensor, head: &DenseWeight, batch: &Batch<'_>) -> Checked<(usize, usize)> {
+    let (n, width) = (batch.labels.len(), head.inputs());
+    if hidden.dims() == [n, width] && hidden.dtype() == DType::F32 && width > 0 {
+        return Ok((n, width));
     }
+    let (expected, found) = (format!("F32 [{n}, {width}]"), format!("{:?} {:?}", hidden.dtype(), hidden.dims()));
+    Err(LossError::Tensor { what: "hidden states", expected, found })
 }
 
-/// d(total · scale) / d(hidden) of one chunk `[n, H]`, whose first row is row `first` of the batch.
-fn chunk_gradient(hidden: &Tensor, head: &Tensor, batch: &Batch<'_>, first: usize, sums: &mut LossSums) -> Result<Tensor> {
-    let rows = hidden.dim(0)?;
-    // A product with one row takes another path in the matrix library and adds in another order. With its copy beside it a
-    // single row comes out bit for bit as it would among others.
-    let at_least_two = if rows == 1 { Tensor::cat(&[hidden, hidden], 0)? } else { hidden.clone() };
-    let logits = at_least_two.matmul(&head.t()?)?;
-    let kernel = Kernel { batch, first, rows, outcome: Mutex::new(Ok(*sums)) };
-    let applied = logits.inplace_op1(&kernel);
-    *sums = kernel.outcome.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)?;
-    applied?;
-    Ok(logits.matmul(head)?.narrow(0, 0, rows)?)
-}
-
-/// The row kernel as an operation on a tensor's own storage.
-struct Kernel<'a> {
-    batch: &'a Batch<'a>,
+/// Adds one chunk, whose first row is row `first` of the batch: its terms to `sums`, d(total · scale) / d(hidden) to `gradient`, which is 0.
+fn differentiate(
+    hidden: &[f32],
+    head: Head<'_>,
+    batch: &Batch<'_>,
     first: usize,
-    rows: usize,
-    /// The running sums, or what went wrong.
-    outcome: Mutex<Checked<LossSums>>,
-}
-
-impl InplaceOp1 for Kernel<'_> {
-    fn name(&self) -> &'static str {
-        "loss rows"
+    logits: &mut [Vec<f32>],
+    gradient: &mut [f32],
+    sums: &mut LossSums,
+) -> Result<()> {
+    let (vocab, width) = (head.weight.outputs(), head.weight.inputs());
+    let rows = Rows::pack(hidden, width, head.precision);
+    let weight = Weight::Dense(head.weight.clone());
+    write_products(&[Product::of(&rows, Factor::forward(&weight))], logits);
+    let [logits] = logits else { return Ok(()) };
+    batch.add_rows(logits, vocab, first, sums)?;
+    for start in (0..vocab).step_by(VOCABULARY_STRETCH) {
+        let stretch = start..vocab.min(start + VOCABULARY_STRETCH);
+        let Some(part) = head.weight.rows(stretch.clone()).map(Weight::Dense) else { continue };
+        let rows = Rows::pack_columns(logits, vocab, stretch, head.precision);
+        add_product(&Product::of(&rows, Factor::backward(&part)), gradient);
     }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (CpuStorage::F32(values), Some((start, _)), Ok((_, vocab))) =
-            (storage, layout.contiguous_offsets(), layout.shape().dims2())
-        else {
-            return Err(candle_core::Error::Msg("loss rows: expected contiguous F32 logits [n, V]".into()));
-        };
-        let Some(logits) = values.get_mut(start..start + self.rows * vocab) else {
-            return Err(candle_core::Error::Msg("loss rows: the logits are shorter than their shape".into()));
-        };
-        let mut outcome = self.outcome.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Ok(mut sums) = *outcome {
-            *outcome = self.batch.add_rows(logits, vocab, self.first, &mut sums).map(|()| sums);
-        }
-        Ok(())
-    }
+    Ok(())
 }

@@ -124,11 +124,6 @@ impl Decoder {
         Ok(logits)
     }
 
-    /// A copy of the head, f32 [V, H].
-    pub fn head_tensor(&self) -> candle_core::Result<Tensor> {
-        Weight::Dense(self.head.clone()).to_tensor()
-    }
-
     /// What the factors of the frozen weights' products are rounded to.
     pub fn precision(&self) -> Precision {
         self.precision

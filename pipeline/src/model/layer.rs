@@ -8,7 +8,7 @@
 use super::config::ModelConfig;
 use crate::data::pack::Pack;
 use crate::kernel::Precision;
-use crate::linear::{Linear, LoraGradient, forward_all};
+use crate::linear::{Linear, LoraGradient, Low, backward_all, forward_all, forward_kept};
 use crate::ops::attention;
 use crate::ops::rope::{Table, Turn};
 use crate::ops::{add, rms_norm, swiglu};
@@ -82,6 +82,9 @@ struct Attended {
     attended: attention::Attended,
     attended_flat: Tensor,
     h: Tensor,
+    /// A x of q, k, v and o.
+    low: [Low; 3],
+    low_o: [Low; 1],
 }
 
 /// What lies between that sum and the layer's output.
@@ -90,13 +93,26 @@ struct Fed {
     gate: Tensor,
     up: Tensor,
     product: Tensor,
+    /// A x of gate and up.
+    low: [Low; 2],
 }
 
-/// Bytes of `gate`, `up` and their product that exist at once in a forward pass: rows go through the MLP in as many parts as that
-/// takes, for a model of 27,392 intermediate features would need 330 KB a token.
+/// What a part of the rows adds to the MLP's backward.
+struct FedGradients {
+    dh: Tensor,
+    gate: Option<LoraGradient>,
+    up: Option<LoraGradient>,
+    down: Option<LoraGradient>,
+}
+
+/// Bytes of a row part's widest tensors that exist at once: rows go through the MLP in as many parts as that takes, for a model of
+/// 27,392 intermediate features would need 330 KB a token on the way there and 770 KB on the way back.
 const MLP_BYTES: usize = 512 << 20;
 /// Fewest rows of such a part: fewer would unpack weights too often.
 const LEAST_MLP_ROWS: usize = 512;
+/// Tensors [rows, intermediate] that exist at once, there (gate, up, product) and back (those, their gradients, one packed).
+const WIDE_THERE: usize = 3;
+const WIDE_BACK: usize = 7;
 
 impl Layer {
     /// The linear layers in the order of [`PROJECTIONS`].
@@ -113,52 +129,78 @@ impl Layer {
     /// y [T, H] of x [T, H], f32.
     pub fn forward(&self, x: &Tensor, geometry: &Geometry) -> Result<Tensor> {
         let Attended { h, .. } = self.attend(x, geometry)?;
-        let (t, _) = h.dims2()?;
-        let part = (MLP_BYTES / (3 * 4 * self.gate_proj.weight.outputs().max(1))).max(LEAST_MLP_ROWS);
-        let mut parts = Vec::with_capacity(t.div_ceil(part));
-        for start in (0..t).step_by(part) {
-            let h = h.narrow(0, start, part.min(t - start))?;
+        let mut parts = Vec::new();
+        for (start, rows) in self.row_parts(h.dim(0)?, WIDE_THERE) {
+            let h = h.narrow(0, start, rows)?;
             // Everything else is let go before the widest product.
             let Fed { product, .. } = self.feed(&h)?;
             let [down] = forward_all([&self.down_proj], &product, self.precision)?;
             parts.push(add(&h, &down)?);
         }
-        match &parts[..] {
-            [all] => Ok(all.clone()),
-            parts => Tensor::cat(parts, 0),
-        }
+        joined(parts)
     }
 
     /// From the layer's input x and dL/dy, both [T, H]: dL/dx, and the LoRA gradients in the order of [`PROJECTIONS`].
     pub fn backward(&self, x: &Tensor, dy: &Tensor, geometry: &Geometry) -> Result<(Tensor, [Option<LoraGradient>; 7])> {
         let s = self.attend(x, geometry)?;
-        let fed = self.feed(&s.h)?;
-        let (d_product, down) = self.down_proj.backward(&fed.product, dy)?;
-        let (d_gate, d_up) = swiglu::backward(&fed.gate, &fed.up, &d_product)?;
-        let (from_gate, gate) = self.gate_proj.backward(&fed.h_normed, &d_gate)?;
-        let (from_up, up) = self.up_proj.backward(&fed.h_normed, &d_up)?;
-        let d_h_normed = (from_gate + from_up)?;
-        let dh = (dy + rms_norm::backward(&s.h, &self.post_attention_layernorm, self.eps, &d_h_normed)?)?;
+        let (mut parts, mut mlp) = (Vec::new(), [None, None, None]);
+        for (start, rows) in self.row_parts(x.dim(0)?, WIDE_BACK) {
+            let FedGradients { dh, gate, up, down } = self.feed_backward(&s.h.narrow(0, start, rows)?, &dy.narrow(0, start, rows)?)?;
+            parts.push(dh);
+            for (sum, part) in mlp.iter_mut().zip([gate, up, down]) {
+                *sum = summed(sum.take(), part)?;
+            }
+        }
+        let [gate, up, down] = mlp;
+        let (dx, [q, k, v, o]) = self.attend_backward(x, s, joined(parts)?, geometry)?;
+        Ok((dx, [q, k, v, o, gate, up, down]))
+    }
 
-        let (d_flat, o) = self.o_proj.backward(&s.attended_flat, &dh)?;
+    /// dL/dx and the gradients of q, k, v and o from dL/dh.
+    fn attend_backward(
+        &self,
+        x: &Tensor,
+        s: Attended,
+        dh: Tensor,
+        geometry: &Geometry,
+    ) -> Result<(Tensor, [Option<LoraGradient>; 4])> {
+        let (d_flat, [o]) = backward_all([&self.o_proj], &s.attended_flat, &s.low_o, [&dh], self.precision)?;
         let d_attended = d_flat.reshape(s.q.dims())?;
         let (dq, dk, dv) = attention::backward(&s.q, &s.k, &s.v, &s.attended, &d_attended, &geometry.segments)?;
         let flat = |t: Tensor| -> Result<Tensor> { t.flatten_from(1) };
-        let dq = self.head_norm_backward(&s.q_unnormed, &self.q_norm, geometry.rope.apply(&dq, Turn::Backward)?)?;
-        let dk = self.head_norm_backward(&s.k_unnormed, &self.k_norm, geometry.rope.apply(&dk, Turn::Backward)?)?;
-        let (from_q, q) = self.q_proj.backward(&s.normed, &flat(dq)?)?;
-        let (from_k, k) = self.k_proj.backward(&s.normed, &flat(dk)?)?;
-        let (from_v, v) = self.v_proj.backward(&s.normed, &flat(dv)?)?;
-        let d_normed = ((from_q + from_k)? + from_v)?;
-        let dx = (dh + rms_norm::backward(x, &self.input_layernorm, self.eps, &d_normed)?)?;
-        Ok((dx, [q, k, v, o, gate, up, down]))
+        let dq = flat(self.head_norm_backward(&s.q_unnormed, &self.q_norm, geometry.rope.apply(&dq, Turn::Backward)?)?)?;
+        let dk = flat(self.head_norm_backward(&s.k_unnormed, &self.k_norm, geometry.rope.apply(&dk, Turn::Backward)?)?)?;
+        let layers = [&self.q_proj, &self.k_proj, &self.v_proj];
+        let (d_normed, [q, k, v]) = backward_all(layers, &s.normed, &s.low, [&dq, &dk, &flat(dv)?], self.precision)?;
+        let dx = add(&dh, &rms_norm::backward(x, &self.input_layernorm, self.eps, &d_normed)?)?;
+        Ok((dx, [q, k, v, o]))
+    }
+
+    /// dL/dh and the gradients of gate, up and down from dL/dy of the rows of h [n, H].
+    fn feed_backward(&self, h: &Tensor, dy: &Tensor) -> Result<FedGradients> {
+        let fed = self.feed(h)?;
+        // What down keeps of its input is a product of it alone, so its output is not made again.
+        let low = [self.down_proj.low(&fed.product, self.precision)?];
+        let (d_product, [down]) = backward_all([&self.down_proj], &fed.product, &low, [dy], self.precision)?;
+        let (d_gate, d_up) = swiglu::backward(&fed.gate, &fed.up, &d_product)?;
+        let Fed { h_normed, low, .. } = fed;
+        let layers = [&self.gate_proj, &self.up_proj];
+        let (d_normed, [gate, up]) = backward_all(layers, &h_normed, &low, [&d_gate, &d_up], self.precision)?;
+        let dh = add(dy, &rms_norm::backward(h, &self.post_attention_layernorm, self.eps, &d_normed)?)?;
+        Ok(FedGradients { dh, gate, up, down })
+    }
+
+    /// The parts, as (first row, rows), in which `t` rows go through the MLP when `wide` tensors of its width exist at once.
+    fn row_parts(&self, t: usize, wide: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let part = (MLP_BYTES / (wide * 4 * self.gate_proj.weight.outputs().max(1))).max(LEAST_MLP_ROWS);
+        (0..t).step_by(part).map(move |start| (start, part.min(t - start)))
     }
 
     fn attend(&self, x: &Tensor, geometry: &Geometry) -> Result<Attended> {
         let (t, _) = x.dims2()?;
         let heads = |y: Tensor| -> Result<Tensor> { y.reshape((t, (), self.head_dim)) };
         let normed = rms_norm::forward(x, &self.input_layernorm, self.eps)?;
-        let [q, k, v] = forward_all([&self.q_proj, &self.k_proj, &self.v_proj], &normed, self.precision)?;
+        let ([q, k, v], low) = forward_kept([&self.q_proj, &self.k_proj, &self.v_proj], &normed, self.precision)?;
         let (q, q_unnormed) = self.head_norm(heads(q)?, &self.q_norm)?;
         let (k, k_unnormed) = self.head_norm(heads(k)?, &self.k_norm)?;
         let q = geometry.rope.apply(&q, Turn::Forward)?;
@@ -166,16 +208,16 @@ impl Layer {
         let v = heads(v)?;
         let attended = attention::forward(&q, &k, &v, &geometry.segments)?;
         let attended_flat = attended.output.flatten_from(1)?;
-        let [o] = forward_all([&self.o_proj], &attended_flat, self.precision)?;
+        let ([o], low_o) = forward_kept([&self.o_proj], &attended_flat, self.precision)?;
         let h = add(x, &o)?;
-        Ok(Attended { normed, q_unnormed, k_unnormed, q, k, v, attended, attended_flat, h })
+        Ok(Attended { normed, q_unnormed, k_unnormed, q, k, v, attended, attended_flat, h, low, low_o })
     }
 
     fn feed(&self, h: &Tensor) -> Result<Fed> {
         let h_normed = rms_norm::forward(h, &self.post_attention_layernorm, self.eps)?;
-        let [gate, up] = forward_all([&self.gate_proj, &self.up_proj], &h_normed, self.precision)?;
+        let ([gate, up], low) = forward_kept([&self.gate_proj, &self.up_proj], &h_normed, self.precision)?;
         let product = swiglu::forward(&gate, &up)?;
-        Ok(Fed { h_normed, gate, up, product })
+        Ok(Fed { h_normed, gate, up, product, low })
     }
 
     /// x [T, heads, d] under its norm, and as [T · heads, d] without; x as it is where there is no norm.
@@ -189,5 +231,21 @@ impl Layer {
     fn head_norm_backward(&self, unnormed: &Option<Tensor>, w: &Option<Tensor>, dy: Tensor) -> Result<Tensor> {
         let (Some(x), Some(w)) = (unnormed, w) else { return Ok(dy) };
         rms_norm::backward(x, w, self.eps, &dy.flatten_to(1)?)?.reshape(dy.dims())
+    }
+}
+
+/// Rows of parts, one after the other.
+fn joined(parts: Vec<Tensor>) -> Result<Tensor> {
+    match &parts[..] {
+        [all] => Ok(all.clone()),
+        parts => Tensor::cat(parts, 0),
+    }
+}
+
+/// The sum of the gradients of two parts of the rows.
+fn summed(sum: Option<LoraGradient>, part: Option<LoraGradient>) -> Result<Option<LoraGradient>> {
+    match (sum, part) {
+        (Some(sum), Some(part)) => Ok(Some(LoraGradient { a: add(&sum.a, &part.a)?, b: add(&sum.b, &part.b)? })),
+        (sum, part) => Ok(sum.or(part)),
     }
 }

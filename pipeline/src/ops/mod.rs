@@ -16,6 +16,7 @@ mod weights;
 use crate::kernel::vectorised;
 use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
+use std::ops::{Deref, Range};
 
 /// Elements that a thread takes at a time where each costs little.
 const STRIDE: usize = 1 << 14;
@@ -48,13 +49,38 @@ vectorised! {
     }
 }
 
-/// Runs `f` on the tensor's values, row-major. Errors unless it is f32, contiguous and on the CPU.
-pub fn with_f32<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+/// A tensor's f32 values, row-major.
+pub struct Floats<'a> {
+    /// The tensor's lock, whose type is not ours to name.
+    storage: Box<dyn Deref<Target = Storage> + 'a>,
+    place: Range<usize>,
+}
+
+impl Deref for Floats<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &**self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.place.clone()],
+            _ => &[],
+        }
+    }
+}
+
+/// The tensor's values, row-major. Errors unless it is f32, contiguous and on the CPU.
+pub fn floats(t: &Tensor) -> Result<Floats<'_>> {
     let (storage, layout) = t.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
-        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => f(&values[start..end]),
+        (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) => {
+            Ok(Floats { storage: Box::new(storage), place: start..end })
+        }
         (Storage::Cpu(_), Some(_)) => bail!("expected f32 values, found {:?}", t.dtype()),
         (_, None) => bail!("expected a contiguous tensor, found strides {:?} for shape {:?}", layout.stride(), t.dims()),
         _ => bail!("expected a tensor on the CPU, found one on {:?}", t.device().location()),
     }
+}
+
+/// Runs `f` on [`floats`].
+pub fn with_f32<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+    f(&floats(t)?)
 }

@@ -29,12 +29,7 @@ pub fn backward(x: &Tensor, w: &Tensor, eps: f64, dy: &Tensor) -> Result<Tensor>
             with_f32(dy, |dy| {
                 let mut dx = vec![0f32; x.len()];
                 dx.par_chunks_mut(h).zip(x.par_chunks(h)).zip(dy.par_chunks(h)).for_each(|((dx, x), dy)| {
-                    let r = inverse_rms(x, eps);
-                    let sum: f64 = x.iter().zip(w).zip(dy).map(|((x, w), dy)| f64::from(x * w * dy)).sum();
-                    let shared = (f64::from(r) * f64::from(r) * sum / h as f64) as f32;
-                    for (((dx, x), w), dy) in dx.iter_mut().zip(x).zip(w).zip(dy) {
-                        *dx = r * (w * dy - x * shared);
-                    }
+                    row_backward(x, w, eps, dy, dx);
                 });
                 Ok(dx)
             })
@@ -60,19 +55,37 @@ vectorised! {
     }
 }
 
-/// 1 / sqrt(mean(x²) + eps); the sum in f64, so that a row's width does not cost digits, and in sixteen lanes, so that every machine adds in
-/// the same order.
-#[inline(always)]
-fn inverse_rms(x: &[f32], eps: f64) -> f32 {
-    let mut lanes = [0f64; 16];
-    let mut chunks = x.chunks_exact(lanes.len());
-    for chunk in &mut chunks {
-        for (lane, v) in lanes.iter_mut().zip(chunk) {
-            *lane += f64::from(*v) * f64::from(*v);
+vectorised! {
+    fn row_backward(x: &[f32], w: &[f32], eps: f64, dy: &[f32], dx: &mut [f32]) {
+        let r = inverse_rms(x, eps);
+        let sum = lane_sum(x.len(), |i| f64::from(x[i] * w[i] * dy[i]));
+        let shared = (f64::from(r) * f64::from(r) * sum / x.len() as f64) as f32;
+        for (((dx, x), w), dy) in dx.iter_mut().zip(x).zip(w).zip(dy) {
+            *dx = r * (w * dy - x * shared);
         }
     }
-    for (lane, v) in lanes.iter_mut().zip(chunks.remainder()) {
-        *lane += f64::from(*v) * f64::from(*v);
+}
+
+/// 1 / sqrt(mean(x²) + eps).
+#[inline(always)]
+fn inverse_rms(x: &[f32], eps: f64) -> f32 {
+    let sum = lane_sum(x.len(), |i| f64::from(x[i]) * f64::from(x[i]));
+    (1.0 / (sum / x.len() as f64 + eps).sqrt()) as f32
+}
+
+/// Σ term(i), i < n; in f64, so that a row's width does not cost digits, and in sixteen lanes, so that every machine adds in the same
+/// order.
+#[inline(always)]
+fn lane_sum(n: usize, term: impl Fn(usize) -> f64) -> f64 {
+    let mut lanes = [0f64; 16];
+    let whole = n - n % lanes.len();
+    for start in (0..whole).step_by(lanes.len()) {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += term(start + lane);
+        }
     }
-    (1.0 / (lanes.iter().sum::<f64>() / x.len() as f64 + eps).sqrt()) as f32
+    for (i, sum) in (whole..n).zip(&mut lanes) {
+        *sum += term(i);
+    }
+    lanes.iter().sum()
 }

@@ -7,6 +7,7 @@
 //! Angles are f32, as the models' own code has them; the turn's backward is the turn the other way.
 
 use super::with_f32;
+use crate::kernel::vectorised;
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -50,16 +51,25 @@ impl Table {
             let mut y = vec![0f32; x.len()];
             y.par_chunks_mut(heads * d).zip(x.par_chunks(heads * d)).enumerate().for_each(|(t, (y, x))| {
                 let (cos, sin) = (&self.cos[t * half..(t + 1) * half], &self.sin[t * half..(t + 1) * half]);
-                for (y, x) in y.chunks_mut(d).zip(x.chunks(d)) {
-                    for i in 0..half {
-                        let s = sin[i] * sign;
-                        y[i] = x[i] * cos[i] - x[i + half] * s;
-                        y[i + half] = x[i + half] * cos[i] + x[i] * s;
-                    }
-                }
+                turn_heads(x, cos, sin, sign, y);
             });
             Ok(y)
         })?;
         Tensor::from_vec(y, x.dims(), x.device())
+    }
+}
+
+vectorised! {
+    /// Turns every head of a token.
+    fn turn_heads(x: &[f32], cos: &[f32], sin: &[f32], sign: f32, y: &mut [f32]) {
+        let half = cos.len();
+        for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+            let ((y0, y1), (x0, x1)) = (y.split_at_mut(half), x.split_at(half));
+            for i in 0..half {
+                let s = sin[i] * sign;
+                y0[i] = x0[i] * cos[i] - x1[i] * s;
+                y1[i] = x1[i] * cos[i] + x0[i] * s;
+            }
+        }
     }
 }

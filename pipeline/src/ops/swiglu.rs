@@ -1,7 +1,7 @@
 //! SwiGLU: y = silu(g) ∘ u, with silu(g) = g · σ(g).
 
 use super::exponential::sigmoid;
-use super::{combined, with_f32};
+use super::{STRIDE, combined, floats};
 use crate::kernel::vectorised;
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
@@ -15,17 +15,10 @@ pub fn forward(g: &Tensor, u: &Tensor) -> Result<Tensor> {
 pub fn backward(g: &Tensor, u: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
     fit(g, u)?;
     fit(g, dy)?;
-    let (dg, du): (Vec<f32>, Vec<f32>) = with_f32(g, |g| {
-        with_f32(u, |u| {
-            with_f32(dy, |dy| {
-                let pair = |((g, u), dy): ((&f32, &f32), &f32)| {
-                    let s = sigmoid(*g);
-                    (dy * u * s * (1.0 + g * (1.0 - s)), dy * g * s)
-                };
-                Ok(g.par_iter().zip(u).zip(dy).map(pair).unzip())
-            })
-        })
-    })?;
+    let (gs, us, dys) = (floats(g)?, floats(u)?, floats(dy)?);
+    let (mut dg, mut du) = (vec![0f32; gs.len()], dys.to_vec());
+    let rows = dg.par_chunks_mut(STRIDE).zip(du.par_chunks_mut(STRIDE)).zip(gs.par_chunks(STRIDE)).zip(us.par_chunks(STRIDE));
+    rows.for_each(|(((dg, du), g), u)| gate_backward(g, u, dg, du));
     Ok((Tensor::from_vec(dg, g.dims(), g.device())?, Tensor::from_vec(du, g.dims(), g.device())?))
 }
 
@@ -41,6 +34,18 @@ vectorised! {
     fn gate(y: &mut [f32], g: &[f32]) {
         for (y, g) in y.iter_mut().zip(g) {
             *y *= g * sigmoid(*g);
+        }
+    }
+}
+
+vectorised! {
+    /// du comes in as dy.
+    fn gate_backward(g: &[f32], u: &[f32], dg: &mut [f32], du: &mut [f32]) {
+        for (((g, u), dg), du) in g.iter().zip(u).zip(dg).zip(du) {
+            let s = sigmoid(*g);
+            let dy = *du;
+            *dg = dy * u * s * (1.0 + g * (1.0 - s));
+            *du = dy * g * s;
         }
     }
 }

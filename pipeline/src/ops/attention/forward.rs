@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use std::cell::RefCell;
 
 /// Queries of a piece of work: as many as a tile has columns.
-const QUERIES: usize = TILE_COLUMNS;
+pub(super) const QUERIES: usize = TILE_COLUMNS;
 
 /// Keys and values of one conversation and key/value head, in the layouts of tiles.
 struct Panels {
@@ -86,25 +86,40 @@ fn attend((q, k, v): (&[f32], &[f32], &[f32]), segments: &[u32], shape: Shape, t
 }
 
 impl Panels {
-    fn new(k: &[f32], v: &[f32], (begin, end): (usize, usize), kv: usize, shape: Shape) -> Self {
-        let (isa, d, step) = (Isa::best(), shape.d, shape.kv_heads * shape.d);
-        let count = end - begin;
-        let mut keys = vec![0f32; count.div_ceil(TILE_ROWS) * TILE_ROWS * d];
-        for (block, out) in keys.chunks_exact_mut(TILE_ROWS * d).enumerate() {
-            let rows = TILE_ROWS.min(count - block * TILE_ROWS);
-            let from = &k[(begin + block * TILE_ROWS) * step + kv * d..];
-            transpose(isa, (from, step), (rows, d), TILE_ROWS, (out, TILE_ROWS));
-        }
-        let mut values = vec![0f32; d.div_ceil(TILE_COLUMNS) * count * TILE_COLUMNS];
-        for (panel, out) in values.chunks_exact_mut(count * TILE_COLUMNS).enumerate() {
-            let width = TILE_COLUMNS.min(d - panel * TILE_COLUMNS);
-            for (key, out) in out.chunks_exact_mut(TILE_COLUMNS).enumerate() {
-                out[..width].copy_from_slice(&v[(begin + key) * step + kv * d + panel * TILE_COLUMNS..][..width]);
-            }
-        }
+    fn new(k: &[f32], v: &[f32], segment: (usize, usize), kv: usize, shape: Shape) -> Self {
+        let place = (segment, kv, shape.kv_heads, shape.d);
+        let (keys, values) = (blocks_of_rows(k, place), panels_of_columns(v, place));
         let finite = values.iter().all(|v| v.is_finite());
         Self { keys, values, finite }
     }
+}
+
+/// Which part of x [T, heads, d] is taken: a conversation, a head, the number of heads, d.
+pub(super) type Place = ((usize, usize), usize, usize, usize);
+
+/// The part's rows in blocks of 12, the last one filled up with zeros: [block][d][12].
+pub(super) fn blocks_of_rows(x: &[f32], ((begin, end), head, heads, d): Place) -> Vec<f32> {
+    let (isa, count, step) = (Isa::best(), end - begin, heads * d);
+    let mut blocks = vec![0f32; count.div_ceil(TILE_ROWS) * TILE_ROWS * d];
+    for (block, out) in blocks.chunks_exact_mut(TILE_ROWS * d).enumerate() {
+        let rows = TILE_ROWS.min(count - block * TILE_ROWS);
+        let from = &x[(begin + block * TILE_ROWS) * step + head * d..];
+        transpose(isa, (from, step), (rows, d), TILE_ROWS, (out, TILE_ROWS));
+    }
+    blocks
+}
+
+/// The part's dimensions in panels of 32, the last one filled up with zeros: [panel][row][32].
+pub(super) fn panels_of_columns(x: &[f32], ((begin, end), head, heads, d): Place) -> Vec<f32> {
+    let (count, step) = (end - begin, heads * d);
+    let mut panels = vec![0f32; d.div_ceil(TILE_COLUMNS) * count * TILE_COLUMNS];
+    for (panel, out) in panels.chunks_exact_mut(count * TILE_COLUMNS).enumerate() {
+        let width = TILE_COLUMNS.min(d - panel * TILE_COLUMNS);
+        for (row, out) in out.chunks_exact_mut(TILE_COLUMNS).enumerate() {
+            out[..width].copy_from_slice(&x[(begin + row) * step + head * d + panel * TILE_COLUMNS..][..width]);
+        }
+    }
+    panels
 }
 
 thread_local! {

@@ -8,8 +8,7 @@
 //!          b                x            lse[i] = ln Σ_j exp S[i][j]
 //!          b                x x
 //! ```
-//! No [T, T] matrix exists: the forward makes scores for 32 queries of a head at a time (`forward.rs`), the backward for one
-//! (`backward.rs`). Backward, with `D[i]` = `dO[i]` · `O[i]`:
+//! No [T, T] matrix exists: scores are made for 32 queries of a head at a time (`forward.rs`, `backward.rs`). Backward, with `D[i]` = `dO[i]` · `O[i]`:
 //! P = exp(S − lse), dV += Pᵀ dO, dS = P ∘ (dO Vᵀ − D) / √d, dQ = dS K, dK += dSᵀ Q.
 
 mod backward;
