@@ -53,8 +53,14 @@ pub struct Tape {
 
 impl Student {
     /// Reads a dense model folder, quantises its linear layers to NF4 and puts a fresh adapter on them.
-    pub fn from_folder(folder: &Path, lora: &LoraSettings, device: &Device, context: &RunContext) -> Result<Self> {
-        Self::new(Decoder::from_folder(folder, Holding::Nf4, Precision::F32, device, context)?, lora)
+    pub fn from_folder(
+        folder: &Path,
+        lora: &LoraSettings,
+        precision: Precision,
+        device: &Device,
+        context: &RunContext,
+    ) -> Result<Self> {
+        Self::new(Decoder::from_folder(folder, Holding::Nf4, precision, device, context)?, lora)
     }
 
     /// Puts a fresh adapter on a decoder. Errors: a rank out of its range.

@@ -2,6 +2,7 @@
 
 use super::optimizer::AdamWConfig;
 use super::schedule::Schedule;
+use crate::kernel::Precision;
 use crate::loss::{Divergence, LossSettings, Tail};
 use crate::student::LoraSettings;
 use crate::{Error, Result};
@@ -111,6 +112,8 @@ pub struct TrainConfig {
     pub pack_tokens: u32,
     /// Scored positions whose logits exist at once.
     pub head_chunk: u32,
+    /// What the factors of products are rounded to; sums, norms, softmax, losses and the optimiser are f32 in any case.
+    pub compute: Precision,
     /// Peak learning rate.
     pub lr: f64,
     /// Shape of the learning rate after warm-up.
@@ -163,6 +166,7 @@ impl Default for TrainConfig {
             batch_size: DEFAULT_BATCH_SIZE,
             pack_tokens: DEFAULT_PACK_TOKENS,
             head_chunk: DEFAULT_HEAD_CHUNK,
+            compute: Precision::F32,
             lr: DEFAULT_LR,
             schedule: Schedule::default(),
             warmup_steps: DEFAULT_WARMUP_STEPS,

@@ -39,6 +39,7 @@ pub(super) fn of(
         ("batch_size", config.batch_size.to_string()),
         // Sums over packs are added in the packs' order, so other packs give other last bits.
         ("pack_tokens", config.pack_tokens.to_string()),
+        ("compute", format!("{:?}", config.compute).to_lowercase()),
         ("lr", config.lr.to_string()),
         ("schedule", format!("{:?}", config.schedule).to_lowercase()),
         ("warmup_steps", config.warmup_steps.to_string()),

@@ -54,7 +54,7 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     let found = folder.find(config, total)?;
     let identity = identity::of(config, (&loss, &reading), &cache, total, context)?;
     found.as_ref().map_or(Ok(()), |checkpoint| checkpoint.check_identity(&identity))?;
-    let mut student = Student::from_folder(&config.student, &config.lora(), &device, context)?;
+    let mut student = Student::from_folder(&config.student, &config.lora(), config.compute, &device, context)?;
     let mut adamw = AdamW::new(config.optimizer(), &student.parameters())?;
     let mut progress = match found {
         Some(checkpoint) => folder.restore(checkpoint, &mut student, &mut adamw)?,

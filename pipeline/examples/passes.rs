@@ -1,7 +1,8 @@
-//! How fast the parts of a teacher's forward pass are on this machine, each beside the most it could be: products of every encoding in
-//! f32 and bf16, attention, and the passes over rows. CPU time of all threads, so that a busy machine tells the truth too.
+//! How fast the parts of a pass through a model are on this machine, there and back, each beside the most it could be: products of every
+//! encoding in f32 and bf16, an adapter's gradients, attention, and the passes over rows. CPU time of all threads, so that a busy machine
+//! tells the truth too.
 //!
-//!     cargo run --release -p potstill-pipeline --example forward -- [rows] [rounds]
+//!     cargo run --release -p potstill-pipeline --example passes -- [rows] [rounds]
 //!
 //! GFLOP/s are those of one core: floating-point operations / CPU seconds.
 
@@ -12,6 +13,7 @@ use potstill_pipeline::linear::Weight;
 use potstill_pipeline::linear::awq::AwqWeight;
 use potstill_pipeline::linear::dense::{DenseWeight, Stored};
 use potstill_pipeline::linear::nf4::Nf4Weight;
+use potstill_pipeline::linear::outer::{Lies, add_outer};
 use potstill_pipeline::linear::panel::Factor;
 use potstill_pipeline::linear::product::{Product, products};
 use potstill_pipeline::ops::{attention, rms_norm, swiglu};
@@ -36,13 +38,22 @@ fn main() -> Result<(), Failure> {
                 let packed = Rows::pack(&x, inputs, precision);
                 let time = best(rounds, || drop(products(&[Product::of(&packed, Factor::forward(&weight))])));
                 let per_weight = 1e9 * time / (outputs * inputs) as f64;
+                let dy = Rows::pack(&values(rows * outputs), outputs, precision);
+                let back = best(rounds, || drop(products(&[Product::of(&dy, Factor::backward(&weight))])));
                 println!(
-                    "{name:<16} {encoding:<5} {precision:?}: {:>6.1} GFLOP/s, {per_weight:.2} ns a weight; packing x {:.1} % of that",
+                    "{name:<16} {encoding:<5} {precision:<4?}: {:>6.1} GFLOP/s, {per_weight:.2} ns a weight; packing x {:.1} % of that; \
+                     back {:>6.1} GFLOP/s",
                     flops / time / 1e9,
-                    100.0 * pack / time
+                    100.0 * pack / time,
+                    flops / back / 1e9
                 );
             }
         }
+    }
+    for (name, m, n) in [("4864 inputs", 4864, 64), ("896 outputs", 896, 64), ("896 outputs", 896, 16)] {
+        let (x, y, mut sum) = (values(rows * m), values(rows * n), vec![0f32; m * n]);
+        let time = best(rounds, || add_outer((&x, m), (&y, n), Lies::Turned, &mut sum));
+        println!("gradient of rank {n} by {name}: {:.1} GFLOP/s", 2.0 * (rows * m * n) as f64 / time / 1e9);
     }
     let (heads, kv, d) = (14, 2, 64);
     let tensor = |n: usize, heads: usize| Tensor::from_vec(values(n * heads * d), (n, heads, d), &Device::Cpu);
@@ -53,13 +64,24 @@ fn main() -> Result<(), Failure> {
         1e3 * time,
         2.0 * (rows * rows * heads * d) as f64 / time / 1e9
     );
+    let attended = attention::forward(&q, &k, &v, &[0, rows as u32])?;
+    let time = best(rounds, || drop(attention::backward(&q, &k, &v, &attended, &q, &[0, rows as u32])));
+    println!(
+        "its backward: {:.1} ms, {:.1} GFLOP/s of the five products above the diagonal",
+        1e3 * time,
+        5.0 * (rows * rows * heads * d) as f64 / time / 1e9
+    );
     let x = Tensor::from_vec(values(rows * 896), (rows, 896), &Device::Cpu)?;
     let w = Tensor::from_vec(values(896), 896, &Device::Cpu)?;
     let time = best(rounds, || drop(rms_norm::forward(&x, &w, 1e-6)));
-    println!("rms_norm: {:.2} ns a value", 1e9 * time / (rows * 896) as f64);
+    let back = best(rounds, || drop(rms_norm::backward(&x, &w, 1e-6, &x)));
+    let each = 1e9 / (rows * 896) as f64;
+    println!("rms_norm: {:.2} ns a value, back {:.2}", each * time, each * back);
     let g = Tensor::from_vec(values(rows * 4864), (rows, 4864), &Device::Cpu)?;
     let time = best(rounds, || drop(swiglu::forward(&g, &g)));
-    println!("SwiGLU: {:.2} ns a value", 1e9 * time / (rows * 4864) as f64);
+    let back = best(rounds, || drop(swiglu::backward(&g, &g, &g)));
+    let each = 1e9 / (rows * 4864) as f64;
+    println!("SwiGLU: {:.2} ns a value, back {:.2}", each * time, each * back);
     Ok(())
 }
 
