@@ -58,10 +58,10 @@ pub(super) fn teacher(
 
 /// ln of the rest at T: what the kept entries leave of Z_T. `bucket` is the whole tail as one token, tempered.
 ///
-/// Rounded entries may leave nothing, or too much. A sum of p^(1/T) is at most (Σ p)^(1/T) for T < 1, so there the bucket is a bound.
+/// A stored tail of nothing (−∞) is nothing at every temperature. Rounded entries may leave nothing, or too much. A sum of p^(1/T) is at most (Σ p)^(1/T) for T < 1, so there the bucket is a bound.
 /// For T > 1 it would be one from below, but a stored tail may have been raised to its floor and then proves nothing.
 fn left_at(t: f64, kept: f64, lse_t: f64, bucket: f64) -> f64 {
-    if kept >= lse_t {
+    if kept >= lse_t || bucket == f64::NEG_INFINITY {
         return bucket;
     }
     let left = lse_t + (-(kept - lse_t).exp_m1()).ln();

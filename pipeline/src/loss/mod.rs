@@ -101,6 +101,9 @@ impl Batch<'_> {
         if self.settings.needs_lse_t() {
             length("ln Z_T of the teacher (for this tail and temperature)", self.lse_t.map_or(0, <[f32]>::len))?;
         }
+        if let Some((row, &found)) = self.lse_t.and_then(|l| l.iter().enumerate().find(|(_, lse_t)| !lse_t.is_finite())) {
+            return Err(LossError::LogSum { row, found }.into());
+        }
         for row in 0..n {
             let target = targets.position(row);
             if let Some(&id) = target.ids.iter().find(|id| **id as usize >= vocab) {

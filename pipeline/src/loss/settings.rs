@@ -222,6 +222,14 @@ pub enum LossError {
         /// The value.
         found: f32,
     },
+    /// A sum at T that is no number.
+    #[error("loss: position {row}: expected a finite ln Z_T of the teacher, found {found}")]
+    LogSum {
+        /// Row of the batch.
+        row: usize,
+        /// The value.
+        found: f32,
+    },
     /// A distribution that gives nothing any probability.
     #[error("loss: position {row}: the teacher's {kept} kept ids and tail carry no probability")]
     NoMass {

@@ -104,8 +104,7 @@ mod tests {
         for case in 0..400 {
             // From nearly even to nearly certain.
             let steepness = f64::from(case % 20) * 0.7;
-            let mut p: Vec<f64> =
-                (0..60).map(|_| (f64::from(dice.next_u32()) / f64::from(u32::MAX) * steepness).exp()).collect();
+            let mut p: Vec<f64> = (0..60).map(|_| (f64::from(dice.next_u32()) / f64::from(u32::MAX) * steepness).exp()).collect();
             p.sort_by(|a, b| b.total_cmp(a));
             let all: f64 = p.iter().sum();
             p.iter_mut().for_each(|p| *p /= all);

@@ -259,7 +259,8 @@ mod tests {
 
     #[test]
     fn a_plan_moves_what_has_an_end() {
-        let config = TrainConfig { kd_alpha: Some(1.0), kd_alpha_end: Some(0.0), kd_ce_alpha_end: Some(1.0), ..Default::default() };
+        let config =
+            TrainConfig { kd_alpha: Some(1.0), kd_alpha_end: Some(0.0), kd_ce_alpha_end: Some(1.0), ..Default::default() };
         let plan = config.loss_plan().unwrap();
         let weights = |step| (plan.at(step, 11).kd_alpha, plan.at(step, 11).kd_ce_alpha, plan.at(step, 11).temperature);
         assert_eq!([weights(0), weights(5), weights(10)], [(1.0, 0.0, 1.0), (0.5, 0.5, 1.0), (0.0, 1.0, 1.0)]);
@@ -281,7 +282,10 @@ mod tests {
             (TrainConfig { kd_alpha_end: Some(0.0), ..default() }, "kd_alpha_end = 0, and kd_ce_alpha_end 0"),
             (TrainConfig { kd_alpha_end: Some(-1.0), ..default() }, "kd_alpha_end = -1: expected a finite number, 0 or above"),
             (TrainConfig { kd_ce_alpha_end: Some(f64::NAN), ..default() }, "kd_ce_alpha_end = NaN"),
-            (TrainConfig { temperature_end: Some(0.01), ..default() }, "temperature_end = 0.01: expected a number from 0.05 to 100"),
+            (
+                TrainConfig { temperature_end: Some(0.01), ..default() },
+                "temperature_end = 0.01: expected a number from 0.05 to 100",
+            ),
             (TrainConfig { max_unknown_mass: 1.5, ..default() }, "max_unknown_mass = 1.5: expected a number from 0 to 1"),
             (
                 TrainConfig { temperature_end: Some(2.0), loss_schedule: LossSchedule::Constant, ..default() },

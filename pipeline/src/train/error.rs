@@ -179,9 +179,10 @@ impl TrainError {
             | TrainError::OtherRun { .. }
             | TrainError::Narrow { .. }
             | TrainError::Short { .. } => ErrorClass::Mismatch,
-            TrainError::Occupied { .. } | TrainError::Incomplete { .. } | TrainError::Drawn { .. } | TrainError::UnknownMass { .. } => {
-                ErrorClass::Usage
-            },
+            TrainError::Occupied { .. }
+            | TrainError::Incomplete { .. }
+            | TrainError::Drawn { .. }
+            | TrainError::UnknownMass { .. } => ErrorClass::Usage,
             _ => ErrorClass::Runtime,
         }
     }

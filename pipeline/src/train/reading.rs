@@ -170,10 +170,10 @@ impl Reading {
             (Tail::StudentFull, _) => ", the teacher renormalised without the tail".into(),
             (Tail::None, _) => ", without the tail, not renormalised (biased)".into(),
             (Tail::Bucket, None) => ", the tail as one bucket".into(),
+            // The figure first: a table cuts what is long.
             (Tail::Bucket, Some(unknown)) => format!(
-                ", the tail as one bucket tempered to {t} (known at {:?}; where {:.4} of the probability lies cannot be told, at most, mean \
-                 of {} positions)",
-                description.lse_temperatures, unknown.mean, unknown.positions
+                ", the tail as one bucket (up to {:.4} unknown) tempered to {t}; known at {:?}, mean of {} positions",
+                unknown.mean, description.lse_temperatures, unknown.positions
             ),
         }
     }
@@ -230,6 +230,7 @@ fn check_drawn(config: &TrainConfig, description: &Description, plan: &LossPlan)
 /// The unnormalised loss at a temperature whose ln Z_T is not there.
 fn undeclared(description: &Description, plan: &LossPlan) -> Error {
     let (t, known) = (plan.temperature_in_words(), &description.lse_temperatures);
-    let expected = format!("bucket, renorm or studentfull at temperature {t}: none needs ln Σ p^(1/T), which the cache knows at {known:?}");
+    let expected =
+        format!("bucket, renorm or studentfull at temperature {t}: none needs ln Σ p^(1/T), which the cache knows at {known:?}");
     Error::Setting { name: "tail", found: "none".into(), expected }
 }
