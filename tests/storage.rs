@@ -238,6 +238,7 @@ fn every_divergence_trains_and_weights_change_as_planned() {
     assert!(ran.error().contains("divergence: the checkpoint has Jensen-Shannon divergence, beta 0.5"), "{ran:?}");
 
     let turn = ["--kd-alpha", "1", "--kd-alpha-end", "0", "--kd-ce-alpha", "0", "--kd-ce-alpha-end", "1"];
+    let turn = [&turn[..], &["--checkpoint-every", "2"]].concat();
     bench.expect(0, &train("k8", "turn", "3", &turn));
     let lines = std::fs::read_to_string(bench.path("turn").join("metrics.jsonl")).unwrap();
     let steps: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -246,6 +247,12 @@ fn every_divergence_trains_and_weights_change_as_planned() {
     let middle = 0.5 * value(1, "kd").unwrap() + 0.5 * value(1, "ce").unwrap();
     assert!((value(1, "loss").unwrap() - middle).abs() < 1e-9 * middle, "{lines}");
     assert_eq!((value(2, "loss"), value(2, "kd")), (value(2, "ce"), None));
+    // Taken up after the second step, the third is what it was.
+    let adapter = || std::fs::read(bench.path("turn/adapter/adapter_model.safetensors")).unwrap();
+    let whole = adapter();
+    bench.expect(0, &train("k8", "turn", "3", &[&turn[..], &["--resume", "turn/checkpoint-2"]].concat()));
+    assert!(adapter() == whole, "the same bytes");
+    assert_eq!(std::fs::read_to_string(bench.path("turn").join("metrics.jsonl")).unwrap().lines().count(), 3);
     // Its last step is a last step: the run cannot be made longer, nor end elsewhere.
     let ran = bench.expect(6, &train("k8", "turn", "4", &turn));
     assert!(ran.error().contains("steps: the checkpoint has 3, here it is 4"), "{ran:?}");
