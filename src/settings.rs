@@ -63,6 +63,9 @@ pub const SECTIONS: [&Section; 3] = [&PRECOMPUTE, &TRAIN, &MERGE];
 /// Most tokens of a row or a pack; far above any context window, far below what overflows.
 const MOST_TOKENS: i64 = 1 << 24;
 
+/// Names of the divergences of `train`.
+const DIVERGENCES: &[&str] = &["forward-kl", "reverse-kl", "jsd", "skewed-kl", "skewed-reverse-kl", "total-variation"];
+
 /// `potstill precompute`.
 pub const PRECOMPUTE: Section = Section {
     name: "precompute",
@@ -110,6 +113,15 @@ pub const TRAIN: Section = Section {
         Setting { key: "kd_alpha", rule: Rule::NotNegative },
         Setting { key: "kd_ce_alpha", rule: Rule::NotNegative },
         Setting { key: "temperature", rule: Rule::Positive },
+        Setting { key: "divergence", rule: Rule::OneOf(DIVERGENCES) },
+        Setting { key: "beta", rule: Rule::Share },
+        Setting { key: "skew", rule: Rule::Share },
+        Setting { key: "tail", rule: Rule::OneOf(&["auto", "bucket", "ghost", "renorm", "studentfull", "none"]) },
+        Setting { key: "max_unknown_mass", rule: Rule::NotNegative },
+        Setting { key: "kd_alpha_end", rule: Rule::NotNegative },
+        Setting { key: "kd_ce_alpha_end", rule: Rule::NotNegative },
+        Setting { key: "temperature_end", rule: Rule::Positive },
+        Setting { key: "loss_schedule", rule: Rule::OneOf(&["constant", "linear", "cosine"]) },
         Setting { key: "top_k", rule: Rule::Whole(1, u16::MAX as i64) },
         Setting { key: "min_prob", rule: Rule::Share },
         Setting { key: "min_mass", rule: Rule::Share },

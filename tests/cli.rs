@@ -164,13 +164,16 @@ fn a_switch_can_be_turned_off_again() {
 #[test]
 fn values_out_of_range_name_the_range() {
     let here = tempfile::tempdir().unwrap();
-    let cases: [(&[&str], &str); 15] = [
+    let cases: [(&[&str], &str); 18] = [
         (&["train", "--lr", "0"], "--lr = 0.0: expected a finite number above 0"),
         (&["train", "--lr", "nan"], "--lr = nan: expected a finite number above 0"),
         (&["train", "--lr=-1e-4"], "--lr = -0.0001: expected a finite number above 0"),
         (&["train", "--alpha", "-1"], "--alpha = -1.0: expected a finite number above 0"),
         (&["train", "--temperature", "inf"], "--temperature = inf: expected a finite number above 0"),
         (&["train", "--rank", "1025"], "--rank = 1025: expected a whole number from 1 to 1024"),
+        (&["train", "--tail", "zero"], "--tail = \"zero\": expected auto, bucket, ghost, renorm, studentfull, none"),
+        (&["train", "--skew", "0"], "--skew = 0.0: expected a number above 0 and below 1"),
+        (&["train", "--loss-schedule", "wsd"], "--loss-schedule = \"wsd\": expected constant, linear, cosine"),
         (&["train", "--objective", "kl"], "--objective = \"kl\": expected sft, distill, distill+sft"),
         (&["precompute", "--top-k", "0"], "--top-k = 0: expected a whole number from 1 to 65535"),
         (&["precompute", "--preset", "tiny"], "--preset = \"tiny\": expected exact, standard, compact, small, sampled"),

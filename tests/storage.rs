@@ -180,7 +180,7 @@ fn a_declared_temperature_gives_the_exact_tail() {
     bench.expect(0, &[precompute("known", &["--top-k", "8", "--lse-temperatures", "2"]), exact.to_vec()].concat());
     bench.expect(0, &[precompute("full", &["--top-k", "2048"]), exact.to_vec()].concat());
     let first = |cache: &str, out: &str, t: &str| {
-        bench.expect(0, &train(cache, out, "1", &["--temperature", t]));
+        bench.expect(0, &train(cache, out, "1", &["--temperature", t, "--max-unknown-mass", "1"]));
         losses(&bench, out)[0]
     };
     let (bucket, known, full) = (first("plain", "a", "2"), first("known", "b", "2"), first("full", "c", "2"));
@@ -188,6 +188,74 @@ fn a_declared_temperature_gives_the_exact_tail() {
     assert!(known < full && (known - bucket).abs() > 1e-3, "bucket {bucket}, known {known}, full {full}");
     // At a temperature that is not declared nothing is known of the tail.
     assert_eq!(first("known", "d", "3"), first("plain", "e", "3"));
+}
+
+#[test]
+fn a_temperature_at_which_too_much_is_unknown_is_refused_with_the_figure() {
+    let bench = bench(6);
+    bench.expect(0, &precompute("plain", &["--top-k", "8"]));
+    bench.expect(0, &precompute("known", &["--top-k", "8", "--lse-temperatures", "2"]));
+    let figure = |cache: &str, more: &[&str]| -> f64 {
+        let error = bench.expect(2, &train(cache, "out", "1", more)).error().to_string();
+        let (_, after) = error.split_once("up to ").unwrap_or_else(|| panic!("{error}"));
+        assert!(
+            error.contains("expected at most max_unknown_mass = 0.05") && error.contains("or raise --max-unknown-mass"),
+            "{error}"
+        );
+        after.split_once(" of the teacher's probability").unwrap().0.parse().unwrap()
+    };
+    let at_two = figure("plain", &["--temperature", "2"]);
+    assert!(at_two > 0.05 && at_two < 1.0, "{at_two}");
+    assert!(figure("plain", &["--temperature", "4"]) > at_two);
+    // A temperature that changes is looked at all the way: the worst is at its end here, which is the figure at 2.
+    assert_eq!(figure("plain", &["--temperature-end", "2"]), at_two);
+    assert_eq!(figure("known", &["--temperature", "2", "--tail", "ghost"]), at_two);
+    let error = bench.expect(2, &train("known", "out", "1", &["--temperature", "2", "--tail", "ghost"]));
+    assert!(error.error().contains("--tail auto"), "{error:?}");
+    assert!(!bench.path("out").exists(), "refused before anything is written");
+    // What the cache declares is known, what is left out is no guess, and the bound is the user's.
+    let said =
+        |out: &str, more: &[&str]| bench.expect(0, &train("known", out, "1", &[&["--temperature", "2"], more].concat())).stdout;
+    assert!(said("a", &["--max-unknown-mass", "0"]).contains("formed at temperature 2"));
+    assert!(said("b", &["--tail", "renorm", "--max-unknown-mass", "0"]).contains("both renormalised"));
+    assert!(said("c", &["--tail", "none"]).contains("not renormalised (biased)"));
+    let told = said("d", &["--tail", "bucket", "--max-unknown-mass", "1"]);
+    assert!(told.contains(&format!("the tail as one bucket (up to {at_two:.4} unknown)")), "{told}");
+}
+
+#[test]
+fn every_divergence_trains_and_weights_change_as_planned() {
+    let bench = bench(6);
+    bench.expect(0, &precompute("k8", &["--top-k", "8"]));
+    let mut seen = Vec::new();
+    for divergence in ["forward-kl", "reverse-kl", "jsd", "skewed-kl", "skewed-reverse-kl", "total-variation"] {
+        bench.expect(0, &train("k8", divergence, "2", &["--divergence", divergence]));
+        let losses = losses(&bench, divergence);
+        assert!(losses.iter().all(|loss| *loss > 0.0) && !seen.contains(&losses), "{divergence}: {losses:?}");
+        seen.push(losses);
+    }
+    let ran = bench.expect(6, &train("k8", "jsd", "3", &["--divergence", "jsd", "--beta", "0.9"]));
+    assert!(ran.error().contains("divergence: the checkpoint has Jensen-Shannon divergence, beta 0.5"), "{ran:?}");
+
+    let turn = ["--kd-alpha", "1", "--kd-alpha-end", "0", "--kd-ce-alpha", "0", "--kd-ce-alpha-end", "1"];
+    let turn = [&turn[..], &["--checkpoint-every", "2"]].concat();
+    bench.expect(0, &train("k8", "turn", "3", &turn));
+    let lines = std::fs::read_to_string(bench.path("turn").join("metrics.jsonl")).unwrap();
+    let steps: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let value = |step: usize, name: &str| steps[step][name].as_f64();
+    assert_eq!(value(0, "loss"), value(0, "kd"));
+    let middle = 0.5 * value(1, "kd").unwrap() + 0.5 * value(1, "ce").unwrap();
+    assert!((value(1, "loss").unwrap() - middle).abs() < 1e-9 * middle, "{lines}");
+    assert_eq!((value(2, "loss"), value(2, "kd")), (value(2, "ce"), None));
+    // Taken up after the second step, the third is what it was.
+    let adapter = || std::fs::read(bench.path("turn/adapter/adapter_model.safetensors")).unwrap();
+    let whole = adapter();
+    bench.expect(0, &train("k8", "turn", "3", &[&turn[..], &["--resume", "turn/checkpoint-2"]].concat()));
+    assert!(adapter() == whole, "the same bytes");
+    assert_eq!(std::fs::read_to_string(bench.path("turn").join("metrics.jsonl")).unwrap().lines().count(), 3);
+    // Its last step is a last step: the run cannot be made longer, nor end elsewhere.
+    let ran = bench.expect(6, &train("k8", "turn", "4", &turn));
+    assert!(ran.error().contains("steps: the checkpoint has 3, here it is 4"), "{ran:?}");
 }
 
 #[test]
@@ -202,6 +270,15 @@ fn what_a_cache_cannot_give_is_refused_before_weights_are_read() {
     let linear = "sampled: tokens were drawn (sampled 50 seed 0), which can be trained on with forward KL at temperature 1 alone: \
                   found forward KL at temperature 2";
     says(2, &train("sampled", "out", "1", &["--temperature", "2"]), linear);
+    says(2, &train("sampled", "out", "1", &["--divergence", "reverse-kl"]), "found reverse KL at temperature 1");
+    says(2, &train("sampled", "out", "1", &["--tail", "renorm"]), "found forward KL at temperature 1, tail renorm");
+    says(2, &train("sampled", "out", "1", &["--temperature-end", "2"]), "found forward KL at temperature 1 to 2");
+    says(
+        2,
+        &train("k8", "out", "1", &["--tail", "none", "--temperature", "2"]),
+        "none needs ln Σ p^(1/T), which the cache knows at []",
+    );
+    says(2, &train("k8", "out", "1", &["--tail", "none", "--divergence", "jsd"]), "tail = none: expected bucket");
     says(
         2,
         &train("sampled", "out", "1", &["--top-k", "4"]),

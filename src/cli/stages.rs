@@ -166,6 +166,21 @@ Example:
   potstill train --student models/Qwen1.5-14B --cache caches/ultrachat --out runs/distill \\
       --objective distill --lr 2e-4 --rank 64 --alpha 16
 
+Divergences of the student's Q from the teacher's P, all from the same cache:
+  forward-kl         KL(P, Q)
+  reverse-kl         KL(Q, P)
+  jsd                b KL(P, M) + (1-b) KL(Q, M), M = b P + (1-b) Q, b = --beta
+  skewed-kl          KL(P, M), M = a P + (1-a) Q, a = --skew
+  skewed-reverse-kl  KL(Q, M), M = (1-a) P + a Q
+  total-variation    half the sum of |P - Q|
+
+What becomes of the probability outside the kept ids (--tail):
+  auto         formed at --temperature where the cache declares it, else bucket
+  bucket       one entry on each side, also called ghost token
+  renorm       left out; teacher and student add up to 1 without it
+  studentfull  left out of the teacher alone, whose kept ids add up to 1
+  none         top-k KL as it stands: biased and perhaps below 0; forward-kl only
+
 A cache of drawn tokens (sampled, hybrid) is trained on by unbiased estimates, at temperature 1.
 The loss shown is then not the divergence from the teacher; its gradient is that one's on average.
 --top-k, --min-prob and --min-mass read less than a cache has, as if less had been kept.
@@ -174,6 +189,13 @@ At a temperature T that the cache declares, the tail's mass is what the kept ent
 its ln Σ p^(1/T). That is exact where logits are kept (preset exact), else as exact as the
 rounded values: off by 0.002 (7 bits) to 0.012 (4 bits) of all mass at T = 0.5 on average. For
 T below 1 it is held to what the stored tail allows.
+
+At any other T than 1 the tail is one bucket: a guess, for its tokens may be few or many. How far
+off it can be is worked out for the cache's first 10,000 positions; a run is refused where that is
+more than --max-unknown-mass on average.
+
+--kd-alpha-end, --kd-ce-alpha-end and --temperature-end are the values of the last step; those of
+the first are given without -end. A temperature that changes takes the tail as one bucket.
 
 Each setting may also stand in the table [train] of --config FILE, or in a variable such as
 POTSTILL_TRAIN__LR=1e-4. Flags win over variables, variables over the file."
@@ -200,6 +222,33 @@ pub struct Train {
     /// Temperature T of the distillation term, above 0; where the cache keeps ln Σ p^(1/T), the tail is formed at T (below)
     #[arg(long, value_name = "T")]
     pub temperature: Option<f64>,
+    /// How the student is compared with the teacher (table below)
+    #[arg(long, value_name = "NAME")]
+    pub divergence: Option<String>,
+    /// Weight of the teacher in jsd, between 0 and 1
+    #[arg(long, value_name = "X")]
+    pub beta: Option<f64>,
+    /// Skew of skewed-kl and skewed-reverse-kl, between 0 and 1
+    #[arg(long, value_name = "X")]
+    pub skew: Option<f64>,
+    /// Probability outside the kept ids: auto, bucket (or ghost), renorm, studentfull or none (table below)
+    #[arg(long, value_name = "NAME")]
+    pub tail: Option<String>,
+    /// Most probability, on average, of which the cache may not tell where it lies at a temperature other than 1; 0 to 1
+    #[arg(long, value_name = "P")]
+    pub max_unknown_mass: Option<f64>,
+    /// Weight of the distillation term at the last step [default: --kd-alpha]
+    #[arg(long, value_name = "X")]
+    pub kd_alpha_end: Option<f64>,
+    /// Weight of the cross entropy at the last step [default: --kd-ce-alpha]
+    #[arg(long, value_name = "X")]
+    pub kd_ce_alpha_end: Option<f64>,
+    /// Temperature at the last step [default: --temperature]
+    #[arg(long, value_name = "T")]
+    pub temperature_end: Option<f64>,
+    /// How those three are reached: linear or cosine (constant: they must not change)
+    #[arg(long, value_name = "SHAPE")]
+    pub loss_schedule: Option<String>,
     /// Read at most so many entries of each distribution [default: all the cache has]
     #[arg(long, value_name = "K")]
     pub top_k: Option<i64>,

@@ -23,7 +23,8 @@ pub(super) enum Rest {
     Nothing,
 }
 
-/// The teacher's ln P at temperature T, K entries and the rest's, normalised. Formulas: `golden/README.md`, table of losses.
+/// The teacher's ln P at temperature T, K entries and the rest's, normalised, but with [`Tail::None`]: there they are as they are.
+/// Formulas: `golden/README.md`, table of losses.
 ///
 /// Stored values are rounded, so they are normalised even at T = 1: a divergence of unequal sums can fall below 0.
 pub(super) fn teacher(
@@ -37,16 +38,19 @@ pub(super) fn teacher(
     let mut ln: Vec<f64> = target.logprobs.iter().map(|l| f64::from(*l) / t).collect();
     if rest == Rest::Entry {
         ln.push(match (settings.tail, lse_t) {
-            (Tail::Renorm | Tail::StudentFull, _) => f64::NEG_INFINITY,
+            (Tail::Renorm | Tail::StudentFull | Tail::None, _) => f64::NEG_INFINITY,
             (Tail::ExactTail, Some(lse_t)) if settings.needs_lse_t() => {
                 left_at(t, log_sum_exp(&ln), f64::from(lse_t), f64::from(target.tail_logprob) / t)
             }
             (Tail::Bucket | Tail::ExactTail, _) => f64::from(target.tail_logprob) / t,
         });
     }
-    let all = log_sum_exp(&ln);
+    let mut all = log_sum_exp(&ln);
     if all == f64::NEG_INFINITY {
         return Err(LossError::NoMass { row, kept: target.ids.len() });
+    }
+    if settings.tail == Tail::None {
+        all = if settings.needs_lse_t() { lse_t.map_or(f64::NAN, f64::from) } else { 0.0 };
     }
     ln.iter_mut().for_each(|l| *l -= all);
     Ok(ln)
@@ -54,10 +58,10 @@ pub(super) fn teacher(
 
 /// ln of the rest at T: what the kept entries leave of Z_T. `bucket` is the whole tail as one token, tempered.
 ///
-/// Rounded entries may leave nothing, or too much. A sum of p^(1/T) is at most (Σ p)^(1/T) for T < 1, so there the bucket is a bound.
+/// A stored tail of nothing (−∞) is nothing at every temperature. Rounded entries may leave nothing, or too much. A sum of p^(1/T) is at most (Σ p)^(1/T) for T < 1, so there the bucket is a bound.
 /// For T > 1 it would be one from below, but a stored tail may have been raised to its floor and then proves nothing.
 fn left_at(t: f64, kept: f64, lse_t: f64, bucket: f64) -> f64 {
-    if kept >= lse_t {
+    if kept >= lse_t || bucket == f64::NEG_INFINITY {
         return bucket;
     }
     let left = lse_t + (-(kept - lse_t).exp_m1()).ln();

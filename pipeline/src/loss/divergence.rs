@@ -1,4 +1,6 @@
 //! Owns the divergences between two coarse distributions and their gradients. Refuses to normalise: both sides sum to 1.
+//!
+//! Every divergence is a sum of terms that are each at least 0, so none falls below 0 whatever is rounded.
 
 use super::Divergence;
 
@@ -30,9 +32,34 @@ pub(super) fn evaluate(kind: Divergence, ln_p: &[f64], ln_q: &[f64], slope: &mut
                 value += beta * excess(p, ln_p, m, ln_m) + (1.0 - beta) * excess(q, ln_q, m, ln_m);
                 slope.push((1.0 - beta) * weighted(q, ln_q - ln_m));
             }
+            Divergence::SkewedKl { skew } => {
+                let own = ln_q + (-skew).ln_1p();
+                let ln_m = mixture(ln_p + skew.ln(), own);
+                value += excess(p, ln_p, skew * p + (1.0 - skew) * q, ln_m);
+                // The student's share of M, as a difference of logarithms: at M near 0 a quotient would be 0 / 0.
+                slope.push(-weighted(p, (own - ln_m).exp()));
+            }
+            Divergence::SkewedReverseKl { skew } => {
+                let own = ln_q + skew.ln();
+                let ln_m = mixture(ln_p + (-skew).ln_1p(), own);
+                value += excess(q, ln_q, (1.0 - skew) * p + skew * q, ln_m);
+                slope.push(weighted(q, ln_q - ln_m + 1.0 - (own - ln_m).exp()));
+            }
+            Divergence::TotalVariation => {
+                let above = q - p;
+                value += 0.5 * above.abs();
+                slope.push(0.5 * q * if above == 0.0 { 0.0 } else { above.signum() });
+            }
         }
     }
     value
+}
+
+/// The unnormalised top-k loss Σ P (ln P − ln Q), P of any sum; the slope as in [`evaluate`]. May be below 0.
+pub(super) fn unnormalised(ln_p: &[f64], ln_q: &[f64], slope: &mut Vec<f64>) -> f64 {
+    slope.clear();
+    slope.extend(ln_p.iter().map(|ln_p| -ln_p.exp()));
+    ln_p.iter().zip(ln_q).map(|(ln_p, ln_q)| weighted(ln_p.exp(), ln_p - ln_q)).sum()
 }
 
 /// a (ln a − ln b) − a + b, one entry's share of KL(a‖b): the last two terms cancel over a sum and make every share ≥ 0,
@@ -65,8 +92,17 @@ fn mixture(a: f64, b: f64) -> f64 {
 mod tests {
     use super::*;
 
-    const KINDS: [Divergence; 4] =
-        [Divergence::ForwardKl, Divergence::ReverseKl, Divergence::Jsd { beta: 0.5 }, Divergence::Jsd { beta: 0.1 }];
+    const KINDS: [Divergence; 9] = [
+        Divergence::ForwardKl,
+        Divergence::ReverseKl,
+        Divergence::Jsd { beta: 0.5 },
+        Divergence::Jsd { beta: 0.1 },
+        Divergence::SkewedKl { skew: 0.1 },
+        Divergence::SkewedKl { skew: 0.9 },
+        Divergence::SkewedReverseKl { skew: 0.1 },
+        Divergence::SkewedReverseKl { skew: 0.9 },
+        Divergence::TotalVariation,
+    ];
 
     #[test]
     fn equal_distributions_are_zero_apart_and_none_is_below() {
@@ -101,5 +137,17 @@ mod tests {
         let jsd = evaluate(Divergence::Jsd { beta: 0.5 }, &[0.0, zero], &[zero, 0.0], &mut slope);
         assert!((jsd - 2.0_f64.ln()).abs() < 1e-15 && slope.iter().all(|s| s.is_finite()));
         assert_eq!(evaluate(Divergence::ForwardKl, &[half, half], &[0.0, zero], &mut slope), f64::INFINITY);
+        // Skewed divergences of what never meets are ln 1/α, and their slopes stay numbers.
+        for kind in [Divergence::SkewedKl { skew: 0.1 }, Divergence::SkewedReverseKl { skew: 0.1 }] {
+            let apart = evaluate(kind, &[0.0, zero], &[zero, 0.0], &mut slope);
+            assert!((apart - 10.0_f64.ln()).abs() < 1e-15 && slope.iter().all(|s| s.is_finite()), "{kind:?}: {apart}");
+        }
+        assert_eq!(evaluate(Divergence::TotalVariation, &[0.0, zero], &[zero, 0.0], &mut slope), 1.0);
+        assert_eq!(slope, [-0.0, 0.5]);
+        // Both have nothing there: no NaN comes of it.
+        for kind in KINDS {
+            let value = evaluate(kind, &[half, half, zero], &[half, half, zero], &mut slope);
+            assert!((0.0..1e-30).contains(&value) && slope.iter().all(|s| s.is_finite()), "{kind:?}: {value} {slope:?}");
+        }
     }
 }

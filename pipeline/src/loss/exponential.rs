@@ -55,6 +55,10 @@ vectorised! {
             for z in row {
                 *z = weight * exp(*z - largest);
             }
+        } else if weight == 0.0 {
+            for z in row {
+                *z = tempered * exp((*z - largest) * factor);
+            }
         } else {
             for z in row {
                 *z = weight * exp(*z - largest) + tempered * exp((*z - largest) * factor);

@@ -17,9 +17,11 @@ mod exponential;
 mod fused;
 mod row;
 mod settings;
+mod unknown;
 
 pub use fused::{fused, fused_batch};
-pub use settings::{DEFAULT_BETA, Divergence, LossError, LossSettings, Tail};
+pub use settings::{DEFAULT_BETA, DEFAULT_SKEW, Divergence, LossError, LossSettings, Tail};
+pub use unknown::TailBounds;
 
 use crate::Result;
 use potstill_cache::SoftTargets;
@@ -46,7 +48,7 @@ pub struct Batch<'a> {
     pub labels: &'a [u32],
     /// N teacher distributions; `None` leaves the divergence out.
     pub targets: Option<&'a SoftTargets>,
-    /// N values ln Σ exp(logprob / T) over the teacher's vocabulary; only [`Tail::ExactTail`] at T ≠ 1 needs them.
+    /// N values ln Σ exp(logprob / T) over the teacher's vocabulary; only [`Tail::ExactTail`] and [`Tail::None`] need them, at T ≠ 1.
     pub lse_t: Option<&'a [f32]>,
     /// Which loss.
     pub settings: &'a LossSettings,
@@ -97,7 +99,10 @@ impl Batch<'_> {
         let Some(targets) = self.targets else { return Ok(()) };
         length("targets", targets.len())?;
         if self.settings.needs_lse_t() {
-            length("ln Z_T of the teacher (exact_tail at this temperature)", self.lse_t.map_or(0, <[f32]>::len))?;
+            length("ln Z_T of the teacher (for this tail and temperature)", self.lse_t.map_or(0, <[f32]>::len))?;
+        }
+        if let Some((row, &found)) = self.lse_t.and_then(|l| l.iter().enumerate().find(|(_, lse_t)| !lse_t.is_finite())) {
+            return Err(LossError::LogSum { row, found }.into());
         }
         for row in 0..n {
             let target = targets.position(row);

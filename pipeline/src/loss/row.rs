@@ -2,7 +2,7 @@
 //!
 //! With s the coarse logits (kept z_i / T and the rest's), Q their softmax and g_i = dL / d ln Q_i:
 //! dL/ds_i = g_i − Q_i Σ g, a kept logit gets ds_i / T, and another one ds_rest / T times its share of the rest: the
-//! softmax over the others of z (bucket, formed at T = 1) or of z / T (exact_tail and studentfull).
+//! softmax over the others of z (bucket, formed at T = 1) or of z / T (exact_tail, studentfull and none).
 
 use super::coarse::{self, Rest, log_sum_exp};
 use super::{Batch, LossError, Tail, divergence, exponential};
@@ -70,7 +70,10 @@ fn pull(target: Target<'_>, split: &Split, vocab: usize, row: usize, batch: &Bat
     let ln_p = coarse::teacher(target, batch.lse_t.and_then(|l| l.get(row).copied()), settings, rest, row)?;
     let ln_q = coarse::student(&split.kept, (rest == Rest::Entry).then(|| split.rest_at(t)), t);
     let mut slope = Vec::with_capacity(ln_q.len());
-    let kd = divergence::evaluate(settings.divergence, &ln_p, &ln_q, &mut slope);
+    let kd = match settings.tail {
+        Tail::None => divergence::unnormalised(&ln_p, &ln_q, &mut slope),
+        _ => divergence::evaluate(settings.divergence, &ln_p, &ln_q, &mut slope),
+    };
     // d(kd_alpha T² L) / dz = kd_alpha T² · dL/ds / T.
     let weight = batch.scale * settings.kd_alpha * t;
     let total: f64 = slope.iter().sum();
@@ -93,7 +96,7 @@ impl Split {
         let largest = exponential::largest(z);
         let apart = batch.targets.is_some()
             && settings.temperature != 1.0
-            && matches!(settings.tail, Tail::StudentFull | Tail::ExactTail);
+            && matches!(settings.tail, Tail::StudentFull | Tail::ExactTail | Tail::None);
         if largest == f32::NEG_INFINITY {
             // No others, or only −∞ and NaN; their sum tells which.
             let sum = if z.iter().any(|z| z.is_nan()) { f64::NAN } else { 0.0 };

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 /// Default weight β of the teacher in [`Divergence::Jsd`].
 pub const DEFAULT_BETA: f64 = 0.5;
+/// Default skew α of [`Divergence::SkewedKl`] and [`Divergence::SkewedReverseKl`], as DistiLLM has it (arXiv 2402.03898).
+pub const DEFAULT_SKEW: f64 = 0.1;
 
 /// How far the student's distribution Q is from the teacher's P, in nats.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, Default)]
@@ -21,14 +23,48 @@ pub enum Divergence {
         /// Weight of the teacher, between 0 and 1 (both excluded).
         beta: f64,
     },
+    /// Σ P (ln P − ln M) with M = α P + (1 − α) Q, skewed KL (DistiLLM, arXiv 2402.03898). At most ln 1/α.
+    SkewedKl {
+        /// Share α of the teacher in M, between 0 and 1 (both excluded).
+        skew: f64,
+    },
+    /// Σ Q (ln Q − ln M) with M = (1 − α) P + α Q, skewed reverse KL (the same paper). At most ln 1/α, so finite also where the
+    /// teacher has nothing.
+    SkewedReverseKl {
+        /// Share α of the student in M, between 0 and 1 (both excluded).
+        skew: f64,
+    },
+    /// ½ Σ |P − Q|, between 0 and 1 (no nats). Where P = Q the subgradient 0 is taken.
+    TotalVariation,
+}
+
+impl std::fmt::Display for Divergence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Divergence::ForwardKl => f.write_str("forward KL"),
+            Divergence::ReverseKl => f.write_str("reverse KL"),
+            Divergence::Jsd { beta } => write!(f, "Jensen-Shannon divergence, beta {beta}"),
+            Divergence::SkewedKl { skew } => write!(f, "skewed KL, skew {skew}"),
+            Divergence::SkewedReverseKl { skew } => write!(f, "skewed reverse KL, skew {skew}"),
+            Divergence::TotalVariation => f.write_str("total variation"),
+        }
+    }
 }
 
 /// What becomes of the probability outside the kept ids.
+///
+/// | here | elsewhere |
+/// |---|---|
+/// | `bucket` | ghost token (Sparse Logit Sampling, Megatron-LM); `symmetric_uniform` (DistillKit) |
+/// | `renorm` | teacher and student normalised over the kept ids (axolotl's `kd_normalize_topk`, MaxText) |
+/// | `studentfull` | missing ids have probability zero, the teacher renormalised: `zero` (DistillKit), axolotl's default |
+/// | `none` | top-k KL as it stands: kept probabilities as they are, nothing for the rest; its gradient is M·q − p |
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 pub enum Tail {
     /// One bucket on each side, formed at temperature 1; the K + 1 entries are then tempered and normalised together.
+    /// The "ghost token" of the literature, a name that is read too.
     #[default]
-    #[serde(rename = "bucket")]
+    #[serde(rename = "bucket", alias = "ghost")]
     Bucket,
     /// None: both sides are renormalised over the kept ids.
     #[serde(rename = "renorm")]
@@ -43,6 +79,26 @@ pub enum Tail {
     /// therefore held to be at most the bucket tempered as a whole, which it cannot exceed; where nothing is left, it is that bucket.
     #[serde(rename = "exact_tail")]
     ExactTail,
+    /// The unnormalised top-k loss: Σ P (ln P − ln Q) over the kept ids, with P as the cache has it and Q of the student's whole
+    /// distribution. Forward KL alone; at T ≠ 1 it needs the teacher's ln Z_T.
+    ///
+    /// **Biased, and no divergence**: it lacks the tail's term, so it may fall below 0 (to M ln M, M being the kept mass), and does
+    /// so at a student that gives the tail nothing. For comparison with others; `bucket` costs the same.
+    #[serde(rename = "none")]
+    None,
+}
+
+impl Tail {
+    /// The name in settings.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Tail::Bucket => "bucket",
+            Tail::Renorm => "renorm",
+            Tail::StudentFull => "studentfull",
+            Tail::ExactTail => "exact_tail",
+            Tail::None => "none",
+        }
+    }
 }
 
 /// Which loss is computed: `total = kd_alpha · T² · divergence + kd_ce_alpha · cross entropy`.
@@ -84,10 +140,18 @@ impl LossSettings {
             Divergence::Jsd { beta } if !(beta > 0.0 && beta < 1.0) => {
                 refuse("beta", beta.to_string(), "a number between 0 and 1, both excluded")
             }
+            Divergence::SkewedKl { skew } | Divergence::SkewedReverseKl { skew } if !(skew > 0.0 && skew < 1.0) => {
+                refuse("skew", skew.to_string(), "a number between 0 and 1, both excluded")
+            }
+            other if self.tail == Tail::None && other != Divergence::ForwardKl => refuse(
+                "tail",
+                "none".into(),
+                &format!("bucket, renorm or exact_tail with {other}; the unnormalised top-k loss is a forward KL"),
+            ),
             Divergence::ReverseKl if self.tail == Tail::StudentFull => refuse(
                 "tail",
                 "studentfull".into(),
-                "bucket, renorm or exact_tail with reverse_kl, which is infinite where the teacher's tail counts as 0",
+                "bucket, renorm or exact_tail with reverse KL, which is infinite where the teacher's tail counts as 0",
             ),
             _ => Ok(()),
         }
@@ -95,7 +159,7 @@ impl LossSettings {
 
     /// Whether the teacher's ln Z_T is needed.
     pub fn needs_lse_t(&self) -> bool {
-        self.tail == Tail::ExactTail && self.temperature != 1.0
+        matches!(self.tail, Tail::ExactTail | Tail::None) && self.temperature != 1.0
     }
 }
 
@@ -153,6 +217,14 @@ pub enum LossError {
     /// A value that is no log-probability.
     #[error("loss: position {row}: expected log-probabilities of at most 0, found {found}")]
     Logprob {
+        /// Row of the batch.
+        row: usize,
+        /// The value.
+        found: f32,
+    },
+    /// A sum at T that is no number.
+    #[error("loss: position {row}: expected a finite ln Z_T of the teacher, found {found}")]
+    LogSum {
         /// Row of the batch.
         row: usize,
         /// The value.

@@ -1,9 +1,10 @@
 //! Settings of stage two, their defaults, and what a run reports.
 
+use super::distillation::{DEFAULT_MAX_UNKNOWN_MASS, DivergenceName, LossSchedule, TailName};
 use super::optimizer::AdamWConfig;
 use super::schedule::Schedule;
 use crate::kernel::Precision;
-use crate::loss::{Divergence, LossSettings, Tail};
+use crate::loss::{DEFAULT_BETA, DEFAULT_SKEW, LossSettings};
 use crate::student::LoraSettings;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -56,7 +57,7 @@ pub const DEFAULT_KEEP_CHECKPOINTS: u32 = 2;
 pub enum Objective {
     /// Cross entropy on the data's tokens.
     Sft,
-    /// Forward KL to the cached distributions: kept ids and one tail bucket; estimates of the whole where tokens were drawn.
+    /// A divergence from the cached distributions: kept ids and one tail bucket; estimates of the whole where tokens were drawn.
     #[default]
     Distill,
     /// Both, weighted.
@@ -96,6 +97,24 @@ pub struct TrainConfig {
     /// Temperature T of the distillation term. Where the cache declares `lse_t` at T the tail is formed at T
     /// (exactly where it keeps logits, else as exactly as its values are rounded), else at 1.
     pub temperature: f64,
+    /// How the student is compared with the teacher.
+    pub divergence: DivergenceName,
+    /// Weight of the teacher in the divergence `jsd`, between 0 and 1.
+    pub beta: f64,
+    /// Skew α of `skewed-kl` and `skewed-reverse-kl`, between 0 and 1.
+    pub skew: f64,
+    /// What becomes of the probability outside the kept ids.
+    pub tail: TailName,
+    /// Most probability, on average, of which a cache may not tell where it lies at a temperature other than 1; from 0 to 1.
+    pub max_unknown_mass: f64,
+    /// `kd_alpha` of the last step, where it changes.
+    pub kd_alpha_end: Option<f64>,
+    /// `kd_ce_alpha` of the last step, where it changes.
+    pub kd_ce_alpha_end: Option<f64>,
+    /// `temperature` of the last step, where it changes. The tail is then one bucket at every step.
+    pub temperature_end: Option<f64>,
+    /// How those three are reached.
+    pub loss_schedule: LossSchedule,
     /// Read at most so many entries of each distribution.
     pub top_k: Option<u16>,
     /// Read entries of at least this probability.
@@ -158,6 +177,15 @@ impl Default for TrainConfig {
             kd_alpha: None,
             kd_ce_alpha: None,
             temperature: DEFAULT_TEMPERATURE,
+            divergence: DivergenceName::default(),
+            beta: DEFAULT_BETA,
+            skew: DEFAULT_SKEW,
+            tail: TailName::default(),
+            max_unknown_mass: DEFAULT_MAX_UNKNOWN_MASS,
+            kd_alpha_end: None,
+            kd_ce_alpha_end: None,
+            temperature_end: None,
+            loss_schedule: LossSchedule::default(),
             top_k: None,
             min_prob: None,
             min_mass: None,
@@ -198,8 +226,8 @@ impl std::fmt::Display for Objective {
 }
 
 impl TrainConfig {
-    /// The loss that objective, weights and temperature stand for. Errors: a weight or temperature out of its range, or two weights
-    /// of 0, with which there is nothing to train on.
+    /// The first step's loss, before a cache has had its say. Errors: a weight, temperature or parameter out of its range, a divergence
+    /// that the tail cannot have, or two weights of 0, with which there is nothing to train on.
     pub fn loss_settings(&self) -> Result<LossSettings> {
         let (kd, ce) = match self.objective {
             Objective::Sft => (0.0, 1.0),
@@ -207,8 +235,8 @@ impl TrainConfig {
             Objective::DistillSft => (DEFAULT_MIXED_WEIGHT, DEFAULT_MIXED_WEIGHT),
         };
         let settings = LossSettings {
-            divergence: Divergence::ForwardKl,
-            tail: Tail::Bucket,
+            divergence: self.divergence(),
+            tail: self.tail(),
             temperature: self.temperature,
             kd_alpha: self.kd_alpha.unwrap_or(kd),
             kd_ce_alpha: self.kd_ce_alpha.unwrap_or(ce),

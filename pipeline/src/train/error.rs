@@ -94,6 +94,26 @@ pub enum TrainError {
         /// The loss asked for.
         found: String,
     },
+    /// A teacher whose tail the cache does not know well enough at the temperature asked for.
+    #[error(
+        "{cache}: at temperature {temperature} up to {unknown:.4} of the teacher's probability lies where the cache cannot tell (mean \
+         of {positions} positions): expected at most max_unknown_mass = {allowed}; {remedy}",
+        cache = cache.display()
+    )]
+    UnknownMass {
+        /// The cache.
+        cache: PathBuf,
+        /// The temperature at which it knows least.
+        temperature: f64,
+        /// How much it does not know, mean over the positions looked at.
+        unknown: f64,
+        /// How many those were.
+        positions: u64,
+        /// How much may be unknown.
+        allowed: f64,
+        /// What can be done.
+        remedy: String,
+    },
     /// Another process trains into this folder.
     #[error("{out}: another process is training into this folder; wait for it or choose another --out", out = out.display())]
     Locked {
@@ -159,7 +179,10 @@ impl TrainError {
             | TrainError::OtherRun { .. }
             | TrainError::Narrow { .. }
             | TrainError::Short { .. } => ErrorClass::Mismatch,
-            TrainError::Occupied { .. } | TrainError::Incomplete { .. } | TrainError::Drawn { .. } => ErrorClass::Usage,
+            TrainError::Occupied { .. }
+            | TrainError::Incomplete { .. }
+            | TrainError::Drawn { .. }
+            | TrainError::UnknownMass { .. } => ErrorClass::Usage,
             _ => ErrorClass::Runtime,
         }
     }

@@ -3,11 +3,11 @@
 //! Where a checkpoint's identity differs, continuing from it would give an adapter that no single command describes. Settings
 //! that change nothing (device, folders, how often a checkpoint is written, how many logits exist at once) are left out.
 
+use super::distillation::LossPlan;
 use super::reading::Reading;
 use super::schedule::Schedule;
 use super::{TrainConfig, TrainError};
 use crate::Result;
-use crate::loss::LossSettings;
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
 use crate::run::RunContext;
@@ -20,7 +20,7 @@ pub(super) type Identity = BTreeMap<String, String>;
 /// The identity of a run of `total` steps.
 pub(super) fn of(
     config: &TrainConfig,
-    (loss, reading): (&LossSettings, &Reading),
+    (plan, reading): (&LossPlan, &Reading),
     cache: &Cache,
     total: u64,
     context: &RunContext,
@@ -33,8 +33,8 @@ pub(super) fn of(
         ("student_config_blake3", ModelConfig::fingerprint(&config.student)?),
         ("cache_blake3", blake3::hash(&manifest).to_hex().to_string()),
         ("objective", config.objective.to_string()),
-        ("kd_alpha", loss.kd_alpha.to_string()),
-        ("kd_ce_alpha", loss.kd_ce_alpha.to_string()),
+        ("kd_alpha", plan.start().kd_alpha.to_string()),
+        ("kd_ce_alpha", plan.start().kd_ce_alpha.to_string()),
         ("temperature", config.temperature.to_string()),
         ("batch_size", config.batch_size.to_string()),
         // Sums over packs are added in the packs' order, so other packs give other last bits.
@@ -59,8 +59,9 @@ pub(super) fn of(
     if let Some(narrower) = reading.narrower() {
         identity.insert("selection".into(), narrower.to_string());
     }
-    // A constant rate does not look at the end, so such a run may be made longer.
-    if config.schedule != Schedule::Constant {
+    identity.extend(plan.identity(config).into_iter().map(|(name, value)| (name.to_string(), value)));
+    // A constant rate and loss do not look at the end, so such a run may be made longer.
+    if config.schedule != Schedule::Constant || !plan.is_constant() {
         identity.insert("steps".into(), total.to_string());
     }
     Ok(identity)

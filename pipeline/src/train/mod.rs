@@ -7,6 +7,7 @@
 
 mod checkpoint;
 mod config;
+mod distillation;
 mod error;
 mod identity;
 mod metrics;
@@ -15,6 +16,7 @@ mod reading;
 pub mod schedule;
 
 pub use config::*;
+pub use distillation::{DEFAULT_MAX_UNKNOWN_MASS, DivergenceName, LossPlan, LossSchedule, TailName};
 pub use error::TrainError;
 
 use crate::adapter::{self, AdapterConfig, Scaling, Surroundings};
@@ -43,16 +45,16 @@ pub const ADAPTER_FOLDER: &str = "adapter";
 /// Errors: bad settings, a cache that is incomplete or made with another vocabulary, a model folder that does not fit, a run
 /// folder in use or of another run, a loss that is not finite, a stop asked for by `context` (after a durable checkpoint).
 pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
-    let mut loss = config.loss_settings()?;
+    let mut plan = config.loss_plan()?;
     let device = device::pick(&config.device)?;
     // What can be refused at once is refused before weights are hashed and read.
     let cache = open_cache(config)?;
-    let reading = Reading::of(config, &cache, &mut loss)?;
-    let targets = reading.in_words(&cache.manifest().description, &loss);
+    let reading = Reading::of(config, &cache, &mut plan)?;
+    let targets = reading.in_words(&cache.manifest().description, &plan);
     let total = config.total_steps(cache.len());
     let folder = RunFolder::open(config)?;
     let found = folder.find(config, total)?;
-    let identity = identity::of(config, (&loss, &reading), &cache, total, context)?;
+    let identity = identity::of(config, (&plan, &reading), &cache, total, context)?;
     found.as_ref().map_or(Ok(()), |checkpoint| checkpoint.check_identity(&identity))?;
     let mut student = Student::from_folder(&config.student, &config.lora(), config.compute, &device, context)?;
     let mut adamw = AdamW::new(config.optimizer(), &student.parameters())?;
@@ -74,6 +76,7 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
         let Some(records) = batches.next().transpose()? else {
             return Err(TrainError::ReaderGone { cache: config.cache.clone() }.into());
         };
+        let loss = plan.at(progress.step, total);
         let step = accumulate(&student, records, config, (&loss, &reading), context)?;
         let stopping = step.is_none();
         if let Some(mut step) = step {
