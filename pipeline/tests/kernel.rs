@@ -106,6 +106,20 @@ fn transposing_moves_every_value_once() {
     }
 }
 
+/// A layout that cannot lie in memory must not be taken for a short one because its size wraps around.
+#[test]
+#[should_panic(expected = "out of range")]
+fn a_tile_of_steps_beyond_all_memory_is_refused() {
+    let mut out = vec![0f32; TILE_ROWS * TILE_COLUMNS];
+    Isa::best().tile(2, (&[1.0; 12], usize::MAX - 10), (&[1.0; 64], 32), &mut out);
+}
+
+#[test]
+#[should_panic(expected = "out of range")]
+fn rows_beyond_all_memory_are_not_transposed() {
+    kernel::transpose(Isa::best(), (&[1f32; 20], usize::MAX - 3), (2, 9), 12, (&mut [0f32; 108], 12));
+}
+
 #[test]
 fn rounding_is_to_nearest_even() {
     let mut all = values(999, 6);
