@@ -4,8 +4,8 @@
 //! text can contain; they are left out before the softmax. Knows nothing of students, chats or files.
 //!
 //! The one idea: the teacher only ever scores given text, so a block of packs goes through layer after layer together. A layer's
-//! weights are read from their file once a block, the next layer's while this one computes; memory holds two packed layers, the
-//! block's hidden states, and one chunk of logits, whatever the depth.
+//! weights are read from their file once a block, the next layer's while this one computes; memory holds two packed layers or the
+//! embedding or the head, the block's hidden states, what is kept of its logits, and one chunk of those, whatever the depth.
 
 use crate::data::pack::Pack;
 use crate::kernel::Precision;
@@ -87,10 +87,15 @@ impl Teacher {
         let geometries: Vec<Geometry> = packs.iter().map(|pack| Geometry::new(pack, config)).collect();
         let mut states =
             packs.iter().map(|pack| self.decoder.embed(pack.input_ids())).collect::<candle_core::Result<Vec<_>>>()?;
+        if self.residency == Residency::Streamed {
+            // The embedding, of which a long block has touched most pages.
+            self.decoder.release_ends();
+        }
         for (i, layer) in self.decoder.layers.iter().enumerate() {
             let done = std::thread::scope(|threads| -> Result<bool> {
                 if self.residency == Residency::Streamed || !self.warm.load(Ordering::Relaxed) {
-                    threads.spawn(|| self.decoder.populate_layer(i + 1));
+                    // Where there is no thread to be had, the layer is read when it is touched.
+                    let _ = std::thread::Builder::new().spawn_scoped(threads, || self.decoder.populate_layer(i + 1));
                 }
                 for ((x, geometry), pack) in states.iter_mut().zip(&geometries).zip(packs) {
                     if context.stopping() {

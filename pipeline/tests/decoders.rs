@@ -9,13 +9,14 @@
 
 mod support;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use potstill_pipeline::data::pack::{Pack, Sequence};
 use potstill_pipeline::kernel::Precision;
 use potstill_pipeline::linear::Weight;
 use potstill_pipeline::model::config::{Biases, ModelConfig};
 use potstill_pipeline::model::decoder::{Decoder, Holding};
 use potstill_pipeline::model::layer::Geometry;
+use potstill_pipeline::model::weights::Weights;
 use potstill_pipeline::run::RunContext;
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -246,4 +247,44 @@ fn a_qwen3_folder_without_its_norms_is_refused() {
     let error =
         Decoder::from_folder(copy.path(), Holding::AsStored, Precision::F32, &Device::Cpu, &RunContext::default()).unwrap_err();
     assert!(error.to_string().contains("self_attn.q_norm.weight missing (expected [12])"), "{error}");
+}
+
+/// A column count that packed words cannot hold is found where names and shapes are, before a cache is begun for such a teacher.
+#[test]
+fn packed_layers_whose_outputs_fill_no_words_are_refused_before_loading() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "vocab_size": 4,
+        "quantization_config": { "quant_method": "awq", "bits": 4, "group_size": 4, "zero_point": true }
+    });
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let tensor = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &Device::Cpu).unwrap();
+    let mut tensors = HashMap::new();
+    for (name, shape) in [("embed_tokens", vec![4, 8]), ("norm", vec![8])] {
+        tensors.insert(format!("model.{name}.weight"), tensor(&shape, DType::F32));
+    }
+    tensors.insert("lm_head.weight".into(), tensor(&[4, 8], DType::F32));
+    for norm in ["input_layernorm", "post_attention_layernorm"] {
+        tensors.insert(format!("model.layers.0.{norm}.weight"), tensor(&[8], DType::F32));
+    }
+    for (projection, inputs, outputs) in [
+        ("self_attn.q_proj", 8, 8),
+        ("self_attn.k_proj", 8, 8),
+        ("self_attn.v_proj", 8, 8),
+        ("self_attn.o_proj", 8, 8),
+        ("mlp.gate_proj", 8, 12),
+        ("mlp.up_proj", 8, 12),
+        ("mlp.down_proj", 12, 8),
+    ] {
+        let name = |part: &str| format!("model.layers.0.{projection}.{part}");
+        tensors.insert(name("qweight"), tensor(&[inputs, outputs / 8], DType::I32));
+        tensors.insert(name("qzeros"), tensor(&[inputs / 4, outputs / 8], DType::I32));
+        tensors.insert(name("scales"), tensor(&[inputs / 4, outputs], DType::F16));
+    }
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
+    let config = ModelConfig::from_folder(folder.path()).unwrap();
+    let weights = Weights::open(folder.path()).unwrap();
+    let error = Decoder::check_folder(&config, &weights).unwrap_err().to_string();
+    assert!(error.contains("mlp.gate_proj") && error.contains("a multiple of 8") && error.ends_with("found 12"), "{error}");
 }

@@ -109,6 +109,20 @@ fn transposing_moves_every_value_once() {
     }
 }
 
+/// A layout that cannot lie in memory must not be taken for a short one because its size wraps around.
+#[test]
+#[should_panic(expected = "out of range")]
+fn a_tile_of_steps_beyond_all_memory_is_refused() {
+    let mut out = vec![0f32; TILE_ROWS * TILE_COLUMNS];
+    Isa::best().tile(2, (&[1.0; 12], usize::MAX - 10), (&[1.0; 64], 32), &mut out);
+}
+
+#[test]
+#[should_panic(expected = "out of range")]
+fn rows_beyond_all_memory_are_not_transposed() {
+    kernel::transpose(Isa::best(), (&[1f32; 20], usize::MAX - 3), (2, 9), 12, (&mut [0f32; 108], 12));
+}
+
 #[test]
 fn rounding_is_to_nearest_even() {
     let mut all = values(999, 6);
@@ -218,6 +232,50 @@ fn a_row_of_a_product_does_not_depend_on_anything_else() {
                     bits(&part) == bits(&whole[start * outer..(start + rows) * outer]),
                     "{inner} x {outer}, {rows} from {start}"
                 );
+            }
+        }
+    }
+}
+
+/// Where columns are too few for all threads, rows are cut as well: from 768 of them on.
+#[test]
+fn rows_that_are_cut_among_threads_are_the_same_rows() {
+    let many_threads = rayon::ThreadPoolBuilder::new().num_threads(7).build().unwrap();
+    let (t, inner) = (1201, 40);
+    for outer in [9, 65] {
+        let weight = Weight::Dense(DenseWeight::from_f32(outer, inner, &values(outer * inner, 13)).unwrap());
+        let (x, bias) = (values(t * inner, 14), values(outer, 15));
+        for precision in [Precision::F32, Precision::Bf16] {
+            let cut = many_threads.install(|| product(&x, &weight, Some(&bias), precision));
+            let whole: Vec<f32> = x.chunks(100 * inner).flat_map(|x| product(x, &weight, Some(&bias), precision)).collect();
+            assert!(bits(&cut) == bits(&whole), "{outer} columns, {precision:?}");
+        }
+    }
+}
+
+/// Every set of instructions unpacks the same bits, of scales that are no numbers too.
+#[test]
+fn awq_panels_are_unpacked_alike() {
+    let (inputs, outputs, group) = (60, 72, 20);
+    let words = |n: usize, salt: u32| (0..n as u32).map(|i| (i + salt).wrapping_mul(0x9e37_79b9)).collect::<Vec<u32>>();
+    let mut scales: Vec<f16> = (0..inputs / group * outputs).map(|i| f16::from_f32(0.01 * (i % 13) as f32 - 0.05)).collect();
+    (scales[3], scales[40], scales[77]) = (f16::INFINITY, f16::NEG_ZERO, f16::MIN_POSITIVE_SUBNORMAL);
+    let (q, z) = (words(inputs * outputs / 8, 3), words(inputs / group * outputs / 8, 4));
+    let weight = AwqWeight::from_values(inputs, outputs, group, &q, &z, &scales).unwrap();
+    let all = weight.dequantize();
+    for isa in Isa::all() {
+        for (first, range) in [(0, 0..60), (32, 7..51), (64, 19..41), (40, 20..40), (0, 59..60)] {
+            let mut out = vec![7f32; range.len() * TILE_COLUMNS];
+            weight.panel(isa, first, range.clone(), &mut out);
+            for (i, row) in range.clone().zip(out.chunks_exact(TILE_COLUMNS)) {
+                let columns = (outputs - first).min(TILE_COLUMNS);
+                let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+                assert!(
+                    row.iter().zip(&all[i * outputs + first..][..columns]).all(same),
+                    "{} input {i} from {first}",
+                    isa.name()
+                );
+                assert!(row[columns..].iter().all(|v| v.to_bits() == 0), "{} beyond the last column", isa.name());
             }
         }
     }

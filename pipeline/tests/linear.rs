@@ -69,6 +69,8 @@ fn awq_refuses_lengths_that_do_not_fit() {
     assert!(AwqWeight::from_values(8, 8, 8, &q, &z, &s).is_none());
     let (q, z, s) = parts();
     assert!(AwqWeight::from_values(8, 8, 0, &q, &z, &s).is_none());
+    // 2^62 inputs take 2^64 bytes of codes: 0 of them, to a product that wraps around.
+    assert!(AwqWeight::from_values(1 << 62, 8, 1 << 62, &[], &z[..1], &s[..8]).is_none());
 }
 
 #[test]
@@ -127,6 +129,25 @@ fn nf4_cases_equal_bitsandbytes() {
             assert!((a - b).abs() <= bound * b.abs().max(f32::MIN_POSITIVE), "{name} element {i}: {a} {b}");
         }
     }
+}
+
+/// 1 / 1e-40 is no f32, and 0 times it no number: such a block must not come out as a block of its lowest level.
+#[test]
+fn nf4_of_a_block_next_to_zero_is_zero() {
+    let mut values: Vec<f32> = (0..256).map(|i| (i % 17) as f32 / 20.0 - 0.4).collect();
+    values[64..128].fill(0.0);
+    values[70] = 1e-40;
+    let weight = Nf4Weight::quantize(&values, 4, 64).unwrap();
+    assert_eq!(weight.dequantize()[64..128], [0.0; 64]);
+    assert!(weight.dequantize()[..64].iter().zip(&values).all(|(a, b)| (a - b).abs() < 0.1), "the others are what they were");
+}
+
+#[test]
+fn nf4_refuses_numbers_of_values_that_do_not_fit() {
+    assert!(Nf4Weight::quantize(&[0.0; 6], 2, 3).is_some());
+    assert!(Nf4Weight::quantize(&[0.0; 6], 2, 4).is_none());
+    assert!(Nf4Weight::quantize(&[], 1 << 32, 1 << 32).is_none(), "2^64 values are not none");
+    assert!(Nf4Weight::quantize(&[0.0, f32::NAN], 1, 2).is_none());
 }
 
 /// Central differences of sum(y * g) against `backward`, with every encoding of W.

@@ -252,4 +252,8 @@ fn attention_refuses_what_does_not_fit() {
     for segments in [&[0u32, 3][..], &[0, 5], &[1, 4], &[0, 3, 2, 4], &[]] {
         assert!(attention::forward(&q, &k, &k, segments).unwrap_err().to_string().contains("segments"), "{segments:?}");
     }
+    // As many tokens as segments can say and five more, of one number: five tokens do not cover them.
+    let many = x(&[1, 1, 1]).broadcast_as(((1usize << 32) + 5, 1, 1)).unwrap();
+    let error = attention::forward(&many, &many, &many, &[0, 5]).unwrap_err().to_string();
+    assert!(error.contains("do not cover 4294967301 tokens"), "{error}");
 }

@@ -250,3 +250,52 @@ fn padding_columns_of_the_head_are_left_out_before_the_softmax() {
     let error = teacher_of(3000, Precision::F32, Residency::Resident).unwrap_err();
     assert!(error.ends_with("vocab_size: expected at least the tokenizer's 3000 ids, found 2048"), "{error}");
 }
+
+/// Bytes of a folder's mapped files that count as this process's memory.
+#[cfg(target_os = "linux")]
+fn mapped_in_memory(folder: &std::path::Path) -> u64 {
+    let (maps, folder) = (std::fs::read_to_string("/proc/self/smaps").unwrap(), folder.to_str().unwrap());
+    let (mut inside, mut sum) = (false, 0);
+    for line in maps.lines() {
+        if let Some(kilobytes) = line.strip_prefix("Rss:") {
+            sum += if inside { kilobytes.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024 } else { 0 };
+        } else if line.split(' ').next().is_some_and(|field| field.contains('-')) {
+            inside = line.contains(folder);
+        }
+    }
+    sum
+}
+
+/// While layers are computed, the embedding's pages are let go like a layer's: a block of many tokens touches most of them.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_streamed_teacher_holds_neither_layers_nor_embedding_after_them() {
+    let copy = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(golden("teacher-awq")).unwrap().map(Result::unwrap) {
+        std::fs::copy(file.path(), copy.path().join(file.file_name())).unwrap();
+    }
+    let of = |residency| {
+        let settings = (Precision::F32, residency);
+        Teacher::from_folder(copy.path(), 2048, settings, &Device::Cpu, &RunContext::default()).unwrap()
+    };
+    let input_ids: Vec<u32> = (0..2048).collect();
+    let pack = [Pack::new([Sequence { input_ids: &input_ids, positions: &[5] }])];
+    let after = |teacher: &Teacher| {
+        let hidden = teacher.hidden(&pack, &RunContext::default()).unwrap();
+        assert!(hidden.is_some());
+        mapped_in_memory(copy.path())
+    };
+    let streamed = of(Residency::Streamed);
+    let loaded = mapped_in_memory(copy.path());
+    let found = after(&streamed);
+    // A fault maps up to 64 KiB around it: what a layer touches brings some of its neighbours with it. The embedding has 1 MiB.
+    assert!(found <= loaded + (256 << 10), "{found} bytes after the layers, {loaded} before");
+    drop(streamed);
+    let all: u64 = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+        .map(|file| std::fs::metadata(copy.path().join(file)).unwrap().len())
+        .iter()
+        .sum();
+    // The head of the last file has not been used yet.
+    let found = after(&of(Residency::Resident));
+    assert!(found > all / 2, "{found} bytes of {all} resident: the measure measures");
+}

@@ -105,6 +105,14 @@ impl Isa {
     }
 }
 
+/// Length of a layout of `steps` times `width` values, `step` apart. Too many to count are more than any slice holds, not fewer.
+fn extent(steps: usize, step: usize, width: usize) -> usize {
+    match steps.checked_sub(1) {
+        None => 0,
+        Some(before) => before.saturating_mul(step).saturating_add(width),
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 impl Isa {
     pub(crate) fn has_avx2(self) -> bool {

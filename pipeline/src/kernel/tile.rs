@@ -1,6 +1,6 @@
 //! The tile: a few rows by 32 columns of a product, with all sums in registers.
 
-use super::{Isa, TILE_COLUMNS, TILE_ROWS};
+use super::{Isa, TILE_COLUMNS, TILE_ROWS, extent};
 
 /// Columns and rows of the block that plain code keeps in registers.
 const COLUMNS: usize = 16;
@@ -43,7 +43,7 @@ impl Isa {
 
 /// The part of a layout that `steps` steps read.
 fn covered<T>(values: &[T], steps: usize, step: usize, width: usize) -> &[T] {
-    &values[..if steps == 0 { 0 } else { (steps - 1) * step + width }]
+    &values[..extent(steps, step, width)]
 }
 
 #[inline(always)]

@@ -1,6 +1,6 @@
 //! From rows as they lie in memory to the layouts of tiles: out[k·out_step + r] = rows[r·row_step + k].
 
-use super::Isa;
+use super::{Isa, extent};
 
 /// A 32-bit element: f32, or a pair of bf16.
 pub trait Word: Copy + Default + Send + Sync {}
@@ -8,7 +8,7 @@ impl Word for f32 {}
 impl Word for u32 {}
 
 /// out[k·out_step + r] = rows[r·row_step + k] for r < `count` and k < `width`; for r from `count` to `padded` the value is 0.
-/// `padded` is at most `out_step`.
+/// `count` is at most `padded`, and `padded` at most `out_step`.
 pub fn transpose<T: Word>(
     isa: Isa,
     (rows, row_step): (&[T], usize),
@@ -19,8 +19,8 @@ pub fn transpose<T: Word>(
     if width == 0 || padded == 0 {
         return;
     }
-    let rows = &rows[..if count == 0 { 0 } else { (count - 1) * row_step + width }];
-    let out = &mut out[..(width - 1) * out_step + padded];
+    let rows = &rows[..extent(count, row_step, width)];
+    let out = &mut out[..extent(width, out_step, padded)];
     #[cfg(target_arch = "x86_64")]
     if isa.has_avx512() {
         for first in (0..padded).step_by(16) {

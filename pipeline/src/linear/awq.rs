@@ -35,13 +35,14 @@ impl AwqWeight {
     /// A weight from its stored parts, row-major. `None` when a length does not fit: `outputs` must be a multiple of 8, `inputs` of
     /// `group`, and the parts have in·out/8 words, in/g·out/8 words and in/g·out halves.
     pub fn new(inputs: usize, outputs: usize, group: usize, qweight: Bytes, qzeros: Bytes, scales: Bytes) -> Option<Self> {
-        let words = outputs / PER_WORD;
-        let fits = group > 0
-            && outputs.is_multiple_of(PER_WORD)
-            && inputs.is_multiple_of(group)
-            && qweight.len() == 4 * inputs * words
-            && qzeros.len() == 4 * (inputs / group) * words
-            && scales.len() == 2 * (inputs / group) * outputs;
+        if group == 0 || !outputs.is_multiple_of(PER_WORD) || !inputs.is_multiple_of(group) {
+            return None;
+        }
+        let bytes = |rows: usize, columns: usize, each: usize| rows.checked_mul(columns)?.checked_mul(each);
+        let (groups, words) = (inputs / group, outputs / PER_WORD);
+        let fits = bytes(inputs, words, 4) == Some(qweight.len())
+            && bytes(groups, words, 4) == Some(qzeros.len())
+            && bytes(groups, outputs, 2) == Some(scales.len());
         fits.then_some(Self { inputs, outputs, group, qweight, qzeros, scales })
     }
 

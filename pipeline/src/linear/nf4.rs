@@ -40,7 +40,8 @@ pub const LEVELS: [f32; 16] = [
     1.0,
 ];
 
-/// Code of zero, also written for an all-zero block (as bitsandbytes does on a CPU) and as padding of an odd length.
+/// Code of zero, also written for a block of zeros (as bitsandbytes does on a CPU) and of numbers below 3e-39, and as padding of an odd
+/// length.
 const ZERO_CODE: u8 = 7;
 
 /// A weight of `rows * columns` elements in NF4 with double quantisation.
@@ -58,8 +59,8 @@ impl Nf4Weight {
     /// Quantises `values`, row-major [rows, columns] (a linear layer's [out, in]). `None` unless there are exactly rows · columns
     /// values and all are finite: there is no code for another one.
     pub fn quantize(values: &[f32], rows: usize, columns: usize) -> Option<Self> {
-        let n = rows * columns;
-        if values.len() != n || !values.par_iter().all(|v| v.is_finite()) {
+        let n = values.len();
+        if rows.checked_mul(columns) != Some(n) || !values.par_iter().all(|v| v.is_finite()) {
             return None;
         }
         let blocks = n.div_ceil(BLOCK);
@@ -155,10 +156,11 @@ impl Nf4Weight {
 
 /// Codes of one block: the number of midpoints between neighbouring levels that lie below x / maximum.
 fn quantize_block(block: &[f32], maximum: f32, codes: &mut [u8]) {
-    if maximum == 0.0 {
+    let inverse = 1.0 / maximum;
+    // Of 0, or of a number so near to it that its inverse is none: all of the block is 0, as its codes are already.
+    if !inverse.is_finite() {
         return;
     }
-    let inverse = 1.0 / maximum;
     for (pair, byte) in block.chunks(2).zip(codes.iter_mut()) {
         let code = |v: Option<&f32>| v.map_or(ZERO_CODE, |v| nearest_below(level_midpoints(), v * inverse));
         *byte = (code(pair.first()) << 4) | code(pair.get(1));

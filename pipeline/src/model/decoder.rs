@@ -209,7 +209,7 @@ impl Reader<'_> {
         Ok(Decoder { config: c.clone(), embed_tokens, layers, norm, head, device, weights, precision: self.precision })
     }
 
-    /// Group size first, since a wrong one makes every tensor look misshapen; then all names and shapes.
+    /// Group size first, since a wrong one makes every tensor look misshapen; then all names and shapes; then what packed words hold.
     fn check(&self) -> Result<(), ModelError> {
         let name = format!("model.layers.0.{}", PROJECTIONS[0]);
         let (_, inputs) = features(self.config, 0);
@@ -230,7 +230,24 @@ impl Reader<'_> {
         }
         let expected = self.expected();
         self.weights.require(&expected)?;
-        expected.iter().try_for_each(|(name, shape)| self.check_dtype(name, shape))
+        expected.iter().try_for_each(|(name, shape)| self.check_dtype(name, shape))?;
+        (0..self.config.layers).try_for_each(|i| self.check_words(i))
+    }
+
+    /// Packed layers have as many outputs as their words: the shapes alone would leave the last few of them out.
+    fn check_words(&self, layer: usize) -> Result<(), ModelError> {
+        for (p, projection) in PROJECTIONS.iter().enumerate() {
+            let (name, (outputs, inputs)) = (format!("model.layers.{layer}.{projection}"), features(self.config, p));
+            if self.awq_group(&name, inputs).is_some() && !outputs.is_multiple_of(PER_WORD) {
+                return Err(ModelError::Config {
+                    path: self.weights.place().join("config.json"),
+                    key: format!("outputs of {name}"),
+                    expected: format!("a multiple of {PER_WORD}, as many as packed words hold"),
+                    found: outputs.to_string(),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// AWQ's parts have one dtype each; every other tensor is a float.

@@ -114,7 +114,7 @@ mod tests {
     proptest! {
         /// Few different values make ties at every bound, of either zero too; lengths lie on both sides of each chunk's end.
         #[test]
-        fn equals_a_full_sort(z in prop::collection::vec((-3i8..9).prop_map(|v| f32::from(v) * 0.5 * -1f32.copysign(f32::from(v))), 1..700), k in 1usize..80) {
+        fn equals_a_full_sort(z in prop::collection::vec(prop::sample::select(vec![-1.5f32, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.5, 2.0]), 1..700), k in 1usize..80) {
             let mut largest = Largest::default();
             prop_assert_eq!(largest.read(&z, k), Ok(z.iter().copied().fold(f32::NEG_INFINITY, f32::max)));
             prop_assert_eq!(largest.ids(&z, k), &twin(&z, k)[..]);

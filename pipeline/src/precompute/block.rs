@@ -5,6 +5,7 @@ use super::PrecomputeConfig;
 use crate::memory;
 use crate::model::config::ModelConfig;
 use crate::teacher::Residency;
+use potstill_cache::{Storage, Values};
 use std::iter::Peekable;
 use std::ops::Range;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use std::time::Duration;
 const MOST_TOKENS: u64 = 1 << 17;
 /// The part of the available memory that resident weights may take.
 const WEIGHTS_PART: f64 = 0.7;
-/// The part of the available memory that a block's hidden states may take.
+/// The part of the available memory that a block's hidden states, and what is kept of its logits, may take.
 const STATES_PART: f64 = 0.25;
 
 /// What is decided before the teacher is loaded.
@@ -29,19 +30,18 @@ pub(super) struct Plan {
 
 impl Plan {
     /// The plan for a teacher on this machine whose weights take so many bytes.
-    pub fn new(config: &PrecomputeConfig, model: &ModelConfig, weights: u64) -> Self {
-        Self::of(config, model, weights, memory::available())
+    pub fn new(config: &PrecomputeConfig, storage: &Storage, model: &ModelConfig, weights: u64) -> Self {
+        Self::of(config, (storage, model), weights, memory::available())
     }
 
-    fn of(config: &PrecomputeConfig, model: &ModelConfig, weights: u64, available: Option<u64>) -> Self {
+    fn of(config: &PrecomputeConfig, (storage, model): (&Storage, &ModelConfig), weights: u64, available: Option<u64>) -> Self {
         let fits = available.is_none_or(|available| weights as f64 <= available as f64 * WEIGHTS_PART);
         let residency = config.residency.unwrap_or(if fits { Residency::Resident } else { Residency::Streamed });
         let most = match (config.block_tokens, residency) {
             (Some(tokens), _) => u64::from(tokens),
             (None, Residency::Resident) => 0,
             (None, Residency::Streamed) => {
-                // A token's state, and the one that replaces it.
-                let token = 2 * 4 * model.hidden_size as u64;
+                let token = token_bytes(storage, model);
                 available.map_or(MOST_TOKENS, |available| (available as f64 * STATES_PART) as u64 / token).min(MOST_TOKENS)
             }
         };
@@ -52,6 +52,16 @@ impl Plan {
     pub fn budget(&self, seal_interval: Duration) -> Budget {
         Budget { most: self.most, now: if self.fixed { self.most } else { 0 }, fixed: self.fixed, seal_interval }
     }
+}
+
+/// Bytes that a block holds of a scored token: its state and the one that replaces it, and at the end what is kept of its logits, in
+/// lists that may have twice the room they need.
+fn token_bytes(storage: &Storage, model: &ModelConfig) -> u64 {
+    let entry = 4 + 4 + if storage.values == Values::LogitBf16 { 4 } else { 0 };
+    let drawn = 4 + 2;
+    let selection = &storage.selection;
+    let kept = entry * u64::from(selection.head()) + drawn * u64::from(selection.draws().unwrap_or(0));
+    2 * 4 * model.hidden_size as u64 + 2 * kept
 }
 
 /// How many tokens the next block may have.
@@ -92,6 +102,7 @@ impl Budget {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
+    use potstill_cache::Preset;
 
     fn blocks(budget: &Budget, packs: &[u64]) -> Vec<usize> {
         let mut ranges = (0..packs.len()).map(|i| i..i + 1).peekable();
@@ -129,14 +140,19 @@ mod tests {
     fn weights_stay_in_memory_where_they_fit_and_blocks_in_what_is_left() {
         let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/golden/teacher-awq");
         let model = ModelConfig::from_folder(std::path::Path::new(golden)).unwrap();
-        let plan = |config: &PrecomputeConfig, available| Plan::of(config, &model, 1000, available);
+        let plan = |config: &PrecomputeConfig, available| Plan::of(config, (&config.storage().unwrap(), &model), 1000, available);
         let config = PrecomputeConfig::default();
         assert_eq!(plan(&config, None), Plan { residency: Residency::Resident, most: 0, fixed: false });
         assert_eq!(plan(&config, Some(2000)).residency, Residency::Resident);
         assert_eq!(plan(&config, Some(1200)).residency, Residency::Streamed);
-        // A quarter of 80 MiB holds the states, before and after, of so many tokens of 256 values.
+        // A quarter of 80 MiB holds the states, before and after, of so many tokens of 256 values, and twice 64 entries of 8 bytes.
         let streamed = PrecomputeConfig { residency: Some(Residency::Streamed), ..PrecomputeConfig::default() };
-        assert_eq!(plan(&streamed, Some(80 << 20)).most, (20 << 20) / (2 * 4 * 256));
+        assert_eq!(plan(&streamed, Some(80 << 20)).most, (20 << 20) / (2 * 4 * 256 + 2 * 8 * 64));
+        // What is kept may be far more than the states: 24 KiB a token here.
+        let wide = PrecomputeConfig { preset: Preset::Exact, top_k: Some(1024), ..streamed.clone() };
+        assert_eq!(plan(&wide, Some(80 << 20)).most, (20 << 20) / (2 * 4 * 256 + 2 * 12 * 1024));
+        let drawn = PrecomputeConfig { preset: Preset::Sampled, draws: Some(5000), ..streamed.clone() };
+        assert_eq!(plan(&drawn, Some(80 << 20)).most, (20 << 20) / (2 * 4 * 256 + 2 * 6 * 5000));
         assert_eq!(plan(&streamed, Some(1 << 50)).most, MOST_TOKENS);
         let named = PrecomputeConfig { block_tokens: Some(77), ..streamed };
         assert_eq!(plan(&named, Some(80 << 20)), Plan { residency: Residency::Streamed, most: 77, fixed: true });

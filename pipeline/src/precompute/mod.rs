@@ -93,7 +93,7 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
     let mut dataset = data::load(&config.data, &tokenizer, &options, context)?;
     let part = part::cut(&mut dataset.examples, config.part, config.rows_per_shard);
     let weights = Weights::open(&config.teacher)?;
-    let plan = Plan::new(config, &model, weights.total_bytes());
+    let plan = Plan::new(config, &storage, &model, weights.total_bytes());
     let description = description::describe(config, &storage, (&model, &weights), &tokenizer, &dataset, context)?;
     drop(weights);
     let description = Description { part, ..description };

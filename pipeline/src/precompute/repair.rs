@@ -1,5 +1,4 @@
-//! Scoring again what a check found damaged. A listed row is scored in the very pack in which it was scored first, so that the same
-//! arithmetic gives the same bits.
+//! Scoring again what a check found damaged, and nothing else: a row's bits do not depend on what it was scored beside.
 
 use super::{PrecomputeConfig, score};
 use crate::data::Example;
@@ -8,8 +7,7 @@ use crate::ops::capture::Capture;
 use crate::run::RunContext;
 use crate::teacher::Teacher;
 use crate::{Error, Result};
-use potstill_cache::{Description, Record, Repair, RepairReport, ShardRepair, WriterOptions};
-use std::collections::BTreeSet;
+use potstill_cache::{Description, Repair, RepairReport, ShardRepair, WriterOptions};
 use std::ops::Range;
 use std::path::Path;
 
@@ -35,20 +33,16 @@ pub(super) fn run(
     let teacher = if tokens > 0 { Some(teacher()?) } else { None };
     context.progress.begin("repairing", "tokens", tokens);
     for (done, (shard, packs)) in shards.iter().zip(&packs).enumerate() {
-        let listed: BTreeSet<u64> = shard.recompute.iter().copied().collect();
         let mut mending = repair.mend(shard)?;
         for pack in packs {
             let Some(teacher) = &teacher else { continue };
             let block = std::slice::from_ref(pack);
-            let Some(mut scored) = score(teacher, examples, block, capture, config.head_chunk as usize, context)? else {
+            let Some(scored) = score(teacher, examples, block, capture, config.head_chunk as usize, context)? else {
                 return Err(Error::Interrupted { kept: format!("{done} of {} shards are mended", shards.len()), again: AGAIN });
             };
-            // Of such a pack only the listed rows are taken.
-            let (scored, _) = scored.pop().unwrap_or_default();
-            let numbered = scored.into_iter().zip(pack.clone());
-            let records: Vec<Record> =
-                numbered.filter(|(_, row)| listed.contains(&(*row as u64))).map(|(record, _)| record).collect();
-            mending.extend(&records)?;
+            for (records, _) in &scored {
+                mending.extend(records)?;
+            }
         }
         mending.finish()?;
     }
@@ -56,11 +50,33 @@ pub(super) fn run(
     Ok(repair.finish()?)
 }
 
-/// The packs of a shard's rows in which a listed row is, as ranges of all rows.
+/// A shard's listed rows, neighbours in packs, as ranges of all rows.
 fn packs_of(shard: &ShardRepair, examples: &[Example], config: &PrecomputeConfig) -> Vec<Range<usize>> {
-    let first = shard.first_row as usize;
-    let rows = examples.get(first..first + shard.rows as usize).unwrap_or_default();
-    let packs = pack::plan(rows.iter().map(|e| e.input_ids.len()), config.pack_tokens as usize);
-    let packs = packs.into_iter().map(|pack| first + pack.start..first + pack.end);
-    packs.filter(|pack| shard.recompute.iter().any(|&row| pack.contains(&(row as usize)))).collect()
+    let mut packs = Vec::new();
+    for neighbours in shard.recompute.chunk_by(|a, b| a + 1 == *b) {
+        let first = neighbours[0] as usize;
+        let rows = examples.get(first..first + neighbours.len()).unwrap_or_default();
+        let planned = pack::plan(rows.iter().map(|e| e.input_ids.len()), config.pack_tokens as usize);
+        packs.extend(planned.into_iter().map(|pack| first + pack.start..first + pack.end));
+    }
+    packs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listed_rows_are_scored_and_no_others() {
+        let examples: Vec<Example> =
+            (0..20).map(|seq_id| Example { seq_id, input_ids: vec![1; 10], scored: vec![true; 10] }).collect();
+        let config = PrecomputeConfig { pack_tokens: 30, ..PrecomputeConfig::default() };
+        let packs = |recompute: &[u64]| {
+            let shard = ShardRepair { index: 1, file: String::new(), first_row: 8, rows: 8, recompute: recompute.to_vec() };
+            packs_of(&shard, &examples, &config)
+        };
+        assert_eq!(packs(&[9, 11]), [9..10, 11..12]);
+        assert_eq!(packs(&[8, 9, 11, 12, 13, 14, 15]), [8..10, 11..14, 14..16]);
+        assert_eq!(packs(&[]), [0..0; 0]);
+    }
 }

@@ -45,7 +45,7 @@ impl Shape {
             bail!("attention: q {:?}, k {:?} and v {:?} do not fit", q.dims(), k.dims(), v.dims());
         }
         let rising = segments.windows(2).all(|w| w[0] <= w[1]);
-        if segments.first() != Some(&0) || segments.last() != Some(&(tokens as u32)) || !rising {
+        if segments.first() != Some(&0) || segments.last().map(|end| *end as usize) != Some(tokens) || !rising {
             bail!("attention: segments {segments:?} do not cover {tokens} tokens");
         }
         Ok(Self { tokens, heads, kv_heads, d, scale: (1.0 / (d as f64).sqrt()) as f32 })
