@@ -64,18 +64,40 @@ where
     typed(section, layered::<T>(section, sources)?)
 }
 
+/// As [`resolve`], for a look at a job that needs fewer of its paths: only those of `needed`; the others may be empty.
+pub fn resolve_needing<T>(section: &Section, sources: &Sources, needed: &[&str]) -> Result<T, UsageError>
+where
+    T: DeserializeOwned + Serialize + Default,
+{
+    let table = laid::<T>(section, sources)?;
+    check_given(section, &table, |key| needed.contains(&key))?;
+    typed(section, table)
+}
+
 /// As [`resolve`], for a verb that has to settle some values before they are typed.
 pub fn layered<T>(section: &Section, sources: &Sources) -> Result<Table, UsageError>
 where
     T: Serialize + Default,
 {
+    let table = laid::<T>(section, sources)?;
+    check_given(section, &table, |_| true)?;
+    Ok(table)
+}
+
+/// The layers, one over the other.
+fn laid<T: Serialize + Default>(section: &Section, sources: &Sources) -> Result<Table, UsageError> {
     let mut table = table_of(&T::default())?;
     if let Some(path) = &sources.file {
         layer(&mut table, section, &Origin::File(path), from_file(section, path)?)?;
     }
     layer(&mut table, section, &Origin::Variable, from_variables(section, &sources.variables)?)?;
     layer(&mut table, section, &Origin::Flag, sources.flags.clone())?;
-    for setting in section.settings {
+    Ok(table)
+}
+
+/// Errors: a needed path that no layer gives.
+fn check_given(section: &Section, table: &Table, needed: impl Fn(&str) -> bool) -> Result<(), UsageError> {
+    for setting in section.settings.iter().filter(|setting| needed(setting.key)) {
         if matches!(setting.rule, Rule::Path | Rule::Paths) && !table.get(setting.key).is_some_and(|v| setting.rule.holds(v)) {
             return Err(UsageError(format!(
                 "{key} is not given: use {}, or {key} in the table [{}] of a --config file, or {}",
@@ -86,7 +108,7 @@ where
             )));
         }
     }
-    Ok(table)
+    Ok(())
 }
 
 /// Settled settings as what they are.
@@ -114,7 +136,8 @@ fn layer(table: &mut Table, section: &Section, origin: &Origin, above: Table) ->
         let value = setting.rule.shape(found.clone());
         if !setting.rule.holds(&value) {
             let place = origin.place(section, &key);
-            return Err(UsageError(format!("{place} = {found}: expected {}", setting.rule.expected())));
+            let near = setting.rule.nearest(&value).map(|near| format!("; did you mean {near}?")).unwrap_or_default();
+            return Err(UsageError(format!("{place} = {found}: expected {}{near}", setting.rule.expected())));
         }
         table.insert(key, value);
     }

@@ -4,6 +4,7 @@
 //! name the place, the key, what was found and what is allowed.
 
 use crate::cluster::Wish;
+use potstill_pipeline::adapter::{ALL_MODULES, MODULES};
 use toml::Value;
 
 /// The settings of one verb; in a config file, the table of this name.
@@ -43,6 +44,8 @@ pub enum Rule {
     Share,
     /// Finite numbers > 0, perhaps none; as text separated by commas.
     Positives,
+    /// `all`, or modules that an adapter may stand on; as text separated by commas.
+    Modules,
     /// One of these words.
     OneOf(&'static [&'static str]),
     /// true or false.
@@ -136,6 +139,9 @@ pub const TRAIN: Section = Section {
         Setting { key: "warmup_steps", rule: Rule::Whole(0, 1 << 40) },
         Setting { key: "rank", rule: Rule::Whole(1, 1024) },
         Setting { key: "alpha", rule: Rule::Positive },
+        Setting { key: "rslora", rule: Rule::Switch },
+        Setting { key: "target_modules", rule: Rule::Modules },
+        Setting { key: "dropout", rule: Rule::Decay },
         Setting { key: "weight_decay", rule: Rule::NotNegative },
         Setting { key: "beta1", rule: Rule::Decay },
         Setting { key: "beta2", rule: Rule::Decay },
@@ -213,6 +219,7 @@ impl Rule {
             Rule::Decay => "a number from 0 to below 1".into(),
             Rule::Share => "a number above 0 and below 1".into(),
             Rule::Positives => "a list of finite numbers above 0".into(),
+            Rule::Modules => format!("{ALL_MODULES}, or some of {}", MODULES.join(", ")),
             Rule::OneOf(words) => words.join(", ").replacen(", ", " or ", usize::from(words.len() == 2)),
             Rule::Switch => "true or false".into(),
             Rule::Device => "auto, cpu, cuda or cuda:N".into(),
@@ -239,6 +246,10 @@ impl Rule {
             Rule::Decay => real(&|x| (0.0..1.0).contains(&x)),
             Rule::Share => real(&|x| x > 0.0 && x < 1.0),
             Rule::Positives => value.as_array().is_some_and(|list| list.iter().all(|v| Rule::Positive.holds(v))),
+            Rule::Modules => match value {
+                Value::Array(list) => !list.is_empty() && list.iter().all(|v| v.as_str().is_some_and(|s| MODULES.contains(&s))),
+                word => word.as_str() == Some(ALL_MODULES),
+            },
             Rule::OneOf(words) => text(&|s| words.contains(&s)),
             Rule::Switch => value.is_bool(),
             Rule::PartOf => text(&|s| s.parse::<potstill_pipeline::precompute::Share>().is_ok()),
@@ -247,6 +258,14 @@ impl Rule {
                 matches!(s, "auto" | "cpu" | "cuda") || s.strip_prefix("cuda:").is_some_and(|n| n.parse::<u16>().is_ok())
             }),
         }
+    }
+
+    /// The word that a refused value probably means.
+    pub fn nearest(&self, value: &Value) -> Option<&'static str> {
+        let Rule::Modules = self else { return None };
+        let names = value.as_array().into_iter().flatten().chain([value]).filter_map(Value::as_str);
+        let wrong = names.into_iter().find(|name| !MODULES.contains(name))?;
+        nearest(wrong, MODULES.into_iter().chain([ALL_MODULES]))
     }
 
     /// Reads the text of an environment variable. What cannot be read stays text, which [`holds`](Self::holds) then refuses.
@@ -276,6 +295,12 @@ impl Rule {
             (Rule::NotNegative | Rule::Positive | Rule::Decay | Rule::Share, Value::Integer(n)) => Value::Float(n as f64),
             (Rule::Positives, Value::Array(list)) => Value::Array(list.into_iter().map(|v| Rule::Positive.shape(v)).collect()),
             (Rule::Positives, one @ (Value::Integer(_) | Value::Float(_))) => Value::Array(vec![Rule::Positive.shape(one)]),
+            (Rule::Modules, Value::String(text)) if text != ALL_MODULES => {
+                Value::Array(text.split(',').map(|name| Value::String(name.trim().into())).collect())
+            }
+            (Rule::Modules, Value::Array(list)) if matches!(&list[..], [all] if all.as_str() == Some(ALL_MODULES)) => {
+                Value::String(ALL_MODULES.into())
+            }
             (Rule::Resume, Value::String(path)) if !matches!(path.as_str(), "latest" | "never") => {
                 Value::Table(toml::Table::from_iter([("path".to_string(), Value::String(path))]))
             }

@@ -22,6 +22,11 @@ fn each_rule_refuses_what_lies_just_outside() {
             vec![Value::Array(vec![]), Value::Array(vec![real(1.5), real(2.0)])],
             vec![real(2.0), Value::Array(vec![real(0.0)]), Value::Array(vec![word("2")])],
         ),
+        (
+            Rule::Modules,
+            vec![word("all"), Value::Array(vec![word("q_proj"), word("down_proj")])],
+            vec![word("q_proj"), Value::Array(vec![]), Value::Array(vec![word("lm_head")]), whole(1), word("")],
+        ),
         (Rule::OneOf(&["turns", "right"]), vec![word("right")], vec![word("left"), word("Right"), word("")]),
         (Rule::Device, vec![word("auto"), word("cuda:3")], vec![word("gpu"), word("cuda:"), word("cuda:-1")]),
         (Rule::Path, vec![word("a b")], vec![word(""), whole(1)]),
@@ -46,6 +51,14 @@ fn variables_are_read_by_the_rule() {
     assert_eq!(Rule::Positives.read("1.5, 2"), Value::Array(vec![Value::Float(1.5), Value::Float(2.0)]));
     assert_eq!(Rule::Positives.shape(Value::Integer(2)), Value::Array(vec![Value::Float(2.0)]));
     assert!(!Rule::Positives.holds(&Rule::Positives.read("1.5;2")));
+    let names = |list: &[&str]| Value::Array(list.iter().map(|name| Value::String((*name).into())).collect());
+    assert_eq!(Rule::Modules.read("q_proj, v_proj"), names(&["q_proj", "v_proj"]));
+    assert_eq!(Rule::Modules.read("o_proj"), names(&["o_proj"]));
+    for all in [Rule::Modules.read("all"), Rule::Modules.shape(names(&["all"]))] {
+        assert_eq!(all, Value::String("all".into()));
+    }
+    assert_eq!(Rule::Modules.nearest(&names(&["q_proj", "gate_prj"])), Some("gate_proj"));
+    assert_eq!(Rule::Modules.nearest(&names(&["embed_tokens"])), None);
     assert_eq!(Rule::Path.read("123"), Value::String("123".into()));
     assert_eq!(Rule::Switch.read("false"), Value::Boolean(false));
     let two = Value::Array(vec![Value::String("a".into()), Value::String("b,c".into())]);

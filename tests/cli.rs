@@ -146,6 +146,59 @@ fn flags_win_over_variables_and_variables_over_the_file() {
 }
 
 #[test]
+fn an_adapters_modules_are_a_list_or_text() {
+    let here = tempfile::tempdir().unwrap();
+    std::fs::write(here.path().join("text.toml"), "[train]\ntarget_modules = \"v_proj, q_proj\"\nrslora = true\n").unwrap();
+    std::fs::write(here.path().join("list.toml"), "[train]\ntarget_modules = [\"q_proj\", \"v_proj\"]\ndropout = 0\n").unwrap();
+    let echo = |more: &[&str]| echoed(potstill(here.path()).arg("train").args(more));
+    let two = "target_modules = [\"q_proj\", \"v_proj\"]\n";
+    for more in [&["--config", "text.toml"][..], &["--config", "list.toml"], &["--target-modules", "q_proj,v_proj"]] {
+        assert!(echo(more).contains(two), "{more:?}");
+    }
+    for more in [&[][..], &["--config", "list.toml", "--target-modules", "all"]] {
+        let err = echo(more);
+        assert!(err.contains("target_modules = \"all\"\n") && err.contains("dropout = 0.0\n"), "{err}");
+    }
+    let rslora = |more: &[&str]| echo(&[&["--config", "text.toml"][..], more].concat()).contains("rslora = true\n");
+    assert!(rslora(&[]) && !rslora(&["--no-rslora"]) && echo(&["--rslora"]).contains("rslora = true\n"));
+}
+
+/// The reference student's `config.json`, alone in a folder.
+fn config_alone(folder: &Path) {
+    let from = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/golden/student/config.json");
+    std::fs::create_dir(folder.join("student")).unwrap();
+    std::fs::copy(from, folder.join("student/config.json")).unwrap();
+}
+
+#[test]
+fn a_dry_run_needs_no_more_than_a_config_and_writes_nothing() {
+    let here = tempfile::tempdir().unwrap();
+    config_alone(here.path());
+    let dry = ["train", "--dry-run", "--student", "student", "--pack-tokens", "512", "--rank", "8"];
+    let (code, out, err) = run(potstill(here.path()).args(dry).args(["--out", "runs/out"]));
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert!(out.contains("PEAK ON THE DEVICE") && out.contains("packs of 512 tokens"), "{out}");
+    assert!(out.lines().all(|line| line.chars().count() <= 80), "{out}");
+    let (code, out, _) = run(potstill(here.path()).args(["--json"]).args(dry));
+    assert_eq!(code, 0);
+    let outlook: serde_json::Value = serde_json::from_str(&out).unwrap();
+    // Two layers of 4 · 128² + 3 · 128 · 320 weights, and for each of the seven 8 · (in + out) trainable numbers.
+    assert_eq!(outlook["memory"]["trainable"], 2 * 8 * (4 * 256 + 3 * 448));
+    assert_eq!(
+        (&outlook["memory"]["parts"][0]["name"], &outlook["memory"]["parts"][0]["bytes"]),
+        (&"NF4 codes".into(), &188_416.into())
+    );
+    assert_eq!((&outlook["run"], &outlook["target_modules"]), (&serde_json::Value::Null, &"all".into()));
+    let names: Vec<_> = std::fs::read_dir(here.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["student"], "nothing is written");
+
+    let (code, error) = refused(here.path(), &["train", "--dry-run", "--cache", "gone"]);
+    assert!(code == 2 && error.starts_with("error: student is not given"), "{error}");
+    let (code, error) = refused(here.path(), &["train", "--dry-run", "--student", "student", "--cache", "gone"]);
+    assert!(code == 1 && error.contains("gone: no such folder"), "{error}");
+}
+
+#[test]
 fn a_switch_can_be_turned_off_again() {
     let here = tempfile::tempdir().unwrap();
     std::fs::write(here.path().join("run.toml"), "[precompute]\ncompat = true\n").unwrap();
@@ -185,6 +238,16 @@ fn values_out_of_range_name_the_range() {
         ),
         (&["train", "--min-prob", "0"], "--min-prob = 0.0: expected a number above 0 and below 1"),
         (&["precompute", "--device", "gpu"], "--device = \"gpu\": expected auto, cpu, cuda or cuda:N"),
+        (&["train", "--dropout", "1"], "--dropout = 1.0: expected a number from 0 to below 1"),
+        (
+            &["train", "--target-modules", "q_proj,gate_prj"],
+            "--target-modules = [\"q_proj\", \"gate_prj\"]: expected all, or some of q_proj, k_proj, v_proj, o_proj, gate_proj, \
+             up_proj, down_proj; did you mean gate_proj?",
+        ),
+        (
+            &["train", "--target-modules", "lm_head"],
+            "--target-modules = [\"lm_head\"]: expected all, or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+        ),
         (&["merge", "--dtype", "int8"], "--dtype = \"int8\": expected auto, f32, bf16, f16"),
     ];
     for (arguments, sentence) in cases {

@@ -153,7 +153,7 @@ fn student(golden: &Path) -> Result<Student, Failure> {
     let decoder =
         Decoder::from_folder(&golden.join("student"), Holding::Nf4, Precision::F32, &Device::Cpu, &RunContext::default())?;
     let (config, tensors) = adapter::load(&golden.join("expected/lora"))?;
-    let mut student = Student::new(decoder, &LoraSettings { rank: config.rank, alpha: config.alpha, seed: 0 })?;
+    let mut student = Student::new(decoder, &LoraSettings::of(&config)?)?;
     let named = student.parameters().into_iter().map(|(name, _)| {
         let tensor = tensors.get(&name).ok_or_else(|| format!("the adapter lacks {name}"))?;
         Ok((name, tensor.clone()))

@@ -44,7 +44,7 @@ fn main() -> Result<(), Failure> {
 
 fn adapted(decoder: Decoder, folder: &Path) -> Result<Decoder, Failure> {
     let (config, mut tensors) = adapter::load(folder)?;
-    let mut student = Student::new(decoder, &LoraSettings { rank: config.rank, alpha: config.alpha, seed: 0 })?;
+    let mut student = Student::new(decoder, &LoraSettings::of(&config)?)?;
     let named = student.parameters().into_iter().filter_map(|(name, _)| tensors.remove(&name).map(|t| (name, t)));
     student.set_parameters(&named.collect::<Vec<_>>())?;
     Ok(student.decoder().clone())

@@ -11,11 +11,14 @@ mod merge;
 mod merged;
 mod module;
 mod staging;
+mod targets;
 
-pub use card::Surroundings;
+pub use card::{RUN_FILE, Surroundings};
+pub(crate) use config::is_dropout;
 pub use config::{AdapterConfig, MAX_RANK, Scaling};
 pub use folder::{load, save};
 pub use merge::{MergeConfig, MergeDtype, MergeFrom, MergeReport, SHARD_BYTES, merge, merge_in_shards};
+pub use targets::{ALL_MODULES, MODULES, TargetModules, WrongModules};
 
 use crate::model::ModelError;
 use potstill_cache::ErrorClass;

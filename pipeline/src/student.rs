@@ -1,4 +1,4 @@
-//! The student: a frozen NF4 base and trainable LoRA factors on all seven projections.
+//! The student: a frozen NF4 base and trainable LoRA factors on some or all of the seven projections.
 //!
 //! Owns the walk down and up the layers and the list of trainable tensors; knows nothing of losses, caches or optimisers. Only
 //! layer inputs are kept between the two walks ([`Tape`]); everything else is computed again on the way back.
@@ -8,7 +8,7 @@
 //! backward    dA, dB of layer 0 ◄─ … ◄─ layer L-1 ◄─ scatter ◄─ norm ◄─ d[N, H] ◄─┘
 //! ```
 
-use crate::adapter::MAX_RANK;
+use crate::adapter::{AdapterConfig, MAX_RANK, Scaling, TargetModules, WrongModules, is_dropout};
 use crate::data::pack::Pack;
 use crate::kernel::Precision;
 use crate::linear::{Head, Lora};
@@ -26,10 +26,45 @@ use std::path::Path;
 pub struct LoraSettings {
     /// r, 1 to [`MAX_RANK`].
     pub rank: u32,
-    /// alpha; y += alpha / r · B (A x).
+    /// alpha; y += factor · B (A x).
     pub alpha: f64,
-    /// Seed of A's start (B starts at 0, so that training starts from the base model).
+    /// How alpha becomes the factor: alpha / r, or alpha / √r.
+    pub scaling: Scaling,
+    /// The projections that carry the adapter.
+    pub targets: TargetModules,
+    /// Share of A's inputs that training leaves out, from 0 to below 1; the others grow by 1 / (1 - share).
+    pub dropout: f64,
+    /// Seed of A's start (B starts at 0, so that training starts from the base model) and of what is left out.
     pub seed: u64,
+}
+
+impl LoraSettings {
+    /// Plain LoRA: alpha / r on all projections, nothing left out.
+    pub fn plain(rank: u32, alpha: f64, seed: u64) -> Self {
+        Self { rank, alpha, scaling: Scaling::Standard, targets: TargetModules::ALL, dropout: 0.0, seed }
+    }
+
+    /// What a stored adapter was trained with, to go on computing with it: dropout belongs to training alone. Errors: a module that
+    /// no layer has.
+    pub fn of(config: &AdapterConfig) -> Result<Self> {
+        let names = config.target_modules.iter().map(String::as_str);
+        let wrong = |why: WrongModules| Error::Setting { name: "target_modules", found: why.found, expected: why.expected };
+        let targets = TargetModules::of(names).map_err(wrong)?;
+        Ok(Self { scaling: config.scaling, targets, ..Self::plain(config.rank, config.alpha, 0) })
+    }
+
+    /// Errors: a rank or a dropout out of its range.
+    pub fn check(&self) -> Result<()> {
+        if self.rank == 0 || self.rank > MAX_RANK {
+            let expected = format!("a whole number from 1 to {MAX_RANK}");
+            return Err(Error::Setting { name: "rank", found: self.rank.to_string(), expected });
+        }
+        if !is_dropout(self.dropout) {
+            let expected = "a number from 0 to below 1".into();
+            return Err(Error::Setting { name: "dropout", found: self.dropout.to_string(), expected });
+        }
+        Ok(())
+    }
 }
 
 /// A base model with an adapter.
@@ -63,20 +98,23 @@ impl Student {
         Self::new(Decoder::from_folder(folder, Holding::Nf4, precision, device, context)?, lora)
     }
 
-    /// Puts a fresh adapter on a decoder. Errors: a rank out of its range.
+    /// Puts a fresh adapter on a decoder's target projections. Errors: a rank or a dropout out of its range.
     ///
     /// A is uniform in ±1/√in, the bound that PEFT's `kaiming_uniform_(a=√5)` works out to; B is 0.
     pub fn new(mut decoder: Decoder, lora: &LoraSettings) -> Result<Self> {
-        if lora.rank == 0 || lora.rank > MAX_RANK {
-            let expected = format!("a whole number from 1 to {MAX_RANK}");
-            return Err(Error::Setting { name: "rank", found: lora.rank.to_string(), expected });
+        lora.check()?;
+        // Until the layers apply `linear::dropout`, a run that asks for it must not pretend to.
+        if lora.dropout > 0.0 {
+            let expected = "0 (the layers do not leave inputs out yet)".into();
+            return Err(Error::Setting { name: "dropout", found: lora.dropout.to_string(), expected });
         }
-        let (rank, scale) = (lora.rank as usize, lora.alpha / f64::from(lora.rank));
+        let (rank, scale) = (lora.rank as usize, lora.scaling.factor(lora.alpha, lora.rank));
         let mut random = ChaCha8Rng::seed_from_u64(lora.seed);
         let device = decoder.device().clone();
         let config = decoder.config.clone();
         for layer in &mut decoder.layers {
-            for (projection, linear) in layer.linears_mut().into_iter().enumerate() {
+            let linears = layer.linears_mut().into_iter().enumerate();
+            for (projection, linear) in linears.filter(|(projection, _)| lora.targets.contains(*projection)) {
                 let (outputs, inputs) = features(&config, projection);
                 let bound = 1.0 / (inputs as f32).sqrt();
                 let a: Vec<f32> = (0..rank * inputs).map(|_| (2.0 * unit(&mut random) - 1.0) * bound).collect();
@@ -127,8 +165,9 @@ impl Student {
             });
         }
         let mut tensors = parameters.iter().map(|(_, tensor)| tensor.clone());
-        for linear in self.decoder.layers.iter_mut().flat_map(|layer| layer.linears_mut()) {
-            if let (Some(lora), Some(a), Some(b)) = (&mut linear.lora, tensors.next(), tensors.next()) {
+        let linears = self.decoder.layers.iter_mut().flat_map(|layer| layer.linears_mut());
+        for lora in linears.filter_map(|linear| linear.lora.as_mut()) {
+            if let (Some(a), Some(b)) = (tensors.next(), tensors.next()) {
                 (lora.a, lora.b) = (a, b);
             }
         }
@@ -151,7 +190,7 @@ impl Student {
     }
 
     /// From dL/d(result of [`forward`](Self::forward)): the gradients of the trainable tensors, in the order of
-    /// [`parameters`](Self::parameters).
+    /// [`parameters`](Self::parameters). A projection without an adapter gives none.
     pub fn backward(&self, tape: Tape, d_normed: &Tensor) -> Result<Vec<Tensor>> {
         let d_scored = self.decoder.final_norm_backward(&tape.scored, d_normed)?;
         let zeros = Tensor::zeros((tape.tokens, self.decoder.config.hidden_size), d_scored.dtype(), d_scored.device())?;

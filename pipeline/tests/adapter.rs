@@ -19,7 +19,9 @@ fn config() -> AdapterConfig {
         rank: 2,
         alpha: 3.0,
         scaling: Scaling::Standard,
+        dropout: 0.0,
         base_model: "models/base".into(),
+        revision: None,
         target_modules: vec!["v_proj".into(), "q_proj".into()],
     }
 }
@@ -44,7 +46,7 @@ fn flat(t: &Tensor) -> Vec<f32> {
 }
 
 fn surroundings(base: &Path) -> Surroundings<'_> {
-    Surroundings { base, facts: &[] }
+    Surroundings { base, facts: &[], run: None }
 }
 
 #[test]
@@ -107,13 +109,38 @@ fn the_card_names_the_training_and_the_base_licence() {
         .unwrap();
     let facts = [("temperature".to_string(), "2".to_string()), ("note".to_string(), "a|b\nc".to_string())];
     let folder = dir.path().join("adapter");
-    save(&folder, &config(), &pair("q_proj", 4, 3), &Surroundings { base: &base, facts: &facts }).unwrap();
+    save(&folder, &config(), &pair("q_proj", 4, 3), &Surroundings { base: &base, facts: &facts, run: None }).unwrap();
     let card = fs::read_to_string(folder.join("README.md")).unwrap();
     let front: Vec<&str> = card.split("---\n").collect();
-    for line in ["library_name: peft", "base_model: \"models/base\"", "license: other", "license_name: tongyi-qianwen"] {
+    for line in [
+        "library_name: peft",
+        "base_model: \"models/base\"",
+        "- \"base_model:adapter:models/base\"",
+        "- lora",
+        "pipeline_tag: text-generation",
+        "license: other",
+        "license_name: tongyi-qianwen",
+    ] {
         assert!(front[1].lines().any(|l| l == line), "{line} is not in {card}");
     }
+    assert!(
+        card.contains("bnb_4bit_quant_type: nf4") && card.contains(concat!("potstill ", env!("CARGO_PKG_VERSION"))),
+        "{card}"
+    );
+    assert!(!folder.join("distill_run.json").exists() && !card.contains("distill_run") && !card.contains("LICENSE"), "{card}");
     assert!(card.contains("| temperature | 2 |") && card.contains("| note | a\\|b c |") && !card.contains("mit"), "{card}");
+
+    // A licence that stands in a file alone is copied and pointed at; the front matter is not made to say one.
+    let record = json!({"cache": {"id": "ab12"}});
+    fs::write(base.join("LICENSE"), "Tongyi Qianwen LICENSE AGREEMENT").unwrap();
+    fs::write(base.join("README.md"), "---\r\nlicense: >\r\n  mit\r\n---\r\n").unwrap();
+    let around = Surroundings { base: &base, facts: &facts, run: Some(&record) };
+    save(&folder, &config(), &pair("q_proj", 4, 3), &around).unwrap();
+    let card = fs::read_to_string(folder.join("README.md")).unwrap();
+    assert!(!card.contains("license:") && card.contains("`LICENSE`") && card.contains("`distill_run.json`"), "{card}");
+    assert_eq!(fs::read(folder.join("LICENSE")).unwrap(), fs::read(base.join("LICENSE")).unwrap());
+    let stored: Value = serde_json::from_slice(&fs::read(folder.join("distill_run.json")).unwrap()).unwrap();
+    assert_eq!(stored, record);
 
     let bare = dir.path().join("bare");
     save(&bare, &config(), &pair("q_proj", 4, 3), &surroundings(&golden("student"))).unwrap();
@@ -129,11 +156,16 @@ fn scaling_is_written_and_read() {
         (16.0, Scaling::RankStabilised, 16.0 / 2.0_f64.sqrt()),
     ] {
         let folder = dir.path().join("adapter");
-        let given = AdapterConfig { alpha, scaling, ..config() };
+        let revision = (alpha > 1.0).then(|| "0123456789abcdef".to_string());
+        let given = AdapterConfig { alpha, scaling, dropout: alpha / 32.0, revision, ..config() };
         // The second round replaces the first's folder.
         save(&folder, &given, &pair("q_proj", 4, 3), &surroundings(&golden("student"))).unwrap();
         let (read, _) = load(&folder).unwrap();
         assert_eq!((read.alpha, read.scaling), (alpha, scaling));
+        assert_eq!((read.dropout, &read.revision), (given.dropout, &given.revision));
+        let keys: Value = serde_json::from_slice(&fs::read(folder.join("adapter_config.json")).unwrap()).unwrap();
+        assert_eq!(keys["use_rslora"], json!(scaling == Scaling::RankStabilised));
+        assert_eq!((&keys["lora_dropout"], &keys["revision"]), (&json!(alpha / 32.0), &json!(given.revision)));
         assert!((read.factor() - factor).abs() < 1e-15);
     }
     let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
@@ -195,6 +227,8 @@ fn configurations_that_mean_more_are_refused() {
         (json!({"r": 0}), ["1 to 1024", "found 0"]),
         (json!({"r": 2.5}), ["1 to 1024", "2.5"]),
         (json!({"lora_alpha": null}), ["lora_alpha", "null"]),
+        (json!({"lora_dropout": 1.0}), ["lora_dropout: expected a number from 0 to below 1", "1.0"]),
+        (json!({"lora_dropout": "some"}), ["lora_dropout", "some"]),
         (json!({"use_dora": true}), ["use_dora", "plain LoRA"]),
         (json!({"rank_pattern": {"q_proj": 4}}), ["rank_pattern", "q_proj"]),
         (json!({"alpha_pattern": {"q_proj": 4}}), ["alpha_pattern", "q_proj"]),

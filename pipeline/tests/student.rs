@@ -49,7 +49,7 @@ fn stored_nf4() -> Decoder {
 
 /// The reference adapter: r = 8, alpha = 16.
 fn with_adapter(decoder: Decoder) -> Student {
-    let mut student = Student::new(decoder, &LoraSettings { rank: 8, alpha: 16.0, seed: 0 }).unwrap();
+    let mut student = Student::new(decoder, &LoraSettings::plain(8, 16.0, 0)).unwrap();
     let file = load("expected/lora/adapter_model.safetensors");
     let named = student.parameters().into_iter().map(|(name, _)| {
         let tensor = file[&format!("base_model.model.{name}")].clone();
@@ -92,7 +92,7 @@ fn worst_logprob(student: &Student, expected: &HashMap<String, Tensor>, variant:
 
 fn bare(decoder: Decoder) -> Student {
     // A fresh adapter has B = 0 and changes nothing.
-    Student::new(decoder, &LoraSettings { rank: 4, alpha: 8.0, seed: 3 }).unwrap()
+    Student::new(decoder, &LoraSettings::plain(4, 8.0, 3)).unwrap()
 }
 
 #[test]

@@ -288,9 +288,22 @@ pub struct Train {
     /// LoRA rank, 1 to 1024
     #[arg(long, value_name = "N")]
     pub rank: Option<i64>,
-    /// LoRA alpha; the adapter is scaled by alpha / rank
+    /// LoRA alpha; the adapter is scaled by alpha / rank, with --rslora by alpha / √rank
     #[arg(long, value_name = "N")]
     pub alpha: Option<f64>,
+    /// Scale the adapter by alpha / √rank (rank-stabilised LoRA)
+    #[arg(long, num_args = 0, default_missing_value = "true", overrides_with = "no_rslora")]
+    pub rslora: Option<bool>,
+    /// Scale the adapter by alpha / rank (the default)
+    #[arg(long, overrides_with = "rslora")]
+    #[serde(skip)]
+    pub no_rslora: bool,
+    /// Projections that carry the adapter: all, or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    pub target_modules: Option<Vec<String>>,
+    /// Share of the adapter's inputs left out at random while training, from 0 to below 1 (LoRA dropout, as PEFT has it)
+    #[arg(long, value_name = "SHARE")]
+    pub dropout: Option<f64>,
     /// Decoupled weight decay of AdamW
     #[arg(long, value_name = "X")]
     pub weight_decay: Option<f64>,
@@ -322,6 +335,10 @@ pub struct Train {
     /// Checkpoints kept, at least 2
     #[arg(long, value_name = "N")]
     pub keep_checkpoints: Option<i64>,
+    /// Say what the run will need in memory, steps and tokens, and do nothing: reads config.json of --student (all that its folder needs to hold) and, if given, the manifest of --cache
+    #[arg(long)]
+    #[serde(skip)]
+    pub dry_run: bool,
     /// Start from the latest checkpoint, from this one, or never
     #[arg(long, value_name = "latest|PATH|never")]
     pub resume: Option<String>,

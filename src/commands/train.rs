@@ -1,18 +1,23 @@
-//! `potstill train`: resolve settings, run stage two, say what came out.
+//! `potstill train`: resolve settings, run stage two, say what came out; or, with `--dry-run`, what it will need.
 
 use super::{drawn, interruptible};
 use crate::cli::{Manner, Train};
 use crate::config::{self, Sources};
 use crate::exit::Outcome;
-use crate::print::{self, Table};
+use crate::print::{self, Side, Table};
 use crate::settings;
-use potstill_pipeline::hub::Hub;
+use potstill_pipeline::hub::{Hub, HubSettings, Network};
+use potstill_pipeline::run::RunContext;
+use potstill_pipeline::train::outlook::{self, Outlook, Place, When};
 use potstill_pipeline::train::{self, TrainConfig, TrainReport};
 use std::io::Write;
 
 /// Runs stage two.
 pub fn run(flags: Train, manner: Manner) -> anyhow::Result<Outcome> {
     let sources = Sources::of_process(flags.config.clone(), &flags)?;
+    if flags.dry_run {
+        return dry_run(&sources, manner);
+    }
     let config: TrainConfig = config::resolve(&settings::TRAIN, &sources)?;
     manner.remark(&config::to_toml(&settings::TRAIN, &config)?);
 
@@ -30,6 +35,67 @@ pub fn run(flags: Train, manner: Manner) -> anyhow::Result<Outcome> {
         out.flush()?;
     }
     Ok(Outcome::Done)
+}
+
+/// Says what a run will need. Nothing is written, nothing is fetched.
+fn dry_run(sources: &Sources, manner: Manner) -> anyhow::Result<Outcome> {
+    let config: TrainConfig = config::resolve_needing(&settings::TRAIN, sources, &["student"])?;
+    let mut offline = HubSettings::of_process();
+    offline.network = Network::Offline;
+    let student = Hub::new(offline).model_folder(&config.student, &RunContext::default())?;
+    let outlook = outlook::look(&TrainConfig { student, ..config })?;
+    if manner.json {
+        print::json(&outlook)?;
+        return Ok(Outcome::Done);
+    }
+    let mut out = print::out();
+    memory(&outlook).write(&mut out)?;
+    writeln!(out)?;
+    needs(&outlook).write(&mut out)?;
+    out.flush()?;
+    Ok(Outcome::Done)
+}
+
+/// What is held, part by part.
+fn memory(outlook: &Outlook) -> Table {
+    let mut table = Table::with_heads(&[("held", Side::Left), ("when", Side::Left), ("memory", Side::Right)]);
+    for part in &outlook.memory.parts {
+        let when = match (part.place, part.when) {
+            (Place::Host, _) => "on the host, in its file".to_string(),
+            (Place::Device, when) => moment(when).into(),
+        };
+        table.row([part.name.to_string(), when, print::bytes(part.bytes)]);
+    }
+    let peak = format!("always and {}", moment(outlook.memory.peak));
+    table.row(["PEAK ON THE DEVICE".into(), peak, print::bytes(outlook.memory.device)]);
+    table
+}
+
+fn moment(when: When) -> &'static str {
+    match when {
+        When::Always => "always",
+        When::Pass => "loss and backward",
+        When::Loss => "loss",
+        When::Backward => "backward",
+        When::Update => "update",
+    }
+}
+
+/// What that is computed for, and how long the run is.
+fn needs(outlook: &Outlook) -> Table {
+    let mut table = Table::of_facts();
+    table
+        .fact("computed for", format!("packs of {} tokens, all of them scored", print::count(outlook.pack_tokens)))
+        .fact("adapter", format!("rank {} on {}", outlook.rank, outlook.target_modules))
+        .fact("trainable numbers", print::count(outlook.memory.trainable));
+    if let Some(run) = &outlook.run {
+        table
+            .fact("conversations", format!("{}, of at most {} tokens", print::count(run.rows), print::count(run.max_length)))
+            .fact("steps", format!("{}, {:.2} passes over the cache", print::count(run.steps), run.epochs))
+            .fact("tokens in a step", format!("{} on average", print::count(run.tokens_per_step as u64)))
+            .fact("scored positions", format!("{} of them", print::count(run.scored_per_step as u64)));
+    }
+    table
 }
 
 /// What a run did.

@@ -1,12 +1,25 @@
-//! Owns the model card of an adapter folder. Refuses to invent a licence: the base model's is carried over or none is named.
+//! Owns the model card of an adapter folder, in the form that PEFT gives it. Refuses to invent a licence: the base model's is carried
+//! over or none is named.
 
 use super::AdapterConfig;
+use serde_json::Value;
 use std::path::Path;
 
+/// The run's record beside the card, for machines. It is a file of its own because PEFT drops keys of `adapter_config.json` that it
+/// does not know.
+pub const RUN_FILE: &str = "distill_run.json";
 /// Longest base model card looked at for its licence, in bytes.
 const MAX_CARD_BYTES: u64 = 1 << 20;
 /// Front-matter keys of the base model's card that hold for the adapter too.
 const CARRIED: [&str; 3] = ["license", "license_name", "license_link"];
+/// The base as training held it, in the words of the library that made the format.
+const QUANTISATION: [(&str, &str); 5] = [
+    ("load_in_4bit", "True"),
+    ("bnb_4bit_quant_type", "nf4"),
+    ("bnb_4bit_use_double_quant", "True"),
+    ("block sizes", "64 weights, 256 absolute maxima"),
+    ("quantised", "the seven projections of every layer; embedding, norms and head are as stored"),
+];
 
 /// What stands around an adapter's tensors in its folder.
 #[derive(Debug, Clone, Copy)]
@@ -15,51 +28,80 @@ pub struct Surroundings<'a> {
     pub base: &'a Path,
     /// What the card tells of the training: (name, value), in this order.
     pub facts: &'a [(String, String)],
+    /// What [`RUN_FILE`] holds, if there is to be one.
+    pub run: Option<&'a Value>,
 }
 
 /// The text of `README.md`.
 pub(super) fn text(config: &AdapterConfig, surroundings: &Surroundings<'_>) -> String {
-    let mut card = String::from("---\nlibrary_name: peft\n");
-    if !config.base_model.is_empty() {
-        card.push_str(&format!("base_model: {}\n", quoted(&config.base_model)));
-    }
-    card.push_str("pipeline_tag: text-generation\ntags:\n- lora\n- distillation\n");
-    for line in licence(surroundings.base) {
-        card.push_str(&line);
-        card.push('\n');
-    }
-    card.push_str("---\n\n# LoRA adapter\n\nTrained by potstill");
-    card.push_str(" on an NF4 base (double quantised, blocks of 64) from cached teacher distributions.\n\n");
     let own = [
-        ("base model", config.base_model.clone()),
+        ("base model", base_model(config)),
         ("rank", config.rank.to_string()),
         ("alpha", config.alpha.to_string()),
         ("factor of B (A x)", config.factor().to_string()),
+        ("dropout", config.dropout.to_string()),
         ("modules", config.target_modules.join(", ")),
     ];
-    card.push_str("| | |\n|---|---|\n");
     let given = surroundings.facts.iter().map(|(name, value)| (name.as_str(), value.clone()));
+    let mut card = front_matter(config, surroundings.base);
+    card.push_str("\n# LoRA adapter\n\nTrained by potstill from cached teacher distributions");
+    card.push_str(", the base held in 4 bits.\n\n## Use\n\n");
+    card.push_str("```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, this_folder)\n```\n\n");
+    card.push_str("## Training procedure\n\n| | |\n|---|---|\n");
     for (name, value) in own.into_iter().chain(given) {
         card.push_str(&format!("| {} | {} |\n", cell(name), cell(&value)));
     }
-    card.push_str("\n```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, this_folder)\n```\n");
+    card.push_str("\nThe base model's weights while training:\n\n");
+    for (name, value) in QUANTISATION {
+        card.push_str(&format!("- {name}: {value}\n"));
+    }
+    if surroundings.run.is_some() {
+        card.push_str(&format!(
+            "\n`{RUN_FILE}` beside this card says the same for machines, with the digests of everything used.\n"
+        ));
+    }
+    if surroundings.base.join("LICENSE").is_file() {
+        card.push_str("\n## Licence\n\nThe base model's, beside this card: `LICENSE`.\n");
+    }
+    card.push_str(&format!("\n### Framework versions\n\n- potstill {}\n", env!("CARGO_PKG_VERSION")));
     card
+}
+
+/// The YAML that the hub reads.
+fn front_matter(config: &AdapterConfig, base: &Path) -> String {
+    let mut lines = vec!["---".to_string(), "library_name: peft".into()];
+    let mut tags = vec!["lora".to_string(), "distillation".into()];
+    if !config.base_model.is_empty() {
+        lines.push(format!("base_model: {}", quoted(&config.base_model)));
+        tags.insert(0, quoted(&format!("base_model:adapter:{}", config.base_model)));
+    }
+    lines.push("pipeline_tag: text-generation".into());
+    lines.push("tags:".into());
+    lines.extend(tags.into_iter().map(|tag| format!("- {tag}")));
+    lines.extend(licence(base));
+    lines.push("---\n".into());
+    lines.join("\n")
+}
+
+fn base_model(config: &AdapterConfig) -> String {
+    let revision = config.revision.as_ref().map(|revision| format!(", revision {revision}")).unwrap_or_default();
+    format!("{}{revision}", config.base_model)
 }
 
 /// The licence lines of the base model's card.
 fn licence(base: &Path) -> Vec<String> {
-    let path = base.join("README.md");
-    let short = std::fs::metadata(&path).is_ok_and(|m| m.is_file() && m.len() <= MAX_CARD_BYTES);
-    let text = if short { std::fs::read_to_string(&path).unwrap_or_default() } else { String::new() };
-    let mut lines = text.lines();
+    let text = crate::bounded::read(&base.join("README.md"), MAX_CARD_BYTES).unwrap_or_default();
+    let text = String::from_utf8(text).unwrap_or_default();
+    let mut lines = text.lines().map(str::trim_end);
     if lines.next() != Some("---") {
         return Vec::new();
     }
-    let value = |line: &str| line.split_once(':').map(|(key, value)| (key.to_string(), value.trim().to_string()));
     lines
         .take_while(|line| *line != "---")
-        .filter_map(value)
-        .filter(|(key, value)| CARRIED.contains(&key.as_str()) && !value.is_empty())
+        .filter_map(|line| line.split_once(':'))
+        .map(|(key, value)| (key, value.trim()))
+        // What opens a block or names something said elsewhere means nothing on a line of its own.
+        .filter(|(key, value)| CARRIED.contains(key) && !value.is_empty() && !value.starts_with(['|', '>', '&', '*']))
         .map(|(key, value)| format!("{key}: {value}"))
         .collect()
 }

@@ -41,6 +41,16 @@ pub enum Scaling {
     RankStabilised,
 }
 
+impl Scaling {
+    /// The factor of B (A x).
+    pub fn factor(self, alpha: f64, rank: u32) -> f64 {
+        match self {
+            Scaling::Standard => alpha / f64::from(rank),
+            Scaling::RankStabilised => alpha / f64::from(rank).sqrt(),
+        }
+    }
+}
+
 /// What an adapter is, apart from its tensors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterConfig {
@@ -50,8 +60,12 @@ pub struct AdapterConfig {
     pub alpha: f64,
     /// How alpha becomes a factor.
     pub scaling: Scaling,
+    /// `lora_dropout`, the share of inputs of A that training left out, from 0 to below 1. It means nothing after training.
+    pub dropout: f64,
     /// Name or folder of the base model.
     pub base_model: String,
+    /// The base model's commit, where it is known.
+    pub revision: Option<String>,
     /// Last parts of the adapted modules' names, e.g. `q_proj`.
     pub target_modules: Vec<String>,
 }
@@ -59,10 +73,7 @@ pub struct AdapterConfig {
 impl AdapterConfig {
     /// The factor of B (A x).
     pub fn factor(&self) -> f64 {
-        match self.scaling {
-            Scaling::Standard => self.alpha / f64::from(self.rank),
-            Scaling::RankStabilised => self.alpha / f64::from(self.rank).sqrt(),
-        }
+        self.scaling.factor(self.alpha, self.rank)
     }
 
     /// Reads and checks `adapter_config.json`.
@@ -81,7 +92,9 @@ impl AdapterConfig {
             rank: rank(path, &keys)?,
             alpha: alpha(path, &keys)?,
             scaling: if is_off(keys.get("use_rslora")) { Scaling::Standard } else { Scaling::RankStabilised },
+            dropout: dropout(path, &keys)?,
             base_model: keys.get("base_model_name_or_path").and_then(Value::as_str).unwrap_or_default().to_string(),
+            revision: keys.get("revision").and_then(Value::as_str).map(String::from),
             target_modules: target_modules(path, &keys)?,
         };
         Ok(config)
@@ -102,13 +115,13 @@ impl AdapterConfig {
             "layers_pattern": null,
             "layers_to_transform": null,
             "lora_alpha": if whole { json!(self.alpha as i64) } else { json!(self.alpha) },
-            "lora_dropout": 0.0,
+            "lora_dropout": self.dropout,
             "modules_to_save": null,
             "peft_type": "LORA",
             "peft_version": PEFT_VERSION,
             "r": self.rank,
             "rank_pattern": {},
-            "revision": null,
+            "revision": self.revision,
             "target_modules": modules,
             "task_type": "CAUSAL_LM",
             "use_dora": false,
@@ -152,9 +165,20 @@ fn alpha(path: &Path, keys: &Map<String, Value>) -> Checked<f64> {
     alpha.ok_or_else(|| wrong(path, "lora_alpha", "a finite number".into(), shown(found)))
 }
 
+/// Whether a share of inputs can be left out: some, never all.
+pub(crate) fn is_dropout(p: f64) -> bool {
+    (0.0..1.0).contains(&p)
+}
+
+fn dropout(path: &Path, keys: &Map<String, Value>) -> Checked<f64> {
+    let Some(found) = keys.get("lora_dropout").filter(|v| !v.is_null()) else { return Ok(0.0) };
+    let dropout = found.as_f64().filter(|p| is_dropout(*p));
+    dropout.ok_or_else(|| wrong(path, "lora_dropout", "a number from 0 to below 1".into(), shown(Some(found))))
+}
+
 /// A list of module names, or PEFT's word for all of them.
 fn target_modules(path: &Path, keys: &Map<String, Value>) -> Checked<Vec<String>> {
-    let short = crate::model::layer::PROJECTIONS.map(|p| p.split('.').nth(1).unwrap_or(p));
+    let short = super::MODULES;
     let found = keys.get("target_modules");
     let expected = || format!("\"all-linear\" or a list of {short:?}");
     match found {

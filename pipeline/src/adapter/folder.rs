@@ -1,5 +1,5 @@
-//! Owns an adapter's folder: `adapter_config.json`, `adapter_model.safetensors`, a card and the tokenizer's files. Refuses
-//! tensors that the configuration does not explain.
+//! Owns an adapter's folder: `adapter_config.json`, `adapter_model.safetensors`, a card, the run's record and the tokenizer's files.
+//! Refuses tensors that the configuration does not explain.
 
 use super::module::{self, FILE_PREFIX, Matrix};
 use super::staging::{Staging, refuse_occupied};
@@ -38,6 +38,9 @@ pub fn save(folder: &Path, config: &AdapterConfig, tensors: &[(String, Tensor)],
     let staging = Staging::beside(folder)?;
     staging.write(CONFIG_NAME, &config.text())?;
     staging.write("README.md", &card::text(config, surroundings))?;
+    if let Some(run) = surroundings.run {
+        staging.write(card::RUN_FILE, &format!("{run:#}\n"))?;
+    }
     let named = tensors.iter().map(|(name, tensor)| (format!("{FILE_PREFIX}{name}"), tensor));
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     safetensors::serialize_to_file(named, Some(metadata), &staging.file(TENSORS_NAME))

@@ -4,6 +4,7 @@
 
 pub mod awq;
 pub mod dense;
+pub mod dropout;
 pub mod nf4;
 pub mod outer;
 pub mod panel;

@@ -394,7 +394,8 @@ pub fn features(c: &ModelConfig, projection: usize) -> (usize, usize) {
     }
 }
 
-fn has_bias(biases: Biases, projection: usize) -> bool {
+/// Whether a projection has a bias.
+pub(crate) fn has_bias(biases: Biases, projection: usize) -> bool {
     match biases {
         Biases::None => false,
         Biases::QueryKeyValue => projection < 3,

@@ -12,7 +12,8 @@
 
 use super::identity::{self, Identity};
 use super::optimizer::AdamW;
-use super::{Resume, TrainConfig, TrainError, save_adapter};
+use super::provenance::Provenance;
+use super::{Resume, TrainConfig, TrainError};
 use crate::student::Student;
 use crate::{Error, Result, adapter, bounded};
 use serde::{Deserialize, Serialize};
@@ -192,18 +193,18 @@ impl RunFolder {
     pub(super) fn save(
         &self,
         config: &TrainConfig,
-        identity: &Identity,
+        provenance: &Provenance,
         student: &Student,
         adamw: &AdamW,
         progress: &Progress,
     ) -> Result<()> {
         let path = self.out.join(format!("{PREFIX}{}", progress.step));
         let partial = self.out.join(format!(".{PREFIX}{}.partial", progress.step));
-        save_adapter(&partial, config, student, progress)?;
+        provenance.save(&partial, student, progress)?;
         let optimizer = partial.join(OPTIMIZER_FILE);
         safetensors::serialize_to_file(adamw.state_tensors()?, None, &optimizer)
             .map_err(|e| TrainError::Io { path: optimizer, source: std::io::Error::other(e) })?;
-        write_json(&partial.join(STATE_FILE), &State { progress: progress.clone(), identity: identity.clone() })?;
+        write_json(&partial.join(STATE_FILE), &State { progress: progress.clone(), identity: provenance.identity().clone() })?;
         write_json(&partial.join(DIGESTS_FILE), &digests(&partial)?)?;
         for name in [OPTIMIZER_FILE, STATE_FILE, DIGESTS_FILE, ""] {
             sync(&partial.join(name))?;

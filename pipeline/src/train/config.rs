@@ -3,6 +3,7 @@
 use super::distillation::{DEFAULT_MAX_UNKNOWN_MASS, DivergenceName, LossSchedule, TailName};
 use super::optimizer::AdamWConfig;
 use super::schedule::Schedule;
+use crate::adapter::{Scaling, TargetModules};
 use crate::kernel::Precision;
 use crate::loss::{DEFAULT_BETA, DEFAULT_SKEW, LossSettings};
 use crate::student::LoraSettings;
@@ -34,6 +35,8 @@ pub const DEFAULT_WARMUP_STEPS: u64 = 100;
 pub const DEFAULT_RANK: u32 = 64;
 /// Default for [`TrainConfig::alpha`].
 pub const DEFAULT_ALPHA: f64 = 16.0;
+/// Default for [`TrainConfig::dropout`].
+pub const DEFAULT_DROPOUT: f64 = 0.0;
 /// Default for [`TrainConfig::weight_decay`].
 pub const DEFAULT_WEIGHT_DECAY: f64 = 0.0;
 /// Default for [`TrainConfig::beta1`].
@@ -141,8 +144,14 @@ pub struct TrainConfig {
     pub warmup_steps: u64,
     /// LoRA rank r.
     pub rank: u32,
-    /// LoRA alpha; the adapter is scaled by alpha / r.
+    /// LoRA alpha; the adapter is scaled by alpha / r, with `rslora` by alpha / √r.
     pub alpha: f64,
+    /// Whether the adapter is scaled by alpha / √r (rank-stabilised LoRA).
+    pub rslora: bool,
+    /// The projections that carry the adapter.
+    pub target_modules: TargetModules,
+    /// Share of the adapter's inputs that training leaves out, from 0 to below 1.
+    pub dropout: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
     /// AdamW's first decay.
@@ -200,6 +209,9 @@ impl Default for TrainConfig {
             warmup_steps: DEFAULT_WARMUP_STEPS,
             rank: DEFAULT_RANK,
             alpha: DEFAULT_ALPHA,
+            rslora: false,
+            target_modules: TargetModules::ALL,
+            dropout: DEFAULT_DROPOUT,
             weight_decay: DEFAULT_WEIGHT_DECAY,
             beta1: DEFAULT_BETA1,
             beta2: DEFAULT_BETA2,
@@ -275,7 +287,9 @@ impl TrainConfig {
 
     /// The adapter's size and start.
     pub fn lora(&self) -> LoraSettings {
-        LoraSettings { rank: self.rank, alpha: self.alpha, seed: self.seed }
+        let scaling = if self.rslora { Scaling::RankStabilised } else { Scaling::Standard };
+        let (targets, dropout) = (self.target_modules, self.dropout);
+        LoraSettings { scaling, targets, dropout, ..LoraSettings::plain(self.rank, self.alpha, self.seed) }
     }
 
     /// Optimiser steps over a cache of `rows` rows: `steps`, else as many as `epochs` passes need, at least one.

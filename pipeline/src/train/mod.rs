@@ -12,6 +12,8 @@ mod error;
 mod identity;
 mod metrics;
 pub mod optimizer;
+pub mod outlook;
+mod provenance;
 mod reading;
 pub mod schedule;
 
@@ -19,12 +21,10 @@ pub use config::*;
 pub use distillation::{DEFAULT_MAX_UNKNOWN_MASS, DivergenceName, LossPlan, LossSchedule, TailName};
 pub use error::TrainError;
 
-use crate::adapter::{self, AdapterConfig, Scaling, Surroundings};
 use crate::data::ChatTokenizer;
 use crate::data::pack::{self, Pack, Sequence};
 use crate::loss::{self, Batch, LossSettings, LossSums};
 use crate::model::config::ModelConfig;
-use crate::model::layer::PROJECTIONS;
 use crate::run::{RUN_AGAIN, RunContext};
 use crate::student::Student;
 use crate::{Error, Result, device};
@@ -33,6 +33,7 @@ use checkpoint::{Progress, RunFolder};
 use metrics::{Metrics, StepMetrics};
 use optimizer::AdamW;
 use potstill_cache::{Batches, Cache, Order, Record, Sampler, SoftTargets};
+use provenance::Provenance;
 use reading::Reading;
 use std::sync::Arc;
 use std::time::Instant;
@@ -63,6 +64,7 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
         None => Progress::default(),
     };
     folder.write_settings(config)?;
+    let provenance = Provenance::of(config, (plan.start(), &targets), cache.manifest(), identity);
     let mut metrics = Metrics::open(folder.path(), progress.step)?;
     let sampler = Sampler::new(cache.len(), config.seed, if config.shuffle { Order::Seeded } else { Order::Sequential });
     let mut batches = Batches::start(Arc::new(cache), sampler, progress.step, u64::from(config.batch_size))
@@ -99,7 +101,7 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
         let due = stopping || progress.step == total || config.checkpoint_due(progress.step);
         if due && progress.step > saved {
             metrics.sync()?;
-            folder.save(config, &identity, &student, &adamw, &progress)?;
+            folder.save(config, &provenance, &student, &adamw, &progress)?;
             saved = progress.step;
         }
         if stopping {
@@ -108,7 +110,7 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     }
     context.progress.end();
     let adapter = folder.path().join(ADAPTER_FOLDER);
-    save_adapter(&adapter, config, &student, &progress)?;
+    provenance.save(&adapter, &student, &progress)?;
     Ok(TrainReport {
         targets,
         steps: progress.step,
@@ -224,26 +226,4 @@ fn accumulate(
         step.tokens += pack.input_ids().len() as u64;
     }
     Ok(Some(step))
-}
-
-/// Writes the PEFT folder of the student's adapter.
-fn save_adapter(folder: &std::path::Path, config: &TrainConfig, student: &Student, progress: &Progress) -> Result<()> {
-    let modules = PROJECTIONS.iter().filter_map(|p| p.rsplit('.').next()).map(String::from).collect();
-    let adapter = AdapterConfig {
-        rank: config.rank,
-        alpha: config.alpha,
-        scaling: Scaling::Standard,
-        base_model: crate::hub::name_of(&config.student).unwrap_or_else(|| config.student.display().to_string()),
-        target_modules: modules,
-    };
-    let facts = [
-        ("objective".to_string(), config.objective.to_string()),
-        ("cache".to_string(), config.cache.display().to_string()),
-        ("temperature".to_string(), config.temperature.to_string()),
-        ("steps".to_string(), progress.step.to_string()),
-        ("tokens".to_string(), progress.tokens.to_string()),
-        ("loss at last (nats a scored position)".to_string(), format!("{:.4}", progress.last_loss())),
-    ];
-    adapter::save(folder, &adapter, &student.parameters(), &Surroundings { base: &config.student, facts: &facts })?;
-    Ok(())
 }

@@ -1,0 +1,151 @@
+//! What an adapter's folder tells of the run that made it: PEFT's configuration, the facts of its card, and `distill_run.json`.
+//!
+//! Owns the wording; refuses to tell times, hosts and paths of this machine, so that a resumed run writes the bytes of one that was
+//! never interrupted, and a folder can be given away. (PEFT itself needs the base model's place: a name on the hub, else a path.)
+
+use super::TrainConfig;
+use super::checkpoint::Progress;
+use super::identity::Identity;
+use crate::adapter::{self, AdapterConfig, Surroundings};
+use crate::loss::LossSettings;
+use crate::student::Student;
+use crate::{Result, hub};
+use potstill_cache::{Description, Manifest};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+/// Version of `distill_run.json`.
+const FORMAT_VERSION: u32 = 1;
+/// Most data files that a card names.
+const FILES_NAMED: usize = 3;
+
+/// What is known of a run from its start.
+#[derive(Debug)]
+pub(super) struct Provenance {
+    base: PathBuf,
+    adapter: AdapterConfig,
+    facts: Vec<(String, String)>,
+    run: Value,
+    identity: Identity,
+    /// Figures on held-out conversations at the adapter's step, by name; none where nothing was held out.
+    pub(super) held_out: Vec<(String, f64)>,
+}
+
+impl Provenance {
+    /// Of a run that learns from the cache of `manifest` by this loss; `targets` says in words what is read of it.
+    pub(super) fn of(
+        config: &TrainConfig,
+        (loss, targets): (&LossSettings, &str),
+        manifest: &Manifest,
+        identity: Identity,
+    ) -> Self {
+        let name = hub::name_of(&config.student);
+        let revision = name.as_ref().and_then(|_| last_name(&config.student));
+        let lora = config.lora();
+        let adapter = AdapterConfig {
+            rank: lora.rank,
+            alpha: lora.alpha,
+            scaling: lora.scaling,
+            dropout: lora.dropout,
+            base_model: name.unwrap_or_else(|| config.student.display().to_string()),
+            revision,
+            target_modules: lora.targets.names().into_iter().map(String::from).collect(),
+        };
+        let description = &manifest.description;
+        let run = json!({
+            "format_version": FORMAT_VERSION,
+            "program": format!("potstill {}", env!("CARGO_PKG_VERSION")),
+            "cache": {
+                "id": description.digest(),
+                "rows": manifest.rows(),
+                "tokens": manifest.tokens(),
+                "scored": manifest.scored(),
+                "description": description,
+            },
+            "learned_from": targets,
+            "loss": loss,
+            "settings": identity,
+        });
+        let facts = facts(config, (loss, targets), description);
+        Self { base: config.student.clone(), adapter, facts, run, identity, held_out: Vec::new() }
+    }
+
+    /// Every setting that decides the adapter's bits.
+    pub(super) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Writes the PEFT folder of the student's adapter.
+    pub(super) fn save(&self, folder: &Path, student: &Student, progress: &Progress) -> Result<()> {
+        let mut facts = self.facts.clone();
+        facts.push(fact("steps", progress.step));
+        facts.push(fact("tokens seen", progress.tokens));
+        facts.push(fact("loss at last (nats a scored position)", format!("{:.4}", progress.last_loss())));
+        facts.extend(self.held_out.iter().map(|(name, value)| fact(name, format!("{value:.4}"))));
+        let mut run = self.run.clone();
+        run["progress"] = json!({
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "first_loss": progress.first_loss(),
+            "last_loss": progress.last_loss(),
+        });
+        run["held_out"] = Value::Object(self.held_out.iter().map(|(name, value)| (name.clone(), json!(value))).collect());
+        let surroundings = Surroundings { base: &self.base, facts: &facts, run: Some(&run) };
+        adapter::save(folder, &self.adapter, &student.parameters(), &surroundings)?;
+        Ok(())
+    }
+}
+
+/// The card's facts that are known from the start.
+fn facts(config: &TrainConfig, (loss, targets): (&LossSettings, &str), description: &Description) -> Vec<(String, String)> {
+    let files: Vec<&str> = description.data.files.iter().map(|file| file.name.as_str()).collect();
+    let more = files.len().saturating_sub(FILES_NAMED);
+    let named = files.iter().take(FILES_NAMED).copied().collect::<Vec<_>>().join(", ");
+    let more = if more == 0 { String::new() } else { format!(" and {more} more") };
+    let teacher = &description.teacher;
+    let mut facts = vec![
+        fact("objective", config.objective),
+        fact("loss", in_words(loss)),
+        fact("data", format!("{named}{more}; {} conversations", description.data.rows)),
+    ];
+    if loss.kd_alpha > 0.0 {
+        facts.push(fact("teacher", format!("{} ({}), weights BLAKE3 {}", teacher.name, teacher.weights, teacher.weights_blake3)));
+        facts.push(fact("learned from", targets));
+        facts.push(fact("k (entries kept of a distribution, at most)", description.selection.max_entries()));
+        facts.push(fact("temperature", loss.temperature));
+    }
+    facts.push(fact("cache id", description.digest()));
+    let warm_up = format!("{} steps of warm-up", config.warmup_steps);
+    let schedule = format!("{:?}", config.schedule).to_lowercase();
+    facts.push(fact("learning rate", format!("{}, {schedule} after {warm_up}", config.lr)));
+    facts.push(fact("conversations in a step", config.batch_size));
+    facts.push(fact("longest conversation", format!("{} tokens", description.encoding.max_length)));
+    facts.push(fact("largest gradient norm", config.max_grad_norm));
+    facts.push(fact("seed", config.seed));
+    facts
+}
+
+/// The loss as a sum of its weighted terms.
+fn in_words(loss: &LossSettings) -> String {
+    let terms = [(loss.kd_alpha, format!("T² · {}", divergence(loss))), (loss.kd_ce_alpha, "cross entropy".into())];
+    let terms: Vec<String> =
+        terms.into_iter().filter(|(weight, _)| *weight > 0.0).map(|(weight, term)| format!("{weight} · {term}")).collect();
+    terms.join(" + ")
+}
+
+/// The divergence by the name that settings have for it, with its parameters: `forward_kl`, `jsd (beta 0.5)`.
+fn divergence(loss: &LossSettings) -> String {
+    let Ok(Value::Object(mut fields)) = serde_json::to_value(loss.divergence) else { return String::new() };
+    let kind = fields.remove("kind").and_then(|kind| kind.as_str().map(String::from)).unwrap_or_default();
+    let parameters: Vec<String> = fields.iter().map(|(name, value)| format!("{name} {value}")).collect();
+    if parameters.is_empty() { kind } else { format!("{kind} ({})", parameters.join(", ")) }
+}
+
+/// The folder's own name; of a snapshot in a Hugging Face cache this is the commit.
+fn last_name(folder: &Path) -> Option<String> {
+    Some(folder.canonicalize().ok()?.file_name()?.to_str()?.to_string())
+}
+
+fn fact(name: &str, value: impl ToString) -> (String, String) {
+    (name.to_string(), value.to_string())
+}
