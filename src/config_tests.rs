@@ -75,7 +75,7 @@ fn unknown_names_are_refused_with_the_nearest_one() {
     let error = train("", &[("POTSTILL_TRAIN__LRR", "1")], "").expect_err("unknown variable");
     assert_eq!(error, "POTSTILL_TRAIN__LRR: unknown setting; did you mean lr?");
     let error = train("[train]\nzzzzzz = 1", &[], "").expect_err("far from everything");
-    assert!(error.contains("unknown setting; known are student, cache, out"), "{error}");
+    assert!(error.contains("unknown setting; known are student, cache, data"), "{error}");
 }
 
 #[test]

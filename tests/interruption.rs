@@ -190,22 +190,27 @@ fn a_damaged_newest_checkpoint_gives_way_to_the_one_before_it_and_that_is_said()
     assert!(refused.error().starts_with("run/checkpoint-12/trainer_state.json: damaged checkpoint"), "{refused:?}");
 }
 
-/// A student whose embedding of `token` is so large that no loss of a row with it is finite.
+/// A student whose embedding of `token` is infinite, so that no loss of a row with it is finite. Its head, which the reference model
+/// shares with the embedding, stays as it is.
 fn poisoned(bench: &Bench, token: u32) {
     let folder = bench.copy("student", "poisoned");
+    support::edit_json(&folder.join("config.json"), |config| config["tie_word_embeddings"] = false.into());
     let path = folder.join("model.safetensors");
-    let mut bytes = std::fs::read(&path).unwrap();
-    let (start, width, size) = {
-        let (header, tensors) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
-        let info = tensors.info("model.embed_tokens.weight").unwrap();
-        let size = if info.dtype == safetensors::Dtype::F32 { 4 } else { 2 };
-        (8 + header + info.data_offsets.0, info.shape[1], size)
-    };
-    let row = start + token as usize * width * size;
-    // Infinity, in f32 and in bf16.
-    let infinity: &[u8] = if size == 4 { &[0, 0, 0x80, 0x7f] } else { &[0x80, 0x7f] };
-    bytes[row..row + width * size].chunks_mut(size).for_each(|value| value.copy_from_slice(infinity));
-    std::fs::write(path, bytes).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let embedding = tensors.tensor("model.embed_tokens.weight").unwrap();
+    let (dtype, shape) = (embedding.dtype(), embedding.shape().to_vec());
+    let size = embedding.data().len() / shape.iter().product::<usize>();
+    let row = token as usize * shape[1] * size;
+    let mut bad = embedding.data().to_vec();
+    // Infinity in f32, and in the two bytes of bf16.
+    let infinity = &[0, 0, 0x80, 0x7f][4 - size..];
+    bad[row..row + shape[1] * size].chunks_mut(size).for_each(|value| value.copy_from_slice(infinity));
+    let mut all: Vec<_> = tensors.tensors().into_iter().filter(|(name, _)| name != "model.embed_tokens.weight").collect();
+    all.push(("lm_head.weight".into(), embedding));
+    all.push(("model.embed_tokens.weight".into(), safetensors::tensor::TensorView::new(dtype, shape, &bad).unwrap()));
+    let whole = safetensors::serialize(all, None).unwrap();
+    std::fs::write(path, whole).unwrap();
 }
 
 fn finite(bench: &Bench, adapter: &str) -> bool {

@@ -29,9 +29,9 @@ const CONFIG: AdamWConfig = AdamWConfig { kind: OptimizerKind::AdamW, beta1: 0.9
 #[test]
 fn the_first_step_moves_by_the_rate() {
     // At t = 1 the corrected moments are g and g²: p ← p (1 − rate wd) − rate g / (|g| + eps).
-    let mut p = vec![("p".to_string(), tensor(&[1.0, 1.0, 1.0], &[3]))];
+    let p = vec![("p".to_string(), tensor(&[1.0, 1.0, 1.0], &[3]))];
     let mut adam = AdamW::new(AdamWConfig { weight_decay: 0.5, ..CONFIG }, &p).unwrap();
-    adam.step(&mut p, &[tensor(&[2.0, -0.001, 0.0], &[3])], 0.1).unwrap();
+    adam.step(&p, &[tensor(&[2.0, -0.001, 0.0], &[3])], 0.1).unwrap();
     for (found, expected) in flat(&p[0].1).iter().zip([0.85, 1.05, 0.95]) {
         // f32 moments: relative 1e-7; eps over a gradient of 1e-3: 1e-5 of the step.
         assert!((found - expected).abs() < 2e-6, "{found} {expected}");
@@ -40,12 +40,12 @@ fn the_first_step_moves_by_the_rate() {
 
 #[test]
 fn ten_steps_equal_the_float64_rule() {
-    let mut p = parameters();
+    let p = parameters();
     let mut adam = AdamW::new(CONFIG, &p).unwrap();
     let mut twin: Vec<[f64; 3]> = p.iter().flat_map(|(_, t)| flat(t)).map(|v| [f64::from(v), 0.0, 0.0]).collect();
     for t in 1..=10 {
         let (g, rate) = (gradients(t), 0.01 * t as f64);
-        adam.step(&mut p, &g, rate).unwrap();
+        adam.step(&p, &g, rate).unwrap();
         for ([p, m, v], g) in twin.iter_mut().zip(g.iter().flat_map(flat)) {
             let g = f64::from(g);
             *p *= 1.0 - rate * 0.01;
@@ -65,12 +65,12 @@ fn ten_steps_equal_the_float64_rule() {
 fn a_state_through_a_file_continues_bit_for_bit() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("optimizer.safetensors");
-    let (mut p, mut q) = (parameters(), parameters());
+    let (p, q) = (parameters(), parameters());
     let mut whole = AdamW::new(CONFIG, &p).unwrap();
-    (1..=6).for_each(|t| whole.step(&mut p, &gradients(t), 0.01).unwrap());
+    (1..=6).for_each(|t| whole.step(&p, &gradients(t), 0.01).unwrap());
 
     let mut first = AdamW::new(CONFIG, &q).unwrap();
-    (1..=3).for_each(|t| first.step(&mut q, &gradients(t), 0.01).unwrap());
+    (1..=3).for_each(|t| first.step(&q, &gradients(t), 0.01).unwrap());
     let state: HashMap<String, Tensor> = first.state_tensors().unwrap().into_iter().collect();
     let mut names: Vec<_> = state.keys().map(String::as_str).collect();
     names.sort_unstable();
@@ -79,7 +79,7 @@ fn a_state_through_a_file_continues_bit_for_bit() {
     let mut second = AdamW::new(CONFIG, &q).unwrap();
     second.load_state(&Weights::open_file(&file).unwrap()).unwrap();
     assert_eq!(second.steps(), 3);
-    (4..=6).for_each(|t| second.step(&mut q, &gradients(t), 0.01).unwrap());
+    (4..=6).for_each(|t| second.step(&q, &gradients(t), 0.01).unwrap());
 
     let bits = |p: &[(String, Tensor)]| p.iter().flat_map(|(_, t)| flat(t)).map(f32::to_bits).collect::<Vec<_>>();
     assert_eq!(bits(&p), bits(&q));
@@ -122,9 +122,9 @@ fn the_maps_are_those_of_bitsandbytes() {
 #[test]
 fn ten_steps_in_eight_bits_equal_bitsandbytes() {
     let theirs = bitsandbytes();
-    let mut p = start_8bit();
+    let p = start_8bit();
     let mut adam = AdamW::new(EIGHT_BIT, &p).unwrap();
-    (1..=10).for_each(|t| adam.step(&mut p, &gradient_8bit(t), 0.01).unwrap());
+    (1..=10).for_each(|t| adam.step(&p, &gradient_8bit(t), 0.01).unwrap());
     // Each of ten steps moves by about 0.01, good to 1e-6 of itself; a value that lies on the border of two codes, to a rounding, falls
     // to either side, and shifts what follows by a code's width, some per cent of it. One in a hundred may; 13 of 4,196 do.
     let moved: Vec<f32> = flat(&p[0].1).iter().zip(flat(&theirs["p"])).map(|(ours, theirs)| (ours - theirs).abs()).collect();
@@ -143,9 +143,9 @@ fn ten_steps_in_eight_bits_equal_bitsandbytes() {
         }
     }
     // Eight bits are not thirty-two: the f32 optimizer goes elsewhere, but not far.
-    let mut q = start_8bit();
+    let q = start_8bit();
     let mut full = AdamW::new(CONFIG, &q).unwrap();
-    (1..=10).for_each(|t| full.step(&mut q, &gradient_8bit(t), 0.01).unwrap());
+    (1..=10).for_each(|t| full.step(&q, &gradient_8bit(t), 0.01).unwrap());
     let apart: f32 = flat(&p[0].1).iter().zip(flat(&q[0].1)).map(|(a, b)| (a - b).abs()).sum::<f32>() / ELEMENTS as f32;
     assert!(apart > 1e-5 && apart < 3e-3, "{apart}");
 }
@@ -157,18 +157,18 @@ fn an_eight_bit_state_is_small_and_continues_bit_for_bit() {
     // A tensor below 4096 values keeps f32 state.
     let all = || [start_8bit(), vec![("small".to_string(), tensor(&[0.5; 4095], &[4095]))]].concat();
     let given = |t: usize| [gradient_8bit(t), vec![tensor(&[0.1 * t as f32; 4095], &[4095])]].concat();
-    let (mut p, mut q) = (all(), all());
+    let (p, q) = (all(), all());
     let mut whole = AdamW::new(EIGHT_BIT, &p).unwrap();
-    (1..=6).for_each(|t| whole.step(&mut p, &given(t), 0.01).unwrap());
+    (1..=6).for_each(|t| whole.step(&p, &given(t), 0.01).unwrap());
     let mut first = AdamW::new(EIGHT_BIT, &q).unwrap();
-    (1..=3).for_each(|t| first.step(&mut q, &given(t), 0.01).unwrap());
+    (1..=3).for_each(|t| first.step(&q, &given(t), 0.01).unwrap());
     let state: HashMap<String, Tensor> = first.state_tensors().unwrap().into_iter().collect();
     let bytes = |name: &str| state[name].elem_count() * state[name].dtype().size_in_bytes();
     assert_eq!(["p.m", "p.m.absmax", "p.v", "p.v.absmax", "small.m", "small.v"].map(bytes), [4196, 68, 4196, 68, 16380, 16380]);
     candle_core::safetensors::save(&state, &file).unwrap();
     let mut second = AdamW::new(EIGHT_BIT, &q).unwrap();
     second.load_state(&Weights::open_file(&file).unwrap()).unwrap();
-    (4..=6).for_each(|t| second.step(&mut q, &given(t), 0.01).unwrap());
+    (4..=6).for_each(|t| second.step(&q, &given(t), 0.01).unwrap());
     let bits = |p: &[(String, Tensor)]| p.iter().flat_map(|(_, t)| flat(t)).map(f32::to_bits).collect::<Vec<_>>();
     assert_eq!(bits(&p), bits(&q));
     // A state of the other kind is refused.

@@ -1,7 +1,7 @@
 //! Settings of stage two, their defaults, and what a run reports.
 
 use super::optimizer::{AdamWConfig, OptimizerKind};
-use super::schedule::{Rates, Schedule};
+use super::schedule::Schedule;
 use crate::data::{BadRoles, Truncation};
 use crate::loss::{Divergence, LossSettings, Tail};
 use crate::student::LoraSettings;
@@ -275,37 +275,6 @@ impl TrainConfig {
     pub fn optimizer(&self) -> AdamWConfig {
         let Self { optimizer: kind, beta1, beta2, eps, weight_decay, .. } = *self;
         AdamWConfig { kind, beta1, beta2, eps, weight_decay }
-    }
-
-    /// The learning rate of every step of a run of `total_steps`.
-    pub fn rates(&self, total_steps: u64) -> Rates {
-        Rates {
-            schedule: self.schedule,
-            total_steps,
-            warmup_steps: self.warmup_steps,
-            decay_steps: self.decay_steps.unwrap_or_else(|| total_steps.div_ceil(DEFAULT_DECAY_PART)),
-            peak: self.lr,
-            floor: self.lr * self.min_lr_ratio,
-        }
-    }
-
-    /// Errors: a setting of another schedule than the one chosen, or out of its range.
-    pub fn check_schedule(&self) -> Result<()> {
-        let refuse = |name, found: String, expected: &str| Err(Error::Setting { name, found, expected: expected.into() });
-        if !(0.0..1.0).contains(&self.min_lr_ratio) {
-            return refuse("min_lr_ratio", self.min_lr_ratio.to_string(), "a number from 0 to below 1");
-        }
-        if self.min_lr_ratio > 0.0 && self.schedule == Schedule::Constant {
-            let expected = "no such setting with the schedule constant, which does not fall";
-            return refuse("min_lr_ratio", self.min_lr_ratio.to_string(), expected);
-        }
-        match self.decay_steps {
-            Some(0) => refuse("decay_steps", "0".into(), "at least 1"),
-            Some(steps) if self.schedule != Schedule::Wsd => {
-                refuse("decay_steps", steps.to_string(), "such a setting with the schedule wsd alone")
-            }
-            _ => Ok(()),
-        }
     }
 
     /// The adapter's size and start.

@@ -1,5 +1,7 @@
 //! Owns the learning rate as a function of the step. Refuses to hold state: a resumed run asks for the step it is at.
 
+use super::{DEFAULT_DECAY_PART, TrainConfig};
+use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// Shape of the learning rate after linear warm-up.
@@ -64,6 +66,39 @@ impl Rates {
     }
 }
 
+impl TrainConfig {
+    /// The learning rate of every step of a run of `total_steps`.
+    pub fn rates(&self, total_steps: u64) -> Rates {
+        Rates {
+            schedule: self.schedule,
+            total_steps,
+            warmup_steps: self.warmup_steps,
+            decay_steps: self.decay_steps.unwrap_or_else(|| total_steps.div_ceil(DEFAULT_DECAY_PART)),
+            peak: self.lr,
+            floor: self.lr * self.min_lr_ratio,
+        }
+    }
+
+    /// Errors: a setting of another schedule than the one chosen, or out of its range.
+    pub fn check_schedule(&self) -> Result<()> {
+        let refuse = |name, found: String, expected: &str| Err(Error::Setting { name, found, expected: expected.into() });
+        if !(0.0..1.0).contains(&self.min_lr_ratio) {
+            return refuse("min_lr_ratio", self.min_lr_ratio.to_string(), "a number from 0 to below 1");
+        }
+        if self.min_lr_ratio > 0.0 && self.schedule == Schedule::Constant {
+            let expected = "no such setting with the schedule constant, which does not fall";
+            return refuse("min_lr_ratio", self.min_lr_ratio.to_string(), expected);
+        }
+        match self.decay_steps {
+            Some(0) => refuse("decay_steps", "0".into(), "at least 1"),
+            Some(steps) if self.schedule != Schedule::Wsd => {
+                refuse("decay_steps", steps.to_string(), "such a setting with the schedule wsd alone")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::Schedule::{Constant, Cosine, Linear, Wsd};
@@ -121,6 +156,26 @@ mod tests {
                 },
             );
             near(rates.at(12), 0.5);
+        }
+    }
+
+    #[test]
+    fn a_setting_of_another_schedule_is_refused() {
+        let of =
+            |schedule, decay_steps, min_lr_ratio| TrainConfig { schedule, decay_steps, min_lr_ratio, ..TrainConfig::default() };
+        let rates = of(Wsd, None, 0.1).rates(1001);
+        assert_eq!((rates.decay_steps, rates.floor), (101, 2e-4 * 0.1), "a tenth, rounded up");
+        assert_eq!(of(Wsd, Some(7), 0.0).rates(1001).decay_steps, 7);
+        assert!(of(Cosine, None, 0.1).check_schedule().is_ok() && of(Wsd, Some(7), 0.1).check_schedule().is_ok());
+        for (config, words) in [
+            (of(Cosine, Some(7), 0.0), "decay_steps = 7: expected such a setting with the schedule wsd alone"),
+            (of(Wsd, Some(0), 0.0), "decay_steps = 0: expected at least 1"),
+            (of(Constant, None, 0.1), "min_lr_ratio = 0.1: expected no such setting with the schedule constant"),
+            (of(Linear, None, 1.0), "min_lr_ratio = 1: expected a number from 0 to below 1"),
+            (of(Linear, None, f64::NAN), "min_lr_ratio = NaN"),
+        ] {
+            let error = config.check_schedule().err().map(|error| error.to_string()).unwrap_or_default();
+            assert!(error.contains(words), "{error:?} {words}");
         }
     }
 }
