@@ -111,6 +111,17 @@ fn check_given(section: &Section, table: &Table, needed: impl Fn(&str) -> bool) 
     Ok(())
 }
 
+/// The settings of `section` in a recipe's text over the defaults, checked like a file's. `name` says where the text is from.
+pub fn recipe<T>(section: &Section, name: &str, text: &str) -> Result<T, UsageError>
+where
+    T: DeserializeOwned + Serialize + Default,
+{
+    let mut table = table_of(&T::default())?;
+    let path = Path::new(name);
+    layer(&mut table, section, &Origin::File(path), from_text(section, path, text)?)?;
+    typed(section, table)
+}
+
 /// Settled settings as what they are.
 pub fn typed<T: DeserializeOwned>(section: &Section, table: Table) -> Result<T, UsageError> {
     table.try_into().map_err(|e| UsageError(format!("settings of {}: {}", section.name, one_line(&e))))
@@ -152,8 +163,13 @@ fn from_file(section: &Section, path: &Path) -> Result<Table, UsageError> {
     if bytes > LARGEST_FILE {
         return Err(UsageError(format!("{shown}: {bytes} bytes: expected a config file of at most {LARGEST_FILE}")));
     }
-    let text = std::fs::read_to_string(path).map_err(fault)?;
-    let whole: Table = toml::from_str(&text).map_err(|e| {
+    from_text(section, path, &std::fs::read_to_string(path).map_err(fault)?)
+}
+
+/// The table of `section` in the text of the file `path`.
+fn from_text(section: &Section, path: &Path, text: &str) -> Result<Table, UsageError> {
+    let shown = path.display();
+    let whole: Table = toml::from_str(text).map_err(|e| {
         let line = e.span().map_or(1, |span| 1 + text.bytes().take(span.start).filter(|b| *b == b'\n').count());
         UsageError(format!("{shown}: line {line}: {}", one_line(&e.message())))
     })?;

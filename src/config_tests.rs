@@ -75,7 +75,7 @@ fn unknown_names_are_refused_with_the_nearest_one() {
     let error = train("", &[("POTSTILL_TRAIN__LRR", "1")], "").expect_err("unknown variable");
     assert_eq!(error, "POTSTILL_TRAIN__LRR: unknown setting; did you mean lr?");
     let error = train("[train]\nzzzzzz = 1", &[], "").expect_err("far from everything");
-    assert!(error.contains("unknown setting; known are student, cache, out"), "{error}");
+    assert!(error.contains("unknown setting; known are student, cache, data"), "{error}");
 }
 
 #[test]
@@ -92,9 +92,62 @@ fn values_out_of_range_name_place_value_and_range() {
 
 #[test]
 fn a_missing_path_says_all_three_ways_to_give_it() {
-    let error = train("[train]\nstudent = \"s\"\nout = \"o\"", &[], "").expect_err("no cache");
-    let expected = "cache is not given: use --cache, or cache in the table [train] of a --config file, or POTSTILL_TRAIN__CACHE";
+    let error = train("[train]\ncache = \"c\"\nout = \"o\"", &[], "").expect_err("no student");
+    let expected =
+        "student is not given: use --student, or student in the table [train] of a --config file, or POTSTILL_TRAIN__STUDENT";
     assert_eq!(error, expected);
+}
+
+#[test]
+fn chats_take_the_place_of_a_cache() {
+    let got = train("[train]\nstudent = \"s\"\nout = \"o\"\ndata = \"chats.jsonl\"", &[], "").expect("good");
+    assert_eq!((got.cache, got.data), (PathBuf::new(), vec![PathBuf::from("chats.jsonl")]));
+    let neither = train("[train]\nstudent = \"s\"\nout = \"o\"", &[], "").expect("a matter of the stage");
+    let error = neither.check_rows().expect_err("nothing to train on").to_string();
+    assert_eq!(
+        error,
+        "neither cache nor data is given: expected either a cache (--cache) or, for --objective sft, chats (--data)"
+    );
+    for (settings, words) in [
+        ("cache = \"c\"", "both cache and data are given"),
+        ("objective = \"distill\"", "objective = distill: expected sft with data"),
+        ("kd_alpha = 0.5", "kd_alpha = 0.5: expected no such setting with data"),
+        ("top_k = 8", "top_k = 8: expected no such setting with data"),
+    ] {
+        let objective = if settings.starts_with("objective") { "" } else { "objective = \"sft\"\n" };
+        let file = format!("[train]\nstudent = \"s\"\nout = \"o\"\ndata = [\"x\"]\n{objective}{settings}");
+        let error = train(&file, &[], "").expect("well-formed").check_rows().expect_err(settings).to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn every_recipe_is_read_as_it_is_meant() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("pipeline/recipes");
+    let mut read = Vec::new();
+    for entry in std::fs::read_dir(folder).expect("the recipes") {
+        let path = entry.expect("a recipe").path();
+        let text = std::fs::read_to_string(&path).expect("a small file");
+        let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
+        let stage_one: PrecomputeConfig = recipe(&PRECOMPUTE, &name, &text).expect("settings of stage one");
+        let config: TrainConfig = recipe(&TRAIN, &name, &text).expect("settings of stage two");
+        config.check_schedule().expect("a schedule that holds together");
+        let loss = config.loss_settings().expect("a loss that holds together");
+        let Some(arm) = name.strip_prefix("qwen1.5-14b-") else {
+            assert_eq!(name, "tiny");
+            continue;
+        };
+        let original = (64, 16.0, 2e-4, 100, 0.3, 16);
+        let here = (config.rank, config.alpha, config.lr, config.warmup_steps, config.max_grad_norm, config.batch_size);
+        assert_eq!(here, original, "{name}");
+        assert_eq!((loss.kd_alpha > 0.0, loss.kd_ce_alpha > 0.0), (arm != "sft", arm != "distill"), "{name}");
+        assert_eq!(if arm == "sft" { config.max_length } else { stage_one.max_length }, if arm == "sft" { 2048 } else { 1024 });
+        read.push(config.objective.to_string());
+    }
+    read.sort();
+    assert_eq!(read, ["distill", "distill+sft", "sft"]);
+    let error = recipe::<TrainConfig>(&TRAIN, "a.toml", "[train]\nlearning_rate = 1").expect_err("a typo").0;
+    assert!(error.starts_with("a.toml: train.learning_rate: unknown setting"), "{error}");
 }
 
 #[test]

@@ -32,13 +32,15 @@ pub struct Glance {
     phase: Phase,
     done: u64,
     stopping: bool,
+    /// Sentences to be shown once.
+    warnings: Vec<String>,
 }
 
 impl Glance {
     /// A look at a stage.
     pub fn at_stage(context: &RunContext) -> Self {
         let (phase, done) = context.progress.snapshot();
-        Self { phase, done, stopping: context.stopping() }
+        Self { phase, done, stopping: context.stopping(), warnings: context.take_warnings() }
     }
 
     /// A look at a scan over a cache, which has one phase and ends at once on a signal.
@@ -47,7 +49,7 @@ impl Glance {
         // Before the scan knows how much there is, there is nothing to draw.
         let name = if total == 0 { String::new() } else { name.into() };
         let phase = Phase { name, unit: "rows", total, serial: u64::from(total > 0), ..Phase::default() };
-        Self { phase, done, stopping: false }
+        Self { phase, done, stopping: false, warnings: Vec::new() }
     }
 }
 
@@ -101,7 +103,10 @@ fn bars(look: &impl Fn() -> Glance, ended: &AtomicBool) {
     let mut shown: Option<(Pace, ProgressBar)> = None;
     let mut warned = false;
     while !ended.load(Ordering::Relaxed) {
-        let Glance { phase, done, stopping } = look();
+        let Glance { phase, done, stopping, warnings } = look();
+        for warning in warnings.iter().map(|sentence| warning(sentence)) {
+            shown.as_ref().map_or_else(|| eprintln!("{warning}"), |(_, bar)| bar.suspend(|| eprintln!("{warning}")));
+        }
         if shown.as_ref().is_some_and(|(pace, _)| pace.serial != phase.serial)
             && let Some((_, bar)) = shown.take()
         {
@@ -122,6 +127,10 @@ fn bars(look: &impl Fn() -> Glance, ended: &AtomicBool) {
     if let Some((_, bar)) = shown {
         bar.finish_and_clear();
     }
+}
+
+fn warning(sentence: &str) -> String {
+    format!("warning: {}", text::visible(sentence))
 }
 
 /// What is said when the first signal arrives.
@@ -145,7 +154,8 @@ fn lines(look: &impl Fn() -> Glance, ended: &AtomicBool) {
     let mut last: Option<Instant> = None;
     let mut warned = false;
     while !ended.load(Ordering::Relaxed) {
-        let Glance { phase, done, stopping } = look();
+        let Glance { phase, done, stopping, warnings } = look();
+        warnings.iter().for_each(|sentence| eprintln!("{}", warning(sentence)));
         if phase.serial != pace.serial {
             pace = Pace::new(phase.serial, done);
         }

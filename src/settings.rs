@@ -30,8 +30,12 @@ pub struct Setting {
 pub enum Rule {
     /// A path.
     Path,
+    /// A path that may be left out where another setting is given instead.
+    PathOr,
     /// Paths or globs, at least one.
     Paths,
+    /// The same, which may be left out where another setting is given instead.
+    PathsOr,
     /// A whole number between both ends, ends included.
     Whole(i64, i64),
     /// A finite number ≥ 0.
@@ -110,7 +114,11 @@ pub const TRAIN: Section = Section {
     name: "train",
     settings: &[
         Setting { key: "student", rule: Rule::Path },
-        Setting { key: "cache", rule: Rule::Path },
+        Setting { key: "cache", rule: Rule::PathOr },
+        Setting { key: "data", rule: Rule::PathsOr },
+        Setting { key: "max_length", rule: Rule::Whole(2, MOST_TOKENS) },
+        Setting { key: "truncate", rule: Rule::OneOf(&["turns", "right"]) },
+        Setting { key: "on_bad_roles", rule: Rule::OneOf(&["skip", "error"]) },
         Setting { key: "out", rule: Rule::Path },
         Setting { key: "objective", rule: Rule::OneOf(&["sft", "distill", "distill+sft"]) },
         Setting { key: "kd_alpha", rule: Rule::NotNegative },
@@ -135,8 +143,11 @@ pub const TRAIN: Section = Section {
         Setting { key: "head_chunk", rule: Rule::Whole(1, MOST_TOKENS) },
         Setting { key: "compute", rule: Rule::OneOf(&["f32", "bf16"]) },
         Setting { key: "lr", rule: Rule::Positive },
-        Setting { key: "schedule", rule: Rule::OneOf(&["constant", "cosine"]) },
+        Setting { key: "schedule", rule: Rule::OneOf(&["constant", "cosine", "linear", "wsd"]) },
         Setting { key: "warmup_steps", rule: Rule::Whole(0, 1 << 40) },
+        Setting { key: "decay_steps", rule: Rule::Whole(1, 1 << 40) },
+        Setting { key: "min_lr_ratio", rule: Rule::Decay },
+        Setting { key: "optimizer", rule: Rule::OneOf(&["adamw", "adamw-8bit"]) },
         Setting { key: "rank", rule: Rule::Whole(1, 1024) },
         Setting { key: "alpha", rule: Rule::Positive },
         Setting { key: "rslora", rule: Rule::Switch },
@@ -211,8 +222,8 @@ impl Rule {
     /// What is allowed, as the end of "expected …".
     pub fn expected(&self) -> String {
         match self {
-            Rule::Path => "a path".into(),
-            Rule::Paths => "one path or glob, or a list of them".into(),
+            Rule::Path | Rule::PathOr => "a path".into(),
+            Rule::Paths | Rule::PathsOr => "one path or glob, or a list of them".into(),
             Rule::Whole(low, high) => format!("a whole number from {low} to {high}"),
             Rule::NotNegative => "a finite number, 0 or above".into(),
             Rule::Positive => "a finite number above 0".into(),
@@ -234,12 +245,14 @@ impl Rule {
         let text = |allowed: &dyn Fn(&str) -> bool| value.as_str().is_some_and(|s| !s.is_empty() && allowed(s));
         let real = |allowed: &dyn Fn(f64) -> bool| number(value).is_some_and(|x| x.is_finite() && allowed(x));
         match self {
-            Rule::Path => text(&|_| true),
+            Rule::Path | Rule::PathOr => text(&|_| true),
             Rule::Resume => match value {
                 Value::Table(table) => table.len() == 1 && table.get("path").is_some_and(|path| Rule::Path.holds(path)),
                 word => matches!(word.as_str(), Some("latest" | "never")),
             },
-            Rule::Paths => value.as_array().is_some_and(|list| !list.is_empty() && list.iter().all(|v| Rule::Path.holds(v))),
+            Rule::Paths | Rule::PathsOr => {
+                value.as_array().is_some_and(|list| !list.is_empty() && list.iter().all(|v| Rule::Path.holds(v)))
+            }
             Rule::Whole(low, high) => value.as_integer().is_some_and(|n| (*low..=*high).contains(&n)),
             Rule::NotNegative => real(&|x| x >= 0.0),
             Rule::Positive => real(&|x| x > 0.0),
@@ -279,7 +292,7 @@ impl Rule {
                 numbers.collect::<Result<_, _>>().ok().map(Value::Array)
             }
             Rule::Switch => trimmed.parse().ok().map(Value::Boolean),
-            Rule::Paths if trimmed.starts_with('[') => {
+            Rule::Paths | Rule::PathsOr if trimmed.starts_with('[') => {
                 format!("list = {trimmed}").parse::<toml::Table>().ok().and_then(|mut table| table.remove("list"))
             }
             _ => None,
@@ -291,7 +304,7 @@ impl Rule {
     /// number where a real one is wanted a real one, a checkpoint folder `{ path = … }`.
     pub fn shape(&self, value: Value) -> Value {
         match (self, value) {
-            (Rule::Paths, Value::String(one)) => Value::Array(vec![Value::String(one)]),
+            (Rule::Paths | Rule::PathsOr, Value::String(one)) => Value::Array(vec![Value::String(one)]),
             (Rule::NotNegative | Rule::Positive | Rule::Decay | Rule::Share, Value::Integer(n)) => Value::Float(n as f64),
             (Rule::Positives, Value::Array(list)) => Value::Array(list.into_iter().map(|v| Rule::Positive.shape(v)).collect()),
             (Rule::Positives, one @ (Value::Integer(_) | Value::Float(_))) => Value::Array(vec![Rule::Positive.shape(one)]),

@@ -217,7 +217,7 @@ fn a_switch_can_be_turned_off_again() {
 #[test]
 fn values_out_of_range_name_the_range() {
     let here = tempfile::tempdir().unwrap();
-    let cases: [(&[&str], &str); 18] = [
+    let cases: [(&[&str], &str); 21] = [
         (&["train", "--lr", "0"], "--lr = 0.0: expected a finite number above 0"),
         (&["train", "--lr", "nan"], "--lr = nan: expected a finite number above 0"),
         (&["train", "--lr=-1e-4"], "--lr = -0.0001: expected a finite number above 0"),

@@ -211,3 +211,34 @@ fn order_and_seed_do_what_they_say() {
     assert_ne!(seven, adapter("c", &["--seed", "8"]));
     assert_ne!(seven, adapter("d", &["--seed", "7", "--no-shuffle"]));
 }
+
+#[test]
+fn plain_chats_train_the_very_adapter_that_a_cache_of_them_does() {
+    let bench = Bench::new();
+    bench.cache("cache");
+    let from_chats = |out: &'static str, chats: &'static str| {
+        let mut arguments = train(out, "sft", "12");
+        let at = arguments.iter().position(|a| *a == "--cache").unwrap();
+        arguments.splice(at..at + 2, ["--data", chats, "--max-length", "256"]);
+        [arguments, vec!["--json"]].concat()
+    };
+    let adapter = |out: &str| files(&bench.path(out))["adapter/adapter_model.safetensors"].clone();
+    bench.expect(0, &train("cached", "sft", "12"));
+    // One chat has nothing to learn from.
+    let report = bench.expect(3, &from_chats("plain", support::CHATS.as_str())).json();
+    assert_eq!(report["skipped"].as_object().unwrap().values().map(|n| n.as_u64().unwrap()).sum::<u64>(), 1, "{report}");
+    assert_eq!(report["targets"], "the data's tokens");
+    assert_eq!(adapter("plain"), adapter("cached"));
+    // A file of another name with the same chats is the same data; other chats are another run.
+    std::fs::copy(golden("chats.jsonl"), bench.path("moved.jsonl")).unwrap();
+    let again = bench.expect(3, &from_chats("plain", "moved.jsonl")).json();
+    assert_eq!(again["resumed_from"], 12);
+    let text = std::fs::read_to_string(golden("chats.jsonl")).unwrap();
+    let fewer: String = text.lines().skip(1).flat_map(|line| [line, "\n"]).collect();
+    std::fs::write(bench.path("fewer.jsonl"), fewer).unwrap();
+    let refused = bench.expect(6, &from_chats("plain", "fewer.jsonl"));
+    assert!(refused.error().contains("data_blake3: the checkpoint has "), "{refused:?}");
+    let refused = bench.expect(2, &train("other", "sft", "1").into_iter().chain(["--data", "fewer.jsonl"]).collect::<Vec<_>>());
+    let sentence = "both cache and data are given: expected either a cache (--cache) or, for --objective sft, chats (--data)";
+    assert_eq!(refused.error(), sentence);
+}

@@ -125,18 +125,20 @@ fn a_checkpoint_is_refused_when_damaged_or_of_another_run() {
     assert!(bench.expect(5, &train("run", "6")).error().contains("another process is training"));
     lock.unlock().unwrap();
 
+    let newest = bench.path("run/checkpoint-4");
     for name in ["adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json", "digests.json"] {
-        let path = bench.path("run/checkpoint-4").join(name);
+        let path = newest.join(name);
         let good = std::fs::read(&path).unwrap();
         for at in [0, good.len() / 2, good.len() - 1] {
             let mut bad = good.clone();
             bad[at] ^= 1;
             std::fs::write(&path, bad).unwrap();
-            let refused = bench.run(&train("run", "6"));
+            let refused = bench.run(&[train("run", "6"), vec!["--resume", "run/checkpoint-4"]].concat());
             assert_eq!(refused.code, 4, "{name} byte {at}: {refused:?}");
         }
         std::fs::write(&path, good).unwrap();
     }
+    std::fs::write(newest.join("optimizer.safetensors"), "x").unwrap();
     // An earlier checkpoint can be named; later ones are set aside, also a damaged one, and the run's own are the newest again.
     bench.expect(0, &[train("run", "3"), vec!["--resume", "run/checkpoint-2"]].concat());
     let names = |folder: &str| -> Vec<String> {
@@ -160,4 +162,108 @@ fn a_checkpoint_is_refused_when_damaged_or_of_another_run() {
     bench.expect(0, &train("run", "7"));
     let left = std::fs::read_dir(bench.path("run")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
     assert_eq!(left.filter(|name| name.starts_with('.')).collect::<Vec<_>>(), Vec::<String>::new());
+}
+
+#[test]
+fn a_damaged_newest_checkpoint_gives_way_to_the_one_before_it_and_that_is_said() {
+    let bench = Bench::new();
+    bench.cache("cache");
+    bench.expect(0, &train("whole", "12"));
+    bench.expect(0, &train("run", "6"));
+    let damaged = bench.path("run/checkpoint-6/adapter_model.safetensors");
+    let mut bytes = std::fs::read(&damaged).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&damaged, bytes).unwrap();
+    let ran = bench.expect(0, &[train("run", "12"), vec!["--json"]].concat());
+    let warning = ran.stderr.lines().find_map(|line| line.strip_prefix("warning: ")).unwrap_or_else(|| panic!("{ran:?}"));
+    assert!(warning.starts_with("run/checkpoint-6/adapter_model.safetensors: damaged checkpoint: expected BLAKE3 "), "{warning}");
+    assert!(warning.ends_with("; going on from run/checkpoint-4"), "{warning}");
+    let report = ran.json();
+    assert_eq!((&report["resumed_from"], &report["passed_over"]), (&4.into(), &serde_json::json!([warning])), "{report}");
+    assert!(bench.path("run/set-aside/checkpoint-6").is_dir(), "kept, out of the way");
+    assert_eq!(outcome(&bench, "run"), outcome(&bench, "whole"), "the way back costs steps and nothing else");
+    // Where none is whole nothing is begun anew in silence.
+    for step in [10, 12] {
+        std::fs::write(bench.path(&format!("run/checkpoint-{step}/trainer_state.json")), "{}").unwrap();
+    }
+    let refused = bench.expect(4, &train("run", "14"));
+    assert!(refused.error().starts_with("run/checkpoint-12/trainer_state.json: damaged checkpoint"), "{refused:?}");
+}
+
+/// A student whose embedding of `token` is infinite, so that no loss of a row with it is finite. Its head, which the reference model
+/// shares with the embedding, stays as it is.
+fn poisoned(bench: &Bench, token: u32) {
+    let folder = bench.copy("student", "poisoned");
+    support::edit_json(&folder.join("config.json"), |config| config["tie_word_embeddings"] = false.into());
+    let path = folder.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let embedding = tensors.tensor("model.embed_tokens.weight").unwrap();
+    let (dtype, shape) = (embedding.dtype(), embedding.shape().to_vec());
+    let size = embedding.data().len() / shape.iter().product::<usize>();
+    let row = token as usize * shape[1] * size;
+    let mut bad = embedding.data().to_vec();
+    // Infinity in f32, and in the two bytes of bf16.
+    let infinity = &[0, 0, 0x80, 0x7f][4 - size..];
+    bad[row..row + shape[1] * size].chunks_mut(size).for_each(|value| value.copy_from_slice(infinity));
+    let mut all: Vec<_> = tensors.tensors().into_iter().filter(|(name, _)| name != "model.embed_tokens.weight").collect();
+    all.push(("lm_head.weight".into(), embedding));
+    all.push(("model.embed_tokens.weight".into(), safetensors::tensor::TensorView::new(dtype, shape, &bad).unwrap()));
+    let whole = safetensors::serialize(all, None).unwrap();
+    std::fs::write(path, whole).unwrap();
+}
+
+fn finite(bench: &Bench, adapter: &str) -> bool {
+    let bytes = std::fs::read(bench.path(adapter).join("adapter_model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let floats = |data: &[u8]| data.chunks(4).all(|b| f32::from_le_bytes(b.try_into().unwrap()).is_finite());
+    tensors.tensors().iter().all(|(_, tensor)| floats(tensor.data()))
+}
+
+#[test]
+fn a_step_that_is_not_finite_is_skipped_and_five_in_a_row_end_the_run() {
+    let bench = Bench::new();
+    bench.cache("cache");
+    let cache = potstill_cache::Cache::open(&bench.path("cache")).unwrap();
+    let rows: Vec<Vec<u32>> = (0..cache.len()).map(|row| cache.row(row).unwrap().input_ids).collect();
+    let with = |token: u32| (0..rows.len()).filter(|row| rows[*row].contains(&token)).collect::<Vec<_>>();
+    // A token that two rows have, neither of them the first, which the run begins with.
+    let rare = (0..4096).find(|t| with(*t).len() == 2 && with(*t)[0] > 3).unwrap();
+    poisoned(&bench, rare);
+    let in_order = |out: &'static str, steps: &'static str| {
+        let all = train(out, steps).into_iter().map(|a| if a == STUDENT.as_str() { "poisoned" } else { a });
+        [all.collect(), vec!["--no-shuffle", "--json"]].concat()
+    };
+    let bad: Vec<u64> = (1..=10).filter(|step| with(rare).iter().any(|row| *row as u64 / 4 + 1 == *step)).collect();
+    let report = bench.expect(0, &in_order("run", "9")).json();
+    assert_eq!(report["skipped_steps"], bad.iter().filter(|step| **step <= 9).count(), "{report}");
+    for step in 1..=9u64 {
+        let file = bench.path(&format!("run/bad-step-{step}.json"));
+        assert_eq!(file.is_file(), bad.contains(&step), "step {step}, bad are {bad:?}");
+        if file.is_file() {
+            let said: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+            let keys: Vec<String> =
+                ((step - 1) * 4..step * 4).map(|row| cache.row(row % cache.len()).unwrap().key().to_string()).collect();
+            let named: Vec<&str> = said["rows"].as_array().unwrap().iter().map(|row| row["key"].as_str().unwrap()).collect();
+            assert_eq!((named, said["loss"].as_str()), (keys.iter().map(String::as_str).collect(), Some("NaN")), "{said}");
+        }
+    }
+    assert!(finite(&bench, "run/adapter"));
+    let lines = String::from_utf8(files(&bench.path("run"))["metrics.jsonl"].clone()).unwrap();
+    let skipped = lines.lines().filter(|line| line.contains("\"loss\":null") && line.contains("\"skipped\":true"));
+    assert_eq!(skipped.count(), bad.iter().filter(|step| **step <= 9).count(), "{lines}");
+    // Killed or not, skipped steps are the same ones: the run of 4 steps that goes on is the run of 9.
+    bench.expect(0, &in_order("cut", "4"));
+    bench.expect(0, &in_order("cut", "9"));
+    let adapter = |out: &str| files(&bench.path(out))["adapter/adapter_model.safetensors"].clone();
+    assert_eq!(adapter("cut"), adapter("run"));
+
+    // A token of every row: no step can be taken.
+    poisoned(&bench, rows[0][0]);
+    assert_eq!(with(rows[0][0]).len(), rows.len());
+    let ended = bench.expect(1, &in_order("all", "9"));
+    let expected = "step 5: loss NaN, gradient norm NaN: not finite, as in the 4 steps before it; nothing was changed yet, so it is \
+                    the student's weights that give this; all/bad-step-5.json names its conversations";
+    assert_eq!(ended.error(), expected);
+    assert!(finite(&bench, "all/checkpoint-4") && !bench.path("all/checkpoint-5").exists());
 }

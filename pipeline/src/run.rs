@@ -3,7 +3,7 @@
 //! The job only writes counters; drawing is the command line's business. No callbacks.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// How an interrupted run goes on by default.
 pub const RUN_AGAIN: &str = "run the same command again to continue";
@@ -15,12 +15,24 @@ pub struct RunContext {
     pub progress: Arc<Progress>,
     /// Set from outside to ask for a durable stop.
     pub stop: Arc<AtomicBool>,
+    /// Sentences that a person should read, whatever becomes of the job; taken by whoever shows them.
+    warnings: Arc<Mutex<Vec<String>>>,
 }
 
 impl RunContext {
     /// Whether a stop was asked for.
     pub fn stopping(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Leaves a sentence for a person.
+    pub fn warn(&self, sentence: impl Into<String>) {
+        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).push(sentence.into());
+    }
+
+    /// The sentences left since the last time.
+    pub fn take_warnings(&self) -> Vec<String> {
+        std::mem::take(&mut *self.warnings.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -84,6 +96,6 @@ impl Progress {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Phase> {
-        self.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -155,9 +155,10 @@ pub struct Precompute {
     pub config: Option<PathBuf>,
 }
 
-/// Stage two: train a LoRA adapter on an NF4 student from a cache
+/// Stage two: train a LoRA adapter on an NF4 student from a cache, or on plain chats
 ///
-/// Writes adapter/ (PEFT), checkpoint-N/, metrics.jsonl and the resolved settings into --out.
+/// Writes adapter/ (PEFT), checkpoint-N/, metrics.jsonl and the resolved settings into --out. The same command, run again, goes on
+/// from the newest checkpoint that is whole.
 #[derive(Debug, Args, Serialize)]
 #[command(
     allow_negative_numbers = true,
@@ -165,6 +166,15 @@ pub struct Precompute {
 Example:
   potstill train --student models/Qwen1.5-14B --cache caches/ultrachat --out runs/distill \\
       --objective distill --lr 2e-4 --rank 64 --alpha 16
+
+Without a cache, on the data's own tokens, encoded as precompute does:
+  potstill train --objective sft --student models/Qwen1.5-14B \\
+      --data 'ultrachat_200k/data/train_sft-*.parquet' --max-length 2048 --out runs/sft
+
+Whole recipes stand in pipeline/recipes: potstill train --config FILE and the paths.
+
+A step whose loss or gradient is not finite is skipped: it changes nothing, is counted, and its
+conversations are named in bad-step-N.json. Five in a row end the run.
 
 Divergences of the student's Q from the teacher's P, all from the same cache:
   forward-kl         KL(P, Q)
@@ -204,9 +214,21 @@ pub struct Train {
     /// Student: a Hugging Face folder or a name ORG/NAME[@REVISION] (dense; held in NF4 while training)
     #[arg(long, value_name = "DIR|NAME")]
     pub student: Option<PathBuf>,
-    /// Folder of the cache
+    /// Folder of the cache; or --data
     #[arg(long, value_name = "DIR")]
     pub cache: Option<PathBuf>,
+    /// Chats instead of a cache, for --objective sft: files, folders, globs or names, as for precompute
+    #[arg(long, value_name = "PATH|NAME", num_args = 1..)]
+    pub data: Option<Vec<PathBuf>>,
+    /// Longest conversation of --data, in tokens [default: 1024]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_length: Option<i64>,
+    /// Longer ones of --data lose whole trailing `turns`, or tokens on the `right` [default: turns]
+    #[arg(long, value_name = "HOW")]
+    pub truncate: Option<String>,
+    /// Conversations of --data whose roles cannot be trained on: `skip` or `error` [default: skip]
+    #[arg(long, value_name = "WHAT")]
+    pub on_bad_roles: Option<String>,
     /// Folder for adapter, checkpoints and metrics
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -279,12 +301,21 @@ pub struct Train {
     /// Peak learning rate, above 0
     #[arg(long, value_name = "X")]
     pub lr: Option<f64>,
-    /// Learning rate after warm-up: constant or cosine
+    /// Learning rate after warm-up: constant, cosine, linear or wsd (constant, then a linear fall)
     #[arg(long, value_name = "SHAPE")]
     pub schedule: Option<String>,
     /// Steps of linear warm-up
     #[arg(long, value_name = "N")]
     pub warmup_steps: Option<i64>,
+    /// Steps of wsd's fall [default: the last tenth of the run]
+    #[arg(long, value_name = "N")]
+    pub decay_steps: Option<i64>,
+    /// What cosine, linear and wsd fall to, as a share of --lr, from 0 to below 1 [default: 0]
+    #[arg(long, value_name = "X")]
+    pub min_lr_ratio: Option<f64>,
+    /// adamw (state in f32, 8 bytes a trainable number) or adamw-8bit (2 bytes) [default: adamw]
+    #[arg(long, value_name = "KIND")]
+    pub optimizer: Option<String>,
     /// LoRA rank, 1 to 1024
     #[arg(long, value_name = "N")]
     pub rank: Option<i64>,
@@ -339,7 +370,7 @@ pub struct Train {
     #[arg(long)]
     #[serde(skip)]
     pub dry_run: bool,
-    /// Start from the latest checkpoint, from this one, or never
+    /// Start from the latest checkpoint that is whole, from this one, or never
     #[arg(long, value_name = "latest|PATH|never")]
     pub resume: Option<String>,
     /// auto, cpu, cuda or cuda:N

@@ -6,15 +6,17 @@
 use super::conversation::Conversation;
 use super::{drawn, inspect, interruptible, merge, precompute, scanned, train};
 use crate::cli::{self, Manner};
+use crate::config;
 use crate::exit::{Outcome, UsageError};
 use crate::print::{self, Out, Table};
+use crate::settings;
 use anyhow::Context;
 use potstill_cache::{Cache, Summary};
 use potstill_pipeline::adapter::{self, MergeConfig, MergeReport};
 use potstill_pipeline::miniature::{self, Miniature, MiniatureConfig};
 use potstill_pipeline::precompute::{PrecomputeConfig, PrecomputeReport};
 use potstill_pipeline::run::RunContext;
-use potstill_pipeline::train::{Objective, Resume, TrainConfig, TrainReport};
+use potstill_pipeline::train::{Resume, TrainConfig, TrainReport};
 use serde::Serialize;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -27,8 +29,8 @@ const DEFAULT_FOLDER: &str = "potstill-demo";
 const PARTS: [&str; 4] = ["miniature", "cache", "run", "merged"];
 /// Entries kept at a position: the tiny vocabulary needs no more.
 const TOP_K: u16 = 16;
-/// Steps of the student's training.
-const STEPS: u64 = 60;
+/// Settings of the student's training.
+const RECIPE: &str = include_str!("../../pipeline/recipes/tiny.toml");
 /// Positions of a conversation that are shown.
 const SHOWN: usize = 12;
 
@@ -69,7 +71,7 @@ pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
     look_into(&cache, manner)?;
 
     say("4/5  stage two: the student learns the teacher's distributions through LoRA");
-    let config = stage_two(&tiny, &cache, &folder.join("run"));
+    let config = stage_two(&tiny, &cache, &folder.join("run"))?;
     let trained = drawn(&context, manner, || Ok(potstill_pipeline::train::run(&config, &context)?))?;
     show(manner, |out| train::facts(&trained, config.lr).write(out))?;
 
@@ -159,22 +161,14 @@ fn stage_one(tiny: &Miniature, cache: &Path) -> PrecomputeConfig {
     }
 }
 
-fn stage_two(tiny: &Miniature, cache: &Path, out: &Path) -> TrainConfig {
-    TrainConfig {
+fn stage_two(tiny: &Miniature, cache: &Path, out: &Path) -> anyhow::Result<TrainConfig> {
+    Ok(TrainConfig {
         student: tiny.student.clone(),
         cache: cache.to_path_buf(),
         out: out.to_path_buf(),
-        objective: Objective::Distill,
-        steps: Some(STEPS),
-        lr: 5e-3,
-        warmup_steps: 5,
-        rank: 16,
-        alpha: 32.0,
-        max_grad_norm: 1.0,
-        checkpoint_every: 20,
         resume: Resume::Never,
-        ..TrainConfig::default()
-    }
+        ..config::recipe(&settings::TRAIN, "pipeline/recipes/tiny.toml", RECIPE)?
+    })
 }
 
 fn merge_adapter(tiny: &Miniature, trained: &TrainReport, out: &Path, context: &RunContext) -> anyhow::Result<MergeReport> {

@@ -42,9 +42,15 @@ fn interruptible() -> anyhow::Result<RunContext> {
 
 /// Does a stage's `work` while a thread draws its counters; nothing is drawn any more when it returns.
 fn drawn<T>(context: &RunContext, manner: Manner, work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
-    let context = context.clone();
-    let _drawing = Drawing::start(move || Glance::at_stage(&context), manner.show());
-    work()
+    let looked_at = context.clone();
+    let drawing = Drawing::start(move || Glance::at_stage(&looked_at), manner.show());
+    let done = work();
+    drop(drawing);
+    // What nobody drew is said all the same, also where the work failed and where all else is to be quiet.
+    for sentence in context.take_warnings() {
+        let _ = writeln!(std::io::stderr(), "warning: {}", crate::text::visible(&sentence));
+    }
+    done
 }
 
 /// Does a scan's `work` while a thread draws how far it is.

@@ -21,10 +21,13 @@ pub fn run(flags: Train, manner: Manner) -> anyhow::Result<Outcome> {
     let config: TrainConfig = config::resolve(&settings::TRAIN, &sources)?;
     manner.remark(&config::to_toml(&settings::TRAIN, &config)?);
 
+    config.check_rows()?;
     let context = interruptible()?;
     let report = drawn(&context, manner, || {
-        let student = Hub::of_process().model_folder(&config.student, &context)?;
-        Ok(train::run(&TrainConfig { student, ..config.clone() }, &context)?)
+        let hub = Hub::of_process();
+        let student = hub.model_folder(&config.student, &context)?;
+        let data = if config.data.is_empty() { Vec::new() } else { hub.data_files(&config.data, &context)? };
+        Ok(train::run(&TrainConfig { student, data, ..config.clone() }, &context)?)
     })?;
 
     if manner.json {
@@ -34,7 +37,7 @@ pub fn run(flags: Train, manner: Manner) -> anyhow::Result<Outcome> {
         facts(&report, config.lr).write(&mut out)?;
         out.flush()?;
     }
-    Ok(Outcome::Done)
+    Ok(if report.skipped.is_empty() { Outcome::Done } else { Outcome::Skipped })
 }
 
 /// Says what a run will need. Nothing is written, nothing is fetched.
@@ -110,9 +113,14 @@ pub fn facts(report: &TrainReport, lr: f64) -> Table {
         let share = 100.0 * report.highest_lr / lr;
         table.fact("learning rate", format!("at most {share:.0} % of --lr: the run ended within its warm-up"));
     }
+    table.fact("targets", &report.targets).fact("steps", format!("{}{from}", print::count(report.steps)));
+    if report.skipped_steps > 0 {
+        table.fact("not finite", format!("{} steps, skipped", print::count(report.skipped_steps)));
+    }
+    for (reason, conversations) in &report.skipped {
+        table.fact("left out", format!("{} conversations: {reason}", print::count(*conversations)));
+    }
     table
-        .fact("targets", &report.targets)
-        .fact("steps", format!("{}{from}", print::count(report.steps)))
         .fact("loss", format!("{:.4} → {:.4} nats a scored position (means of 10 steps)", report.first_loss, report.last_loss))
         .fact("trainable numbers", print::count(report.parameters))
         .fact("tokens", print::count(report.tokens))

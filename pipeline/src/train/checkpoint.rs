@@ -3,19 +3,23 @@
 //! ```text
 //! out/  adapter/                      the finished adapter (PEFT)
 //!       checkpoint-N/                 adapter_config.json, adapter_model.safetensors, …   (PEFT, usable alone)
-//!                     optimizer.safetensors, trainer_state.json, digests.json (BLAKE3 of every other file)
-//!       metrics.jsonl  config.resolved.toml  train.lock
+//!                     optimizer.safetensors, trainer_state.json, digests.json (BLAKE3 of every other file, and its own)
+//!       metrics.jsonl  config.resolved.toml  train.lock  bad-step-N.json
 //! ```
 //! A checkpoint is built under another name, made durable, renamed, and only then are older ones removed; two are always kept. It
-//! is read only when every file has the digest that was written. A run that goes on from an earlier checkpoint moves the later ones
-//! to `set-aside/`, so that the newest one in the folder is always the run's own.
+//! is read only when every file has the digest that was written; where the newest one does not, the run goes on from the one before
+//! it, and says so. A run that goes on from an earlier checkpoint moves the later ones to `set-aside/`, so that the newest one in the
+//! folder is always the run's own.
 
+use super::files::{self, io};
 use super::identity::{self, Identity};
 use super::optimizer::AdamW;
 use super::provenance::Provenance;
-use super::{Resume, TrainConfig, TrainError};
+use super::{Resume, TrainConfig, TrainError, digests};
+use crate::ops::with_f32;
 use crate::student::Student;
 use crate::{Error, Result, adapter, bounded};
+use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -23,7 +27,6 @@ use std::path::{Path, PathBuf};
 
 const STATE_FILE: &str = "trainer_state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
-const DIGESTS_FILE: &str = "digests.json";
 const SETTINGS_FILE: &str = "config.resolved.toml";
 const LOCK_FILE: &str = "train.lock";
 const SET_ASIDE: &str = "set-aside";
@@ -47,13 +50,26 @@ pub(super) struct Progress {
     first_losses: Vec<f64>,
     /// Losses of the last [`SMOOTHED`] steps.
     last_losses: Vec<f64>,
+    /// Steps of these that were skipped, because they were not finite.
+    pub skipped: u64,
+    /// How many of them came last, without another between.
+    pub skipped_in_a_row: u64,
 }
 
 impl Progress {
-    /// Counts a step.
+    /// Counts a step that was skipped.
+    pub(super) fn skip(&mut self, tokens: u64) {
+        self.step += 1;
+        self.tokens += tokens;
+        self.skipped += 1;
+        self.skipped_in_a_row += 1;
+    }
+
+    /// Counts a step that was taken.
     pub(super) fn advance(&mut self, loss: f64, tokens: u64) {
         self.step += 1;
         self.tokens += tokens;
+        self.skipped_in_a_row = 0;
         if self.first_losses.len() < SMOOTHED {
             self.first_losses.push(loss);
         }
@@ -94,6 +110,18 @@ pub(super) struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// Reads a checkpoint whose every byte is what was written. Errors: it is not, or there is none.
+    fn open(path: &Path) -> Result<Self> {
+        digests::check(path, &[STATE_FILE, OPTIMIZER_FILE])?;
+        Ok(Self { path: path.to_path_buf(), state: read_json(&path.join(STATE_FILE))? })
+    }
+
+    /// Steps done.
+    #[cfg(test)]
+    pub(super) fn step(&self) -> u64 {
+        self.state.progress.step
+    }
+
     /// Errors: it was written by a run with other settings.
     pub(super) fn check_identity(&self, identity: &Identity) -> Result<()> {
         match identity::differences(identity, &self.state.identity) {
@@ -101,6 +129,15 @@ impl Checkpoint {
             Some(differences) => Err(TrainError::OtherRun { checkpoint: self.path.clone(), differences }.into()),
         }
     }
+}
+
+/// What there is to go on from.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// The checkpoint.
+    pub checkpoint: Option<Checkpoint>,
+    /// Newer checkpoints that are damaged, a sentence each.
+    pub passed_over: Vec<String>,
 }
 
 /// A run folder, locked until dropped.
@@ -151,29 +188,27 @@ impl RunFolder {
         fs::write(&path, text).map_err(io(&path))
     }
 
-    /// The checkpoint to go on from, its bytes checked; `None` where there is nothing to resume.
-    pub(super) fn find(&self, config: &TrainConfig, total: u64) -> Result<Option<Checkpoint>> {
-        let newest = self.checkpoints()?.pop().map(|(_, path)| path);
-        let adapter = Some(self.out.join(super::ADAPTER_FOLDER)).filter(|path| path.exists());
-        let path = match (&config.resume, newest) {
-            (Resume::Path(path), _) => path.clone(),
-            (Resume::Latest, Some(path)) => path,
-            (Resume::Latest, None) => return Ok(None),
-            (Resume::Never, newest) => match newest.or(adapter) {
-                None => return Ok(None),
-                Some(found) => {
-                    let found = found.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-                    return Err(TrainError::Occupied { out: self.out.clone(), found }.into());
-                }
-            },
+    /// The checkpoint to go on from, its bytes checked: the one named, or the newest that is whole.
+    ///
+    /// Errors: one that was named, or all there are, are damaged; a run that is not to go on where one stands; fewer steps asked for
+    /// than there are.
+    pub(super) fn find(&self, config: &TrainConfig, total: u64) -> Result<Found> {
+        let mut checkpoints = self.checkpoints()?;
+        let found = match &config.resume {
+            Resume::Path(path) => Found { checkpoint: Some(Checkpoint::open(path)?), passed_over: Vec::new() },
+            Resume::Latest => newest_whole(checkpoints)?,
+            Resume::Never => {
+                let adapter = Some(self.out.join(super::ADAPTER_FOLDER)).filter(|path| path.exists());
+                let Some(found) = checkpoints.pop().map(|(_, path)| path).or(adapter) else { return Ok(Found::default()) };
+                let found = found.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+                return Err(TrainError::Occupied { out: self.out.clone(), found }.into());
+            }
         };
-        check_digests(&path)?;
-        let state: State = read_json(&path.join(STATE_FILE))?;
-        if state.progress.step > total {
+        if let Some(Checkpoint { path, state }) = found.checkpoint.as_ref().filter(|found| found.state.progress.step > total) {
             let expected = format!("at least the {} steps that {} already has", state.progress.step, path.display());
             return Err(Error::Setting { name: "steps", found: total.to_string(), expected });
         }
-        Ok(Some(Checkpoint { path, state }))
+        Ok(found)
     }
 
     /// Puts student and optimiser where the checkpoint has them, and moves later checkpoints out of the way.
@@ -200,20 +235,24 @@ impl RunFolder {
     ) -> Result<()> {
         let path = self.out.join(format!("{PREFIX}{}", progress.step));
         let partial = self.out.join(format!(".{PREFIX}{}.partial", progress.step));
+        let state = adamw.state_tensors()?;
+        refuse_not_finite(progress.step, student.parameters().iter().chain(&state))?;
+        files::moment(&partial)?;
         provenance.save(&partial, student, progress)?;
         let optimizer = partial.join(OPTIMIZER_FILE);
-        safetensors::serialize_to_file(adamw.state_tensors()?, None, &optimizer)
-            .map_err(|e| TrainError::Io { path: optimizer, source: std::io::Error::other(e) })?;
-        write_json(&partial.join(STATE_FILE), &State { progress: progress.clone(), identity: provenance.identity().clone() })?;
-        write_json(&partial.join(DIGESTS_FILE), &digests(&partial)?)?;
-        for name in [OPTIMIZER_FILE, STATE_FILE, DIGESTS_FILE, ""] {
-            sync(&partial.join(name))?;
-        }
+        files::moment(&optimizer)?;
+        safetensors::serialize_to_file(state, None, &optimizer)
+            .map_err(|e| TrainError::Io { path: optimizer.clone(), source: std::io::Error::other(e) })?;
+        files::sync(&optimizer)?;
+        let state = State { progress: progress.clone(), identity: provenance.identity().clone() };
+        let state_file = partial.join(STATE_FILE);
+        files::write(&state_file, &serde_json::to_vec_pretty(&state).map_err(|e| io(&state_file)(e.into()))?)?;
+        digests::write(&partial)?;
+        files::sync(&partial)?;
         if path.exists() {
             self.set_aside(&path)?;
         }
-        fs::rename(&partial, &path).map_err(io(&path))?;
-        sync(&self.out)?;
+        files::rename(&partial, &path)?;
         self.prune(config.keep_checkpoints as usize)
     }
 
@@ -223,16 +262,17 @@ impl RunFolder {
         fs::create_dir_all(&folder).map_err(io(&folder))?;
         let target = folder.join(checkpoint.file_name().unwrap_or_default());
         if target.exists() {
-            fs::remove_dir_all(&target).map_err(io(&target))?;
+            files::remove_folder(&target)?;
         }
-        fs::rename(checkpoint, &target).map_err(io(checkpoint))
+        files::rename(checkpoint, &target)
     }
 
-    fn prune(&self, keep: usize) -> Result<()> {
+    /// Removes the oldest checkpoints beyond `keep`, which counts as two at least.
+    pub(super) fn prune(&self, keep: usize) -> Result<()> {
         let all = self.checkpoints()?;
         let beyond = all.len().saturating_sub(keep.max(FEWEST_KEPT));
         for (_, path) in &all[..beyond] {
-            fs::remove_dir_all(path).map_err(io(path))?;
+            files::remove_folder(path)?;
         }
         Ok(())
     }
@@ -252,37 +292,31 @@ impl RunFolder {
     }
 }
 
-/// BLAKE3 (hex) of every file in the folder but the list itself.
-fn digests(folder: &Path) -> Result<BTreeMap<String, String>> {
-    let mut all = BTreeMap::new();
-    for entry in fs::read_dir(folder).map_err(io(folder))? {
-        let path = entry.map_err(io(folder))?.path();
-        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        if name != DIGESTS_FILE && path.is_file() {
-            let mut hasher = blake3::Hasher::new();
-            hasher.update_reader(File::open(&path).map_err(io(&path))?).map_err(io(&path))?;
-            all.insert(name, hasher.finalize().to_hex().to_string());
+/// The newest of these (by rising step) that is whole. Errors: there are some, and none is.
+fn newest_whole(mut checkpoints: Vec<(u64, PathBuf)>) -> Result<Found> {
+    let (mut passed_over, mut newest) = (Vec::new(), None);
+    while let Some((_, path)) = checkpoints.pop() {
+        match Checkpoint::open(&path) {
+            Ok(checkpoint) => {
+                let instead = format!("going on from {}", path.display());
+                let passed_over = passed_over.into_iter().map(|why: String| format!("{why}; {instead}")).collect();
+                return Ok(Found { checkpoint: Some(checkpoint), passed_over });
+            }
+            Err(Error::Train(e @ (TrainError::Damaged { .. } | TrainError::NoCheckpoint { .. }))) => {
+                passed_over.push(e.to_string());
+                newest.get_or_insert(e);
+            }
+            Err(other) => return Err(other),
         }
     }
-    Ok(all)
+    newest.map_or(Ok(Found::default()), |e| Err(e.into()))
 }
 
-/// Proves that a checkpoint holds what was written.
-fn check_digests(folder: &Path) -> Result<()> {
-    let list = folder.join(DIGESTS_FILE);
-    if !list.is_file() {
-        let why = match folder.is_dir() {
-            true => format!("expected a folder with {DIGESTS_FILE} in it, found none in it"),
-            false => "expected a folder, found nothing there".into(),
-        };
-        return Err(TrainError::NoCheckpoint { path: folder.to_path_buf(), why }.into());
-    }
-    let expected: BTreeMap<String, String> = read_json(&list)?;
-    let found = digests(folder)?;
-    for name in [STATE_FILE, OPTIMIZER_FILE].into_iter().chain(expected.keys().map(String::as_str)) {
-        let show = |of: &BTreeMap<String, String>| of.get(name).map_or("nothing".into(), |d| format!("BLAKE3 {d}"));
-        if expected.get(name) != found.get(name) || !expected.contains_key(name) {
-            return Err(TrainError::Damaged { path: folder.join(name), expected: show(&expected), found: show(&found) }.into());
+/// Errors: an adapter or a state that holds a value that is not finite, which must not replace one that does not.
+fn refuse_not_finite<'a>(step: u64, tensors: impl Iterator<Item = &'a (String, Tensor)>) -> Result<()> {
+    for (name, tensor) in tensors.filter(|(_, tensor)| tensor.dtype() == DType::F32) {
+        if !with_f32(tensor, |values| Ok(values.iter().all(|value| value.is_finite())))? {
+            return Err(TrainError::NotFiniteState { step, name: name.clone() }.into());
         }
     }
     Ok(())
@@ -294,19 +328,4 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
         let (expected, found) = ("valid JSON of this version".into(), e.to_string());
         TrainError::Damaged { path: path.to_path_buf(), expected, found }.into()
     })
-}
-
-fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
-    let text = serde_json::to_vec_pretty(value).map_err(|e| io(path)(e.into()))?;
-    fs::write(path, text).map_err(io(path))
-}
-
-fn sync(path: &Path) -> Result<()> {
-    File::open(path).and_then(|file| file.sync_all()).map_err(io(path))
-}
-
-/// A failed access to `path`.
-fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
-    let path = path.to_path_buf();
-    move |source| Error::Train(TrainError::Io { path, source })
 }

@@ -1,15 +1,17 @@
 //! Settings of stage two, their defaults, and what a run reports.
 
 use super::distillation::{DEFAULT_MAX_UNKNOWN_MASS, DivergenceName, LossSchedule, TailName};
-use super::optimizer::AdamWConfig;
+use super::optimizer::{AdamWConfig, OptimizerKind};
 use super::schedule::Schedule;
 use crate::adapter::{Scaling, TargetModules};
+use crate::data::{BadRoles, Truncation};
 use crate::kernel::Precision;
 use crate::loss::{DEFAULT_BETA, DEFAULT_SKEW, LossSettings};
 use crate::student::LoraSettings;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 /// Lowest temperature; below it one token is everything.
 pub const MIN_TEMPERATURE: f64 = 0.05;
@@ -19,6 +21,8 @@ pub const MAX_TEMPERATURE: f64 = 100.0;
 pub const DEFAULT_MIXED_WEIGHT: f64 = 0.5;
 /// Default for [`TrainConfig::temperature`].
 pub const DEFAULT_TEMPERATURE: f64 = 1.0;
+/// Default for [`TrainConfig::max_length`], in tokens; as in stage one.
+pub const DEFAULT_MAX_LENGTH: u32 = 1024;
 /// Default for [`TrainConfig::epochs`].
 pub const DEFAULT_EPOCHS: f64 = 1.0;
 /// Default for [`TrainConfig::batch_size`] (Firefly: 1 row, 16 accumulated).
@@ -31,6 +35,10 @@ pub const DEFAULT_HEAD_CHUNK: u32 = 256;
 pub const DEFAULT_LR: f64 = 2e-4;
 /// Default for [`TrainConfig::warmup_steps`].
 pub const DEFAULT_WARMUP_STEPS: u64 = 100;
+/// Part of the run's steps that [`TrainConfig::decay_steps`] is by default: one in so many, rounded up.
+pub const DEFAULT_DECAY_PART: u64 = 10;
+/// Default for [`TrainConfig::min_lr_ratio`].
+pub const DEFAULT_MIN_LR_RATIO: f64 = 0.0;
 /// Default for [`TrainConfig::rank`].
 pub const DEFAULT_RANK: u32 = 64;
 /// Default for [`TrainConfig::alpha`].
@@ -87,8 +95,18 @@ pub enum Resume {
 pub struct TrainConfig {
     /// Student's Hugging Face folder (dense).
     pub student: PathBuf,
-    /// Folder of the cache.
+    /// Folder of the cache; empty where `data` is given.
+    #[serde(skip_serializing_if = "no_path")]
     pub cache: PathBuf,
+    /// Files, folders or globs of chats, for the objective sft without a cache.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub data: Vec<PathBuf>,
+    /// Longest conversation of `data`, in tokens. The rows of a cache are as long as they are.
+    pub max_length: u32,
+    /// What to do with longer ones of `data`.
+    pub truncate: Truncation,
+    /// What to do with a conversation of `data` whose roles cannot be trained on.
+    pub on_bad_roles: BadRoles,
     /// Folder for adapter, checkpoints and metrics.
     pub out: PathBuf,
     /// What to train on.
@@ -142,6 +160,12 @@ pub struct TrainConfig {
     pub schedule: Schedule,
     /// Steps of linear warm-up.
     pub warmup_steps: u64,
+    /// Steps of the schedule wsd's fall; absent: the last tenth of the run.
+    pub decay_steps: Option<u64>,
+    /// What the falling schedules fall to, as a share of `lr`.
+    pub min_lr_ratio: f64,
+    /// How the optimiser keeps its state.
+    pub optimizer: OptimizerKind,
     /// LoRA rank r.
     pub rank: u32,
     /// LoRA alpha; the adapter is scaled by alpha / r, with `rslora` by alpha / √r.
@@ -181,6 +205,10 @@ impl Default for TrainConfig {
         Self {
             student: PathBuf::new(),
             cache: PathBuf::new(),
+            data: Vec::new(),
+            max_length: DEFAULT_MAX_LENGTH,
+            truncate: Truncation::default(),
+            on_bad_roles: BadRoles::default(),
             out: PathBuf::new(),
             objective: Objective::default(),
             kd_alpha: None,
@@ -207,6 +235,9 @@ impl Default for TrainConfig {
             lr: DEFAULT_LR,
             schedule: Schedule::default(),
             warmup_steps: DEFAULT_WARMUP_STEPS,
+            decay_steps: None,
+            min_lr_ratio: DEFAULT_MIN_LR_RATIO,
+            optimizer: OptimizerKind::default(),
             rank: DEFAULT_RANK,
             alpha: DEFAULT_ALPHA,
             rslora: false,
@@ -235,6 +266,10 @@ impl std::fmt::Display for Objective {
             Objective::DistillSft => "distill+sft",
         })
     }
+}
+
+fn no_path(path: &Path) -> bool {
+    path.as_os_str().is_empty()
 }
 
 impl TrainConfig {
@@ -282,7 +317,8 @@ impl TrainConfig {
 
     /// AdamW's constants.
     pub fn optimizer(&self) -> AdamWConfig {
-        AdamWConfig { beta1: self.beta1, beta2: self.beta2, eps: self.eps, weight_decay: self.weight_decay }
+        let Self { optimizer: kind, beta1, beta2, eps, weight_decay, .. } = *self;
+        AdamWConfig { kind, beta1, beta2, eps, weight_decay }
     }
 
     /// The adapter's size and start.
@@ -312,6 +348,14 @@ pub struct TrainReport {
     pub steps: u64,
     /// Step the run started from.
     pub resumed_from: u64,
+    /// Steps of these that were skipped, because loss or gradient was not finite.
+    pub skipped_steps: u64,
+    /// Conversations of the data that were skipped, by reason; none of a cache.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub skipped: BTreeMap<String, u64>,
+    /// Damaged checkpoints that the run did not go on from, and why.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub passed_over: Vec<String>,
     /// Mean loss of the first ten steps of the whole run (nats per scored position).
     pub first_loss: f64,
     /// Mean loss of the last ten steps.

@@ -14,6 +14,12 @@ pub enum TrainError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// No rows to train on, or two kinds of them.
+    #[error("{found}: expected either a cache (--cache) or, for --objective sft, chats (--data)")]
+    RowSource {
+        /// What is given.
+        found: &'static str,
+    },
     /// A cache whose writing was not finished.
     #[error("{cache}: holds {rows} of {expected} rows; finish it with the precompute command that began it", cache = cache.display())]
     Incomplete {
@@ -154,18 +160,47 @@ pub enum TrainError {
         /// Each setting with both values.
         differences: String,
     },
-    /// A step that cannot be taken.
+    /// Too many steps in a row that cannot be taken.
     #[error(
-        "step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so the step was not taken; {}",
-        if *step > 1 { "try a lower --lr" } else { "nothing was changed yet, so it is the student's weights that give this" }
+        "step {step}: loss {loss}, gradient norm {grad_norm}: not finite, as in the {} steps before it; {}; {rows} names its conversations",
+        in_a_row.saturating_sub(1),
+        if *taken > 0 { "try a lower --lr" } else { "nothing was changed yet, so it is the student's weights that give this" },
+        rows = rows.display()
     )]
     NotFinite {
         /// The step, counted from 1.
         step: u64,
+        /// Such steps in a row, this one included.
+        in_a_row: u64,
         /// Its loss.
         loss: f64,
         /// Its gradient norm.
         grad_norm: f64,
+        /// Steps of the run that were taken.
+        taken: u64,
+        /// The file about it.
+        rows: PathBuf,
+    },
+    /// A state that must not become a checkpoint.
+    #[error("step {step}: {name} holds a value that is not finite, so no checkpoint was written; try a lower --lr")]
+    NotFiniteState {
+        /// Steps done.
+        step: u64,
+        /// The tensor.
+        name: String,
+    },
+    /// A student whose tokenizer has ids that it has no embedding for.
+    #[error(
+        "{student}: its vocabulary is too small for its tokenizer: expected at least {expected} ids, found {found}",
+        student = student.display()
+    )]
+    OwnTokenizer {
+        /// The student's folder.
+        student: PathBuf,
+        /// Ids of its tokenizer.
+        expected: u32,
+        /// Rows of its embedding.
+        found: usize,
     },
 }
 
@@ -178,8 +213,10 @@ impl TrainError {
             TrainError::OtherTokenizer { .. }
             | TrainError::OtherRun { .. }
             | TrainError::Narrow { .. }
+            | TrainError::OwnTokenizer { .. }
             | TrainError::Short { .. } => ErrorClass::Mismatch,
-            TrainError::Occupied { .. }
+            TrainError::RowSource { .. }
+            | TrainError::Occupied { .. }
             | TrainError::Incomplete { .. }
             | TrainError::Drawn { .. }
             | TrainError::UnknownMass { .. } => ErrorClass::Usage,

@@ -3,15 +3,15 @@
 //! Where a checkpoint's identity differs, continuing from it would give an adapter that no single command describes. Settings
 //! that change nothing (device, folders, how often a checkpoint is written, how many logits exist at once) are left out.
 
+use super::TrainConfig;
 use super::distillation::LossPlan;
 use super::reading::Reading;
+use super::rows::Rows;
 use super::schedule::Schedule;
-use super::{TrainConfig, TrainError};
 use crate::Result;
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
 use crate::run::RunContext;
-use potstill_cache::{Cache, MANIFEST_FILE};
 use std::collections::BTreeMap;
 
 /// Names and values.
@@ -20,18 +20,15 @@ pub(super) type Identity = BTreeMap<String, String>;
 /// The identity of a run of `total` steps.
 pub(super) fn of(
     config: &TrainConfig,
-    (plan, reading): (&LossPlan, &Reading),
-    cache: &Cache,
+    (plan, reading): (&LossPlan, Option<&Reading>),
+    rows: &Rows,
     total: u64,
     context: &RunContext,
 ) -> Result<Identity> {
     let student = Weights::open(&config.student)?.fingerprint(context)?;
-    let manifest = cache.dir().join(MANIFEST_FILE);
-    let manifest = std::fs::read(&manifest).map_err(|source| TrainError::Io { path: manifest, source })?;
     let mut identity: Identity = [
         ("student_blake3", student),
         ("student_config_blake3", ModelConfig::fingerprint(&config.student)?),
-        ("cache_blake3", blake3::hash(&manifest).to_hex().to_string()),
         ("objective", config.objective.to_string()),
         ("kd_alpha", plan.start().kd_alpha.to_string()),
         ("kd_ce_alpha", plan.start().kd_ce_alpha.to_string()),
@@ -41,6 +38,7 @@ pub(super) fn of(
         ("pack_tokens", config.pack_tokens.to_string()),
         ("compute", format!("{:?}", config.compute).to_lowercase()),
         ("lr", config.lr.to_string()),
+        ("optimizer", config.optimizer.to_string()),
         ("schedule", format!("{:?}", config.schedule).to_lowercase()),
         ("warmup_steps", config.warmup_steps.to_string()),
         ("rank", config.rank.to_string()),
@@ -57,15 +55,20 @@ pub(super) fn of(
         ("shuffle", config.shuffle.to_string()),
     ]
     .into_iter()
+    .chain(rows.identity(config)?)
     .map(|(name, value)| (name.to_string(), value))
     .collect();
-    if let Some(narrower) = reading.narrower() {
+    if let Some(narrower) = reading.and_then(Reading::narrower) {
         identity.insert("selection".into(), narrower.to_string());
     }
     identity.extend(plan.identity(config).into_iter().map(|(name, value)| (name.to_string(), value)));
     // A constant rate and loss do not look at the end, so such a run may be made longer.
     if config.schedule != Schedule::Constant || !plan.is_constant() {
         identity.insert("steps".into(), total.to_string());
+        identity.insert("min_lr_ratio".into(), config.min_lr_ratio.to_string());
+    }
+    if config.schedule == Schedule::Wsd {
+        identity.insert("decay_steps".into(), config.rates(total).decay_steps.to_string());
     }
     Ok(identity)
 }

@@ -18,7 +18,7 @@ const METRICS_FILE: &str = "metrics.jsonl";
 pub(super) struct StepMetrics {
     /// Counted from 1.
     step: u64,
-    /// Nats a scored position: kd_alpha · T² · kd + kd_ce_alpha · ce.
+    /// Nats a scored position: kd_alpha · T² · kd + kd_ce_alpha · ce. Null where it is not finite.
     loss: f64,
     /// The divergence, absent without a distillation term.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -32,6 +32,9 @@ pub(super) struct StepMetrics {
     tokens: u64,
     /// Scored positions of this step.
     scored: u64,
+    /// Whether the step was skipped, because loss or gradient is not finite; absent where it was taken.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    skipped: bool,
     /// Since this process began to train.
     seconds: f64,
 }
@@ -55,6 +58,7 @@ impl StepMetrics {
             grad_norm,
             tokens: step.tokens,
             scored: step.scored,
+            skipped: progress.skipped_in_a_row > 0,
             seconds: elapsed.as_secs_f64(),
         }
     }

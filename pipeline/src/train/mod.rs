@@ -5,18 +5,23 @@
 //! function of (settings, cache, step), which is what makes an exact resume possible: a checkpoint holds adapter, optimiser
 //! state and the step, and nothing else is needed.
 
+mod bad_steps;
 mod checkpoint;
 mod config;
+mod digests;
 mod distillation;
 mod error;
+mod files;
 mod identity;
 mod metrics;
 pub mod optimizer;
 pub mod outlook;
 mod provenance;
 mod reading;
+mod rows;
 pub mod schedule;
 
+pub use bad_steps::MOST_IN_A_ROW;
 pub use config::*;
 pub use distillation::{DEFAULT_MAX_UNKNOWN_MASS, DivergenceName, LossPlan, LossSchedule, TailName};
 pub use error::TrainError;
@@ -29,13 +34,13 @@ use crate::run::{RUN_AGAIN, RunContext};
 use crate::student::Student;
 use crate::{Error, Result, device};
 use candle_core::Tensor;
-use checkpoint::{Progress, RunFolder};
+use checkpoint::{Found, Progress, RunFolder};
 use metrics::{Metrics, StepMetrics};
 use optimizer::AdamW;
-use potstill_cache::{Batches, Cache, Order, Record, Sampler, SoftTargets};
+use potstill_cache::{Cache, Record, SoftTargets};
 use provenance::Provenance;
 use reading::Reading;
-use std::sync::Arc;
+use rows::Rows;
 use std::time::Instant;
 
 /// Name of the folder of the finished adapter within `out`.
@@ -43,20 +48,24 @@ pub const ADAPTER_FOLDER: &str = "adapter";
 
 /// Runs stage two.
 ///
-/// Errors: bad settings, a cache that is incomplete or made with another vocabulary, a model folder that does not fit, a run
-/// folder in use or of another run, a loss that is not finite, a stop asked for by `context` (after a durable checkpoint).
+/// A step whose loss or gradient is not finite is skipped and counted. Errors: bad settings, a cache that is incomplete or made with
+/// another vocabulary, chats that cannot be read, a model folder that does not fit, a run folder in use or of another run,
+/// [`MOST_IN_A_ROW`] such steps in a row, a stop asked for by `context` (after a durable checkpoint).
 pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     let mut plan = config.loss_plan()?;
+    config.check_schedule()?;
     let device = device::pick(&config.device)?;
     // What can be refused at once is refused before weights are hashed and read.
-    let cache = open_cache(config)?;
-    let reading = Reading::of(config, &cache, &mut plan)?;
-    let targets = reading.in_words(&cache.manifest().description, &plan);
-    let total = config.total_steps(cache.len());
+    let rows = Rows::open(config, context)?;
+    let reading = rows.cache().map(|cache| Reading::of(config, cache, &mut plan)).transpose()?;
+    let in_words = |(reading, cache): (&Reading, &Cache)| reading.in_words(&cache.manifest().description, &plan);
+    let targets = reading.as_ref().zip(rows.cache()).map_or_else(|| "the data's tokens".into(), in_words);
+    let (total, skipped) = (config.total_steps(rows.len()), rows.skipped());
     let folder = RunFolder::open(config)?;
-    let found = folder.find(config, total)?;
-    let identity = identity::of(config, (&plan, &reading), &cache, total, context)?;
+    let Found { checkpoint: found, passed_over } = folder.find(config, total)?;
+    let identity = identity::of(config, (&plan, reading.as_ref()), &rows, total, context)?;
     found.as_ref().map_or(Ok(()), |checkpoint| checkpoint.check_identity(&identity))?;
+    passed_over.iter().for_each(|sentence| context.warn(sentence));
     let mut student = Student::from_folder(&config.student, &config.lora(), config.compute, &device, context)?;
     let mut adamw = AdamW::new(config.optimizer(), &student.parameters())?;
     let mut progress = match found {
@@ -64,39 +73,37 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
         None => Progress::default(),
     };
     folder.write_settings(config)?;
-    let provenance = Provenance::of(config, (plan.start(), &targets), cache.manifest(), identity);
+    let provenance = Provenance::of(config, (plan.start(), &targets), &rows, identity);
+    // A run that was killed after its last checkpoint appeared has not got as far.
+    folder.prune(config.keep_checkpoints as usize)?;
     let mut metrics = Metrics::open(folder.path(), progress.step)?;
-    let sampler = Sampler::new(cache.len(), config.seed, if config.shuffle { Order::Seeded } else { Order::Sequential });
-    let mut batches = Batches::start(Arc::new(cache), sampler, progress.step, u64::from(config.batch_size))
-        .map_err(|source| TrainError::Io { path: config.cache.clone(), source })?;
-    let rate = |step: u64| config.schedule.rate(step, total, config.warmup_steps, config.lr);
+    let mut steps = rows.steps(config, progress.step)?;
+    let rates = config.rates(total);
 
     let (started, first_step, first_tokens) = (Instant::now(), progress.step, progress.tokens);
     let mut saved = progress.step;
     context.progress.begin_at("training", "steps", total, first_step);
     while progress.step < total {
-        let Some(records) = batches.next().transpose()? else {
-            return Err(TrainError::ReaderGone { cache: config.cache.clone() }.into());
-        };
+        let records = steps.next(config)?;
         let loss = plan.at(progress.step, total);
-        let step = accumulate(&student, records, config, (&loss, &reading), context)?;
+        let step = accumulate(&student, &records, config, (&loss, reading.as_ref()), context)?;
         let stopping = step.is_none();
         if let Some(mut step) = step {
             let grad_norm = optimizer::clip(&mut step.gradients, config.max_grad_norm)?;
-            if !(step.mean.total.is_finite() && grad_norm.is_finite()) {
-                return Err(TrainError::NotFinite { step: progress.step + 1, loss: step.mean.total, grad_norm }.into());
-            }
-            let lr = rate(progress.step);
+            let lr = rates.at(progress.step);
+            let taken = step.mean.total.is_finite() && grad_norm.is_finite();
             // Of rows that were all left out nothing is learned, and no weight decays.
-            if step.scored > 0 {
-                let mut parameters = student.parameters();
-                adamw.step(&mut parameters, &step.gradients, lr)?;
-                student.set_parameters(&parameters)?;
+            if taken && step.scored > 0 {
+                adamw.step(&student.parameters(), &step.gradients, lr)?;
             }
-            progress.advance(step.mean.total, step.tokens);
+            match taken {
+                true => progress.advance(step.mean.total, step.tokens),
+                false => bad_steps::skip(folder.path(), &mut progress, (&step, grad_norm), &records, &student)?,
+            }
             metrics.append(&StepMetrics::new(&progress, &step, &loss, lr, grad_norm, started.elapsed()))?;
+            bad_steps::check(folder.path(), &progress, (&step, grad_norm))?;
             context.progress.add(1);
-            context.progress.note(format!("loss {:.4}", step.mean.total));
+            context.progress.note(format!("loss {:.4}{}", step.mean.total, bad_steps::remark(&progress)));
         }
         let due = stopping || progress.step == total || config.checkpoint_due(progress.step);
         if due && progress.step > saved {
@@ -111,13 +118,17 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     context.progress.end();
     let adapter = folder.path().join(ADAPTER_FOLDER);
     provenance.save(&adapter, &student, &progress)?;
+    digests::write(&adapter)?;
     Ok(TrainReport {
         targets,
+        skipped_steps: progress.skipped,
+        skipped,
+        passed_over,
         steps: progress.step,
         resumed_from: first_step,
         first_loss: progress.first_loss(),
         last_loss: progress.last_loss(),
-        highest_lr: (0..progress.step).map(rate).fold(0.0, f64::max),
+        highest_lr: (0..progress.step).map(|step| rates.at(step)).fold(0.0, f64::max),
         tokens: progress.tokens - first_tokens,
         parameters: student.parameters().iter().map(|(_, t)| t.elem_count() as u64).sum(),
         seconds: started.elapsed().as_secs_f64(),
@@ -185,13 +196,13 @@ struct Step {
 /// Mean loss over the step's scored positions, and its gradients: a sum over packs. `None` when a stop was asked for.
 fn accumulate(
     student: &Student,
-    records: Vec<Record>,
+    records: &[Record],
     config: &TrainConfig,
-    (settings, reading): (&LossSettings, &Reading),
+    (settings, reading): (&LossSettings, Option<&Reading>),
     context: &RunContext,
 ) -> Result<Option<Step>> {
     // A row without scored positions is a conversation that the teacher could not score.
-    let records: Vec<Record> = records.into_iter().filter(|r| !r.positions.is_empty()).collect();
+    let records: Vec<&Record> = records.iter().filter(|r| !r.positions.is_empty()).collect();
     let scored: usize = records.iter().map(|r| r.positions.len()).sum();
     let scale = 1.0 / scored.max(1) as f64;
     let mut step = Step { scored: scored as u64, ..Step::default() };
@@ -202,12 +213,13 @@ fn accumulate(
         let records = &records[range];
         let pack = Pack::new(records.iter().map(|r| Sequence { input_ids: &r.input_ids, positions: &r.positions }));
         // Without a distillation term the distributions are not looked at.
-        let targets = (settings.kd_alpha > 0.0).then(|| {
+        let reading = reading.filter(|_| settings.kd_alpha > 0.0);
+        let targets = reading.map(|reading| {
             let mut targets = SoftTargets::with_capacity(pack.scored().len(), 0);
             records.iter().for_each(|r| targets.extend(&reading.targets(&r.targets)));
             targets
         });
-        let lse_t = targets.as_ref().and_then(|targets| reading.lse_t(targets));
+        let lse_t = targets.as_ref().zip(reading).and_then(|(targets, reading)| reading.lse_t(targets));
         let (targets, lse_t) = (targets.as_ref(), lse_t.as_deref());
         let batch = Batch { labels: pack.labels(), targets, lse_t, settings, scale };
         let (hidden, tape) = student.forward(&pack)?;
@@ -227,3 +239,7 @@ fn accumulate(
     }
     Ok(Some(step))
 }
+
+#[cfg(test)]
+#[path = "crash_tests.rs"]
+mod tests;

@@ -1,16 +1,26 @@
 //! Owns AdamW and gradient clipping over named f32 tensors, and their state for checkpoints. Refuses to know what the
 //! tensors are and to decide about steps that are not finite.
 //!
-//! The one idea: every element is computed in f64 from f32 state and rounded once, elements never meet, and the norm is
-//! added in a fixed order; so a step gives the same bits on any number of threads, before and after a resume.
+//! The one idea: every element is computed in f64 from f32 state and rounded once, elements never meet (in 8 bits: blocks never), and
+//! the norm is added in a fixed order; so a step gives the same bits on any number of threads, before and after a resume. Values are
+//! changed where they lie: neither an update nor clipping holds a second copy of anything.
+
+mod blocks;
+mod moments;
+
+pub use blocks::{Sign, values as map_values};
 
 use crate::Error;
 use crate::model::ModelError;
 use crate::model::weights::Weights;
-use candle_core::{DType, Device, Tensor};
+use crate::ops::with_f32;
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor, bail};
+use moments::Moments;
 use potstill_cache::ErrorClass;
 use rayon::prelude::*;
 use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+use std::cell::Cell;
 
 /// The result of this file; other failures than the crate's are named.
 type Result<T, E = Error> = std::result::Result<T, E>;
@@ -20,9 +30,32 @@ const NORM_FLOOR: f64 = 1e-6;
 /// Name of the state tensor that counts updates.
 const STEP_NAME: &str = "step";
 
+/// How AdamW keeps its state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub enum OptimizerKind {
+    /// 8 bytes a parameter: both moments in f32.
+    #[default]
+    #[serde(rename = "adamw")]
+    AdamW,
+    /// 2.03 bytes a parameter: both moments in 8 bits, block by block, as bitsandbytes keeps them; small tensors in f32.
+    #[serde(rename = "adamw-8bit")]
+    AdamW8bit,
+}
+
+impl std::fmt::Display for OptimizerKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            OptimizerKind::AdamW => "adamw",
+            OptimizerKind::AdamW8bit => "adamw-8bit",
+        })
+    }
+}
+
 /// AdamW's constants.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWConfig {
+    /// How the state is kept.
+    pub kind: OptimizerKind,
     /// Decay of the gradient's mean, 0 or above and below 1.
     pub beta1: f64,
     /// Decay of the gradient's squared mean, 0 or above and below 1.
@@ -36,7 +69,7 @@ pub struct AdamWConfig {
 impl Default for AdamWConfig {
     /// PyTorch's constants without weight decay.
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }
+        Self { kind: OptimizerKind::AdamW, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }
     }
 }
 
@@ -47,15 +80,6 @@ pub struct AdamW {
     /// Updates done.
     step: u64,
     moments: Vec<Moments>,
-}
-
-/// State of one tensor.
-#[derive(Debug, Clone)]
-struct Moments {
-    name: String,
-    shape: Vec<usize>,
-    m: Vec<f32>,
-    v: Vec<f32>,
 }
 
 /// Ways an update or a stored state can be wrong.
@@ -117,15 +141,8 @@ impl AdamW {
     /// Errors: a constant out of its range, a tensor that is not f32.
     pub fn new(config: AdamWConfig, parameters: &[(String, Tensor)]) -> Result<AdamW> {
         check(&config)?;
-        let moments = parameters
-            .iter()
-            .map(|(name, tensor)| {
-                let (shape, zeros) = (tensor.dims().to_vec(), vec![0.0; tensor.elem_count()]);
-                let moments = Moments { name: name.clone(), shape, m: zeros.clone(), v: zeros };
-                moments.fits("parameter", Some(name), tensor).map(|()| moments)
-            })
-            .collect::<std::result::Result<_, _>>()?;
-        Ok(AdamW { config, step: 0, moments })
+        let moments = parameters.iter().map(|(name, tensor)| Moments::new(config.kind, name, tensor));
+        Ok(AdamW { config, step: 0, moments: moments.collect::<std::result::Result<_, _>>()? })
     }
 
     /// Updates done so far.
@@ -133,95 +150,106 @@ impl AdamW {
         self.step
     }
 
-    /// One update with learning rate `rate`; every parameter is replaced by a new tensor on its device.
+    /// One update with learning rate `rate`. The parameters' values change where they lie, so every tensor that shares their memory
+    /// sees it.
     ///
     /// With t counting updates from 1: p ← p (1 − rate · wd); m ← β₁ m + (1 − β₁) g; v ← β₂ v + (1 − β₂) g²;
     /// p ← p − rate · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε). (Loshchilov and Hutter, 2019; as `torch.optim.AdamW`.)
+    /// In 8 bits m and v are then rounded (`blocks.rs`).
     ///
-    /// Gradients stand in the parameters' order. Errors: a list or tensor that does not fit, and nothing is
-    /// changed then; a device that is full.
-    pub fn step(&mut self, parameters: &mut [(String, Tensor)], gradients: &[Tensor], rate: f64) -> Result<()> {
+    /// Gradients stand in the parameters' order and share no memory with them. Errors: a list or tensor that does not fit, a parameter
+    /// that is not contiguous, and nothing is changed then.
+    pub fn step(&mut self, parameters: &[(String, Tensor)], gradients: &[Tensor], rate: f64) -> Result<()> {
         let expected = self.moments.len();
         for (what, found) in [("parameters", parameters.len()), ("gradients", gradients.len())] {
             if found != expected {
                 return Err(OptimizerError::Count { what, expected, found }.into());
             }
         }
-        for ((moments, (name, parameter)), gradient) in self.moments.iter().zip(&*parameters).zip(gradients) {
+        for ((moments, (name, parameter)), gradient) in self.moments.iter().zip(parameters).zip(gradients) {
             moments.fits("parameter", Some(name), parameter)?;
             moments.fits("gradient", None, gradient)?;
+            with_f32(parameter, |_| Ok(()))?;
         }
         let update = Update::new(&self.config, self.step + 1, rate);
-        let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
         self.step += 1;
-        // One tensor at a time, so that only one is held twice.
         for ((moments, (_, parameter)), gradient) in self.moments.iter_mut().zip(parameters).zip(gradients) {
-            let (mut p, g) = (values(parameter)?, values(gradient)?);
-            let state = moments.m.par_iter_mut().zip(&mut moments.v);
-            p.par_iter_mut().zip(&g).zip(state).for_each(|((p, g), (m, v))| update.apply(p, *g, m, v));
-            *parameter = Tensor::from_vec(p, parameter.shape(), parameter.device())?;
+            with_f32(&gradient.contiguous()?, |g| in_place(parameter, |p| moments.update(&update, p, g)))?;
         }
         Ok(())
     }
 
-    /// The state for a checkpoint, on the CPU: `NAME.m` and `NAME.v` (f32, the parameter's shape) and `step` (i64 `[1]`).
+    /// The state for a checkpoint, on the CPU: `NAME.m` and `NAME.v` (the parameter's shape; f32, or u8 with `NAME.m.absmax` and
+    /// `NAME.v.absmax`, f32, one a block) and `step` (i64 `[1]`).
     pub fn state_tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut tensors = Vec::with_capacity(2 * self.moments.len() + 1);
-        for Moments { name, shape, m, v } in &self.moments {
-            for (kind, values) in [("m", m), ("v", v)] {
-                let tensor = Tensor::from_slice(values, shape.as_slice(), &Device::Cpu)?;
-                tensors.push((format!("{name}.{kind}"), tensor));
-            }
+        let mut tensors = Vec::with_capacity(4 * self.moments.len() + 1);
+        for moments in &self.moments {
+            tensors.extend(moments.tensors()?);
         }
         tensors.push((STEP_NAME.into(), Tensor::from_vec(vec![self.step as i64], 1, &Device::Cpu)?));
         Ok(tensors)
     }
 
-    /// Takes over a state saved from [`state_tensors`](Self::state_tensors). Errors: it was saved for other tensors; nothing is
-    /// changed then.
+    /// Takes over a state saved from [`state_tensors`](Self::state_tensors). Errors: it was saved for other tensors or another kind;
+    /// nothing is changed then.
     pub fn load_state(&mut self, state: &Weights) -> Result<()> {
-        let (expected, found) = (2 * self.moments.len() + 1, state.names().count());
+        let expected = self.moments.iter().map(Moments::count).sum::<usize>() + 1;
+        let found = state.names().count();
         if expected != found {
             return Err(OptimizerError::StateCount { expected, found }.into());
         }
         let step = state.bytes(STEP_NAME, Dtype::I64, &[1]).map_err(OptimizerError::State)?;
         let step = step.first_chunk().map(|bytes| i64::from_le_bytes(*bytes)).unwrap_or(-1);
         let step = u64::try_from(step).map_err(|_| OptimizerError::StateStep { found: step })?;
-        let read = |name: String, shape: &[usize]| -> Result<Vec<f32>, OptimizerError> {
-            let bytes = state.bytes(&name, Dtype::F32, shape).map_err(OptimizerError::State)?;
-            Ok(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
-        };
-        let loaded = self
-            .moments
-            .iter()
-            .map(|Moments { name, shape, .. }| {
-                let (m, v) = (read(format!("{name}.m"), shape)?, read(format!("{name}.v"), shape)?);
-                Ok(Moments { name: name.clone(), shape: shape.clone(), m, v })
-            })
-            .collect::<Result<Vec<_>, OptimizerError>>()?;
+        let loaded = self.moments.iter().map(|moments| moments.loaded(state)).collect::<Result<Vec<_>, OptimizerError>>()?;
         (self.step, self.moments) = (step, loaded);
         Ok(())
     }
 }
 
-/// Scales all gradients by `max_norm / (norm + 1e-6)` where that is below 1, and gives the norm before: the L2 norm over all
-/// elements of all tensors, added in f64 in a fixed order.
+/// Scales all gradients, where they lie, by `max_norm / (norm + 1e-6)` where that is below 1, and gives the norm before: the L2 norm
+/// over all elements of all tensors, added in f64 in a fixed order.
 ///
 /// A `max_norm` of 0 only measures. Where the norm is not finite nothing is scaled. Errors: a tensor that is not f32.
 pub fn clip(gradients: &mut [Tensor], max_norm: f64) -> Result<f64> {
     let mut squares = Vec::with_capacity(gradients.len());
-    for gradient in gradients.iter() {
-        let values = gradient.flatten_all()?.to_vec1::<f32>()?;
-        squares.push(values.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>());
+    for gradient in gradients.iter_mut() {
+        // What is scaled below must lie row by row; what a matrix product gave does.
+        *gradient = gradient.contiguous()?;
+        squares.push(with_f32(gradient, |g| Ok(g.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>()))?);
     }
     let norm = squares.iter().sum::<f64>().sqrt();
     let factor = max_norm / (norm + NORM_FLOOR);
     if max_norm > 0.0 && norm.is_finite() && factor < 1.0 {
-        for gradient in gradients.iter_mut() {
-            *gradient = gradient.affine(factor, 0.0)?;
+        for gradient in gradients.iter() {
+            in_place(gradient, |g| g.par_iter_mut().for_each(|g| *g = (f64::from(*g) * factor) as f32))?;
         }
     }
     Ok(norm)
+}
+
+/// Work on a tensor's own memory, done once.
+struct InPlace<F>(Cell<Option<F>>);
+
+impl<F: FnOnce(&mut [f32])> InplaceOp1 for InPlace<F> {
+    fn name(&self) -> &'static str {
+        "optimizer"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (CpuStorage::F32(values), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
+            bail!("optimizer: expected contiguous f32 values");
+        };
+        if let (Some(work), Some(values)) = (self.0.take(), values.get_mut(start..end)) {
+            work(values);
+        }
+        Ok(())
+    }
+}
+
+/// Runs `work` on the values of a contiguous f32 tensor, row-major, where they lie.
+fn in_place(tensor: &Tensor, work: impl FnOnce(&mut [f32])) -> candle_core::Result<()> {
+    tensor.inplace_op1(&InPlace(Cell::new(Some(work))))
 }
 
 /// The constants of one update.
@@ -238,7 +266,7 @@ struct Update {
 
 impl Update {
     fn new(config: &AdamWConfig, t: u64, rate: f64) -> Update {
-        let AdamWConfig { beta1, beta2, eps, weight_decay } = *config;
+        let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = *config;
         let correction = (1.0 - beta1.powf(t as f64), 1.0 - beta2.powf(t as f64));
         Update { beta1, beta2, eps, keep: 1.0 - rate * weight_decay, rate, correction }
     }
@@ -249,17 +277,6 @@ impl Update {
         *v = (self.beta2 * f64::from(*v) + (1.0 - self.beta2) * g * g) as f32;
         let root = (f64::from(*v) / self.correction.1).sqrt() + self.eps;
         *p = (f64::from(*p) * self.keep - self.rate * (f64::from(*m) / self.correction.0) / root) as f32;
-    }
-}
-
-impl Moments {
-    fn fits(&self, what: &'static str, name: Option<&String>, tensor: &Tensor) -> Result<(), OptimizerError> {
-        if tensor.dtype() == DType::F32 && tensor.dims() == self.shape && name.is_none_or(|name| *name == self.name) {
-            return Ok(());
-        }
-        let expected = format!("{} F32 {:?}", self.name, self.shape);
-        let found = format!("{} {:?} {:?}", name.unwrap_or(&self.name), tensor.dtype(), tensor.dims());
-        Err(OptimizerError::Tensor { what, expected, found })
     }
 }
 

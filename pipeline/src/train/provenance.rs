@@ -6,11 +6,11 @@
 use super::TrainConfig;
 use super::checkpoint::Progress;
 use super::identity::Identity;
+use super::rows::Rows;
 use crate::adapter::{self, AdapterConfig, Surroundings};
 use crate::loss::LossSettings;
 use crate::student::Student;
 use crate::{Result, hub};
-use potstill_cache::{Description, Manifest};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -32,11 +32,11 @@ pub(super) struct Provenance {
 }
 
 impl Provenance {
-    /// Of a run that learns from the cache of `manifest` by this loss; `targets` says in words what is read of it.
+    /// Of a run that learns from these rows by this loss; `targets` says in words what is read of them.
     pub(super) fn of(
         config: &TrainConfig,
         (loss, targets): (&LossSettings, &str),
-        manifest: &Manifest,
+        rows: &Rows,
         identity: Identity,
     ) -> Self {
         let name = hub::name_of(&config.student);
@@ -51,22 +51,25 @@ impl Provenance {
             revision,
             target_modules: lora.targets.names().into_iter().map(String::from).collect(),
         };
-        let description = &manifest.description;
-        let run = json!({
-            "format_version": FORMAT_VERSION,
-            "program": format!("potstill {}", env!("CARGO_PKG_VERSION")),
-            "cache": {
-                "id": description.digest(),
+        let cache = rows.cache().map(|cache| cache.manifest()).map(|manifest| {
+            json!({
+                "id": manifest.description.digest(),
                 "rows": manifest.rows(),
                 "tokens": manifest.tokens(),
                 "scored": manifest.scored(),
-                "description": description,
-            },
+                "description": &manifest.description,
+            })
+        });
+        let run = json!({
+            "format_version": FORMAT_VERSION,
+            "program": format!("potstill {}", env!("CARGO_PKG_VERSION")),
+            "cache": cache,
+            "data": rows.data(),
             "learned_from": targets,
             "loss": loss,
             "settings": identity,
         });
-        let facts = facts(config, (loss, targets), description);
+        let facts = facts(config, (loss, targets), rows);
         Self { base: config.student.clone(), adapter, facts, run, identity, held_out: Vec::new() }
     }
 
@@ -97,29 +100,31 @@ impl Provenance {
 }
 
 /// The card's facts that are known from the start.
-fn facts(config: &TrainConfig, (loss, targets): (&LossSettings, &str), description: &Description) -> Vec<(String, String)> {
-    let files: Vec<&str> = description.data.files.iter().map(|file| file.name.as_str()).collect();
+fn facts(config: &TrainConfig, (loss, targets): (&LossSettings, &str), rows: &Rows) -> Vec<(String, String)> {
+    let data = rows.data();
+    let files: Vec<&str> = data.files.iter().map(|file| file.name.as_str()).collect();
     let more = files.len().saturating_sub(FILES_NAMED);
     let named = files.iter().take(FILES_NAMED).copied().collect::<Vec<_>>().join(", ");
     let more = if more == 0 { String::new() } else { format!(" and {more} more") };
-    let teacher = &description.teacher;
+    let description = rows.cache().map(|cache| &cache.manifest().description);
     let mut facts = vec![
         fact("objective", config.objective),
         fact("loss", in_words(loss)),
-        fact("data", format!("{named}{more}; {} conversations", description.data.rows)),
+        fact("data", format!("{named}{more}; {} conversations", data.rows)),
     ];
-    if loss.kd_alpha > 0.0 {
+    if let Some(description) = description.filter(|_| loss.kd_alpha > 0.0) {
+        let teacher = &description.teacher;
         facts.push(fact("teacher", format!("{} ({}), weights BLAKE3 {}", teacher.name, teacher.weights, teacher.weights_blake3)));
         facts.push(fact("learned from", targets));
         facts.push(fact("k (entries kept of a distribution, at most)", description.selection.max_entries()));
         facts.push(fact("temperature", loss.temperature));
     }
-    facts.push(fact("cache id", description.digest()));
+    facts.extend(description.map(|description| fact("cache id", description.digest())));
     let warm_up = format!("{} steps of warm-up", config.warmup_steps);
     let schedule = format!("{:?}", config.schedule).to_lowercase();
     facts.push(fact("learning rate", format!("{}, {schedule} after {warm_up}", config.lr)));
     facts.push(fact("conversations in a step", config.batch_size));
-    facts.push(fact("longest conversation", format!("{} tokens", description.encoding.max_length)));
+    facts.push(fact("longest conversation", format!("{} tokens", description.map_or(config.max_length, |d| d.encoding.max_length))));
     facts.push(fact("largest gradient norm", config.max_grad_norm));
     facts.push(fact("seed", config.seed));
     facts

@@ -1,0 +1,169 @@
+//! What a run leaves behind however it ends: killed before any of its operations on files, or with a checkpoint that was changed
+//! afterwards.
+//!
+//! Killed before every second operation by default, before each with `POTSTILL_CAMPAIGN_FAULTS=all`; changed as often as
+//! `POTSTILL_CAMPAIGN_MUTATIONS` says (1,000).
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use super::checkpoint::RunFolder;
+use super::{Objective, Resume, TrainConfig, TrainError, digests, files::kill, run};
+use crate::run::RunContext;
+use crate::{Error, Result};
+use potstill_cache::ErrorClass;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/golden");
+const STEPS: u64 = 4;
+
+/// A folder in memory, where there is room for one: a sync is quick there.
+fn scratch() -> tempfile::TempDir {
+    let memory = tempfile::Builder::new().prefix("potstill-").tempdir_in("/dev/shm");
+    memory.or_else(|_| tempfile::tempdir()).unwrap()
+}
+
+fn config(out: &Path) -> TrainConfig {
+    TrainConfig {
+        student: Path::new(GOLDEN).join("student"),
+        data: vec![Path::new(GOLDEN).join("chats.jsonl")],
+        out: out.to_path_buf(),
+        objective: Objective::Sft,
+        max_length: 48,
+        steps: Some(STEPS),
+        batch_size: 1,
+        lr: 2e-3,
+        warmup_steps: 0,
+        rank: 1,
+        checkpoint_every: 1,
+        ..TrainConfig::default()
+    }
+}
+
+fn train(config: &TrainConfig) -> Result<()> {
+    run(config, &RunContext::default()).map(drop)
+}
+
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_string();
+    entries.filter(|path| path.is_file()).map(|path| (name(&path), fs::read(&path).unwrap())).collect()
+}
+
+/// Steps of the checkpoints in `out`, each proven whole.
+fn whole_checkpoints(out: &Path) -> Vec<u64> {
+    let mut steps = Vec::new();
+    for entry in fs::read_dir(out).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        let Some(step) = path.file_name().unwrap().to_str().unwrap().strip_prefix("checkpoint-") else { continue };
+        digests::check(&path, &["adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"]).unwrap();
+        steps.push(step.parse().unwrap());
+    }
+    steps.sort_unstable();
+    steps
+}
+
+#[test]
+fn killed_before_any_call_a_run_keeps_whole_checkpoints_and_ends_the_same() {
+    let whole = scratch();
+    let (result, calls) = kill::after(u64::MAX, || train(&config(whole.path())));
+    result.unwrap();
+    let expected = files(&whole.path().join("adapter"));
+    digests::check(&whole.path().join("adapter"), &["adapter_model.safetensors"]).unwrap();
+    assert_eq!(whole_checkpoints(whole.path()), [STEPS - 1, STEPS]);
+    let every = if std::env::var("POTSTILL_CAMPAIGN_FAULTS").is_ok_and(|all| all == "all") { 1 } else { 2 };
+    println!("{calls} calls, killed before every {every}");
+    let mut most = 0;
+    for last in (0..calls).step_by(every) {
+        let dir = scratch();
+        let (result, _) = kill::after(last, || train(&config(dir.path())));
+        assert!(result.unwrap_err().to_string().contains("killed"), "call {last}");
+        let left = whole_checkpoints(dir.path());
+        // Two are there as soon as two were written, and none goes before the next one stands.
+        assert!(left.len() >= most.min(2), "call {last}: {left:?}");
+        most = most.max(left.len());
+        assert!(left.windows(2).all(|pair| pair[1] == pair[0] + 1), "call {last}: {left:?}");
+        train(&config(dir.path())).unwrap_or_else(|error| panic!("after call {last}: {error}"));
+        assert_eq!(files(&dir.path().join("adapter")), expected, "killed before call {}", last + 1);
+        assert_eq!(whole_checkpoints(dir.path()), [STEPS - 1, STEPS]);
+        let hidden = |name: &str| name.starts_with('.');
+        assert!(!fs::read_dir(dir.path()).unwrap().any(|e| hidden(e.unwrap().file_name().to_str().unwrap())), "call {last}");
+    }
+    assert_eq!(most, 3, "a third one is there before the first goes");
+}
+
+/// One random change of a checkpoint in `dir`, in words. Never none.
+fn change(dir: &Path, random: &mut ChaCha8Rng) -> String {
+    let mut all: Vec<PathBuf> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    all.sort();
+    let below = |random: &mut ChaCha8Rng, n: usize| random.next_u32() as usize % n;
+    let path = all[below(random, all.len())].clone();
+    let name = path.file_name().unwrap().to_string_lossy().into_owned();
+    let mut bytes = fs::read(&path).unwrap();
+    let at = below(random, bytes.len());
+    let what = match below(random, 6) {
+        0 => {
+            bytes[at] ^= 1 << below(random, 8);
+            "a bit"
+        }
+        1 => {
+            bytes[at] = bytes[at].wrapping_add(1 + below(random, 255) as u8);
+            "a byte"
+        }
+        2 => {
+            bytes.truncate(at);
+            "cut"
+        }
+        3 => {
+            bytes.insert(at, b' ');
+            "a space more"
+        }
+        4 => {
+            fs::remove_file(&path).unwrap();
+            return format!("{name}: gone");
+        }
+        _ => {
+            let other = all.iter().map(|other| fs::read(other).unwrap()).find(|other| *other != bytes).unwrap();
+            bytes = other;
+            "another file's bytes"
+        }
+    };
+    fs::write(&path, bytes).unwrap();
+    format!("{name}: {what} at {at}")
+}
+
+#[test]
+fn no_change_of_a_checkpoint_goes_unseen() {
+    let dir = scratch();
+    train(&TrainConfig { steps: Some(2), ..config(dir.path()) }).unwrap();
+    let good = files(&dir.path().join("checkpoint-2"));
+    let times = std::env::var("POTSTILL_CAMPAIGN_MUTATIONS").ok().and_then(|n| n.parse().ok()).unwrap_or(1000);
+    let mut random = ChaCha8Rng::seed_from_u64(5);
+    let latest = config(dir.path());
+    let named = TrainConfig { resume: Resume::Path(dir.path().join("checkpoint-2")), ..latest.clone() };
+    let folder = RunFolder::open(&latest).unwrap();
+    let step = |found: super::checkpoint::Found| found.checkpoint.unwrap().step();
+    assert_eq!(step(folder.find(&latest, 9).unwrap()), 2);
+    for _ in 0..times {
+        let what = change(&dir.path().join("checkpoint-2"), &mut random);
+        // One that was named is refused; from the newest a run goes back to the one before it, and says why.
+        let error = folder.find(&named, 9).expect_err(&what);
+        let listless = matches!(error, Error::Train(TrainError::NoCheckpoint { .. }));
+        assert!(listless || error.class() == ErrorClass::Integrity, "{what}: {error}");
+        let found = folder.find(&latest, 9).unwrap();
+        let said = found.passed_over.join(" ");
+        assert!(said.contains("checkpoint-2") && said.ends_with("checkpoint-1"), "{what}: {said}");
+        assert_eq!(step(found), 1, "{what}");
+        fs::remove_dir_all(dir.path().join("checkpoint-2")).unwrap();
+        fs::create_dir(dir.path().join("checkpoint-2")).unwrap();
+        good.iter().for_each(|(name, bytes)| fs::write(dir.path().join("checkpoint-2").join(name), bytes).unwrap());
+    }
+    // With none whole the newest is what is complained of.
+    for name in ["checkpoint-1", "checkpoint-2"] {
+        fs::write(dir.path().join(name).join("trainer_state.json"), "{}").unwrap();
+    }
+    let error = folder.find(&latest, 9).unwrap_err();
+    assert!(error.class() == ErrorClass::Integrity && error.to_string().contains("checkpoint-2"), "{error}");
+}

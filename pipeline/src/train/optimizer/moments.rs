@@ -1,0 +1,122 @@
+//! Owns the two moments of each tensor: kept in f32 or in 8-bit blocks, updated, written for a checkpoint and read back.
+
+use super::blocks::{BLOCK, Blocks, Sign};
+use super::{OptimizerError, OptimizerKind, Update};
+use crate::model::weights::Weights;
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+use safetensors::Dtype;
+
+/// Tensors of fewer values keep f32 state in the 8-bit optimiser, as in bitsandbytes.
+pub(super) const LEAST_IN_BLOCKS: usize = 4096;
+/// Blocks that a thread takes at a time.
+const BLOCKS_AT_ONCE: usize = 16;
+
+/// State of one tensor.
+#[derive(Debug, Clone)]
+pub(super) struct Moments {
+    name: String,
+    shape: Vec<usize>,
+    kept: Kept,
+}
+
+/// How the moments are kept.
+#[derive(Debug, Clone)]
+enum Kept {
+    Floats { m: Vec<f32>, v: Vec<f32> },
+    Blocks { m: Blocks, v: Blocks },
+}
+
+impl Moments {
+    /// Zeros for this tensor. Errors: it is not f32.
+    pub(super) fn new(kind: OptimizerKind, name: &String, tensor: &Tensor) -> Result<Self, OptimizerError> {
+        let n = tensor.elem_count();
+        let kept = match kind {
+            OptimizerKind::AdamW8bit if n >= LEAST_IN_BLOCKS => {
+                Kept::Blocks { m: Blocks::zeros(Sign::Signed, n), v: Blocks::zeros(Sign::Unsigned, n) }
+            }
+            _ => Kept::Floats { m: vec![0.0; n], v: vec![0.0; n] },
+        };
+        let moments = Self { name: name.clone(), shape: tensor.dims().to_vec(), kept };
+        moments.fits("parameter", Some(name), tensor).map(|()| moments)
+    }
+
+    /// Errors: another name, dtype or shape.
+    pub(super) fn fits(&self, what: &'static str, name: Option<&String>, tensor: &Tensor) -> Result<(), OptimizerError> {
+        if tensor.dtype() == DType::F32 && tensor.dims() == self.shape && name.is_none_or(|name| *name == self.name) {
+            return Ok(());
+        }
+        let expected = format!("{} F32 {:?}", self.name, self.shape);
+        let found = format!("{} {:?} {:?}", name.unwrap_or(&self.name), tensor.dtype(), tensor.dims());
+        Err(OptimizerError::Tensor { what, expected, found })
+    }
+
+    /// Updates the parameter's values `p` by the gradient `g`, and the moments.
+    pub(super) fn update(&mut self, update: &Update, p: &mut [f32], g: &[f32]) {
+        match &mut self.kept {
+            Kept::Floats { m, v } => {
+                let state = m.par_iter_mut().zip(v);
+                p.par_iter_mut().zip(g).zip(state).for_each(|((p, g), (m, v))| update.apply(p, *g, m, v));
+            }
+            // The parameter moves by the moments as they are before they are rounded.
+            Kept::Blocks { m, v } => {
+                let values = p.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK)).with_min_len(BLOCKS_AT_ONCE);
+                values.zip(m.each().zip(v.each())).for_each(|((p, g), (mut m, mut v))| {
+                    let (mut ms, mut vs) = (m.read(), v.read());
+                    for (((p, g), m), v) in p.iter_mut().zip(g).zip(&mut ms).zip(&mut vs) {
+                        update.apply(p, *g, m, v);
+                    }
+                    m.write(&ms);
+                    v.write(&vs);
+                });
+            }
+        }
+    }
+
+    /// Number of tensors that [`tensors`](Self::tensors) gives.
+    pub(super) fn count(&self) -> usize {
+        match self.kept {
+            Kept::Floats { .. } => 2,
+            Kept::Blocks { .. } => 4,
+        }
+    }
+
+    /// `NAME.m` and `NAME.v`, in the parameter's shape: f32, or u8 codes with `NAME.m.absmax` and `NAME.v.absmax` f32 `[blocks]`.
+    pub(super) fn tensors(&self) -> candle_core::Result<Vec<(String, Tensor)>> {
+        let named = |kind: &str| format!("{}.{kind}", self.name);
+        let shape = self.shape.as_slice();
+        let blocks = |kind: &str, blocks: &Blocks| {
+            let codes = Tensor::from_slice(&blocks.codes, shape, &Device::Cpu)?;
+            let absmax = Tensor::from_slice(&blocks.absmax, blocks.absmax.len(), &Device::Cpu)?;
+            Ok::<_, candle_core::Error>([(named(kind), codes), (named(&format!("{kind}.absmax")), absmax)])
+        };
+        Ok(match &self.kept {
+            Kept::Floats { m, v } => vec![
+                (named("m"), Tensor::from_slice(m, shape, &Device::Cpu)?),
+                (named("v"), Tensor::from_slice(v, shape, &Device::Cpu)?),
+            ],
+            Kept::Blocks { m, v } => [blocks("m", m)?, blocks("v", v)?].into_iter().flatten().collect(),
+        })
+    }
+
+    /// The same tensor's moments as `state` has them. Errors: they are not there, or of another dtype or shape.
+    pub(super) fn loaded(&self, state: &Weights) -> Result<Self, OptimizerError> {
+        let floats = |name: String, shape: &[usize]| {
+            let bytes = state.bytes(&name, Dtype::F32, shape).map_err(OptimizerError::State)?;
+            Ok(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect::<Vec<f32>>())
+        };
+        let blocks = |kind: &str, sign: Sign, like: &Blocks| {
+            let name = format!("{}.{kind}", self.name);
+            let codes = state.bytes(&name, Dtype::U8, &self.shape).map_err(OptimizerError::State)?.to_vec();
+            Ok(Blocks::of(sign, codes, floats(format!("{name}.absmax"), &[like.absmax.len()])?))
+        };
+        let kept = match &self.kept {
+            Kept::Floats { .. } => Kept::Floats {
+                m: floats(format!("{}.m", self.name), &self.shape)?,
+                v: floats(format!("{}.v", self.name), &self.shape)?,
+            },
+            Kept::Blocks { m, v } => Kept::Blocks { m: blocks("m", Sign::Signed, m)?, v: blocks("v", Sign::Unsigned, v)? },
+        };
+        Ok(Self { name: self.name.clone(), shape: self.shape.clone(), kept })
+    }
+}
