@@ -11,10 +11,12 @@
 use crate::adapter::{AdapterConfig, MAX_RANK, Scaling, TargetModules, WrongModules, is_dropout};
 use crate::data::pack::Pack;
 use crate::kernel::Precision;
+use crate::linear::dropout::Dropout;
 use crate::linear::{Head, Lora};
 use crate::model::decoder::{Decoder, Holding, features};
 use crate::model::layer::{Geometry, PROJECTIONS};
-use crate::run::RunContext;
+use crate::ops::add;
+use crate::run::{RUN_AGAIN, RunContext};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use rand_chacha::ChaCha8Rng;
@@ -71,6 +73,17 @@ impl LoraSettings {
 #[derive(Debug, Clone)]
 pub struct Student {
     decoder: Decoder,
+    /// Share of A's inputs that training leaves out, and the seed of which.
+    dropout: (f64, u64),
+}
+
+/// Which rows a training pass is for: what dropout leaves out depends on nothing else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moment {
+    /// The optimiser's step.
+    pub step: u64,
+    /// Number, in the step, of the pack's first token.
+    pub first_row: usize,
 }
 
 /// What the backward walk needs of the forward walk.
@@ -84,6 +97,8 @@ pub struct Tape {
     /// The scored places, u32 `[N]`.
     rows: Tensor,
     tokens: usize,
+    /// What was left out of the first layer.
+    dropout: Option<Dropout>,
 }
 
 impl Student {
@@ -103,11 +118,6 @@ impl Student {
     /// A is uniform in ±1/√in, the bound that PEFT's `kaiming_uniform_(a=√5)` works out to; B is 0.
     pub fn new(mut decoder: Decoder, lora: &LoraSettings) -> Result<Self> {
         lora.check()?;
-        // Until the layers apply `linear::dropout`, a run that asks for it must not pretend to.
-        if lora.dropout > 0.0 {
-            let expected = "0 (the layers do not leave inputs out yet)".into();
-            return Err(Error::Setting { name: "dropout", found: lora.dropout.to_string(), expected });
-        }
         let (rank, scale) = (lora.rank as usize, lora.scaling.factor(lora.alpha, lora.rank));
         let mut random = ChaCha8Rng::seed_from_u64(lora.seed);
         let device = decoder.device().clone();
@@ -123,7 +133,7 @@ impl Student {
                 linear.lora = Some(Lora { a, b, scale });
             }
         }
-        Ok(Self { decoder })
+        Ok(Self { decoder, dropout: (lora.dropout, lora.seed) })
     }
 
     /// The model.
@@ -174,35 +184,92 @@ impl Student {
         Ok(())
     }
 
-    /// Hidden states of the pack's scored places after the final norm, f32 [N, H], and what the way back needs.
+    /// Hidden states of the pack's scored places after the final norm, f32 [N, H], and what the way back needs. Nothing is left out.
     pub fn forward(&self, pack: &Pack) -> Result<(Tensor, Tape)> {
+        self.up(pack, None, &RunContext::default())?.ok_or_else(stopped)
+    }
+
+    /// The same while training: with dropout. `None` when a stop was asked for.
+    pub fn forward_training(&self, pack: &Pack, moment: Moment, context: &RunContext) -> Result<Option<(Tensor, Tape)>> {
+        let ((p, seed), Moment { step, first_row }) = (self.dropout, moment);
+        let dropout = Dropout { p, seed, step, layer: 0, first_row };
+        self.up(pack, (p > 0.0).then_some(dropout), context)
+    }
+
+    fn up(&self, pack: &Pack, dropout: Option<Dropout>, context: &RunContext) -> Result<Option<(Tensor, Tape)>> {
         let geometry = Geometry::new(pack, &self.decoder.config);
         let mut x = self.decoder.embed(pack.input_ids())?;
         let mut inputs = Vec::with_capacity(self.decoder.layers.len());
-        for layer in &self.decoder.layers {
-            let y = layer.forward(&x, &geometry)?;
+        for (i, layer) in self.decoder.layers.iter().enumerate() {
+            if context.stopping() {
+                return Ok(None);
+            }
+            let y = layer.forward(&x, &geometry, of_layer(dropout, i))?;
             inputs.push(std::mem::replace(&mut x, y));
         }
         let rows = Tensor::new(pack.scored(), self.decoder.device())?;
         let scored = x.index_select(&rows, 0)?;
         let normed = self.decoder.final_norm(&scored)?;
-        Ok((normed, Tape { geometry, inputs, scored, rows, tokens: pack.input_ids().len() }))
+        Ok(Some((normed, Tape { geometry, inputs, scored, rows, tokens: pack.input_ids().len(), dropout })))
     }
 
     /// From dL/d(result of [`forward`](Self::forward)): the gradients of the trainable tensors, in the order of
-    /// [`parameters`](Self::parameters). A projection without an adapter gives none.
+    /// [`parameters`](Self::parameters).
     pub fn backward(&self, tape: Tape, d_normed: &Tensor) -> Result<Vec<Tensor>> {
-        let d_scored = self.decoder.final_norm_backward(&tape.scored, d_normed)?;
-        let zeros = Tensor::zeros((tape.tokens, self.decoder.config.hidden_size), d_scored.dtype(), d_scored.device())?;
-        let mut dx = zeros.index_add(&tape.rows, &d_scored, 0)?;
-        let mut by_layer = Vec::with_capacity(tape.inputs.len());
-        for (layer, x) in self.decoder.layers.iter().zip(&tape.inputs).rev() {
-            let (below, gradients) = layer.backward(x, &dx, &tape.geometry)?;
-            by_layer.push(gradients);
-            dx = below;
+        let mut gradients = Vec::new();
+        match self.backward_training(tape, d_normed, &mut gradients, &RunContext::default())? {
+            Walk::Done => Ok(gradients),
+            Walk::Stopped => Err(stopped()),
         }
-        Ok(by_layer.into_iter().rev().flatten().flatten().flat_map(|g| [g.a, g.b]).collect())
     }
+
+    /// Adds the same to `sums`, which is empty at a step's first pack. Sums mean nothing after a stop.
+    pub fn backward_training(&self, tape: Tape, d_normed: &Tensor, sums: &mut Vec<Tensor>, context: &RunContext) -> Result<Walk> {
+        let Tape { geometry, mut inputs, scored, rows, tokens, dropout } = tape;
+        let d_scored = self.decoder.final_norm_backward(&scored, d_normed)?;
+        let zeros = Tensor::zeros((tokens, self.decoder.config.hidden_size), d_scored.dtype(), d_scored.device())?;
+        let mut dx = zeros.index_add(&rows, &d_scored, 0)?;
+        let mut first = Vec::with_capacity(inputs.len());
+        let mut end = sums.len();
+        for (i, layer) in self.decoder.layers.iter().enumerate().rev() {
+            if context.stopping() {
+                return Ok(Walk::Stopped);
+            }
+            let Some(x) = inputs.pop() else { break };
+            let (below, gradients) = layer.backward(&x, &dx, &geometry, of_layer(dropout, i))?;
+            dx = below;
+            let gradients: Vec<Tensor> = gradients.into_iter().flatten().flat_map(|g| [g.a, g.b]).collect();
+            if sums.is_empty() {
+                first.push(gradients);
+                continue;
+            }
+            // Layer by layer, so that all gradients are never held twice.
+            end -= gradients.len();
+            for (sum, gradient) in sums[end..].iter_mut().zip(&gradients) {
+                *sum = add(sum, gradient)?;
+            }
+        }
+        sums.extend(first.into_iter().rev().flatten());
+        Ok(Walk::Done)
+    }
+}
+
+/// How a walk through the layers ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Walk {
+    /// At its end.
+    Done,
+    /// Before, as it was asked to.
+    Stopped,
+}
+
+fn of_layer(dropout: Option<Dropout>, layer: usize) -> Option<Dropout> {
+    dropout.map(|dropout| Dropout { layer, ..dropout })
+}
+
+/// What a pass that nobody could stop says if it was.
+fn stopped() -> Error {
+    Error::Interrupted { kept: "nothing was written".into(), again: RUN_AGAIN }
 }
 
 /// Uniform in [0, 1), 24 bits.

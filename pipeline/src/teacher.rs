@@ -101,7 +101,7 @@ impl Teacher {
                     if context.stopping() {
                         return Ok(false);
                     }
-                    *x = layer.forward(x, geometry)?;
+                    *x = layer.forward(x, geometry, None)?;
                     context.progress.add(self.share(pack, i));
                 }
                 Ok(true)

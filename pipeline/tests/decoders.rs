@@ -93,12 +93,12 @@ fn gradient(decoder: &Decoder, expected: &HashMap<String, Tensor>) -> Tensor {
     let geometry = Geometry::new(&pack, &decoder.config);
     let mut inputs = vec![decoder.embed(pack.input_ids()).unwrap()];
     for layer in &decoder.layers {
-        inputs.push(layer.forward(inputs.last().unwrap(), &geometry).unwrap());
+        inputs.push(layer.forward(inputs.last().unwrap(), &geometry, None).unwrap());
     }
     let d_normed = expected["cotangent"].matmul(&Weight::Dense(decoder.head().clone()).to_tensor().unwrap()).unwrap();
     let mut d = decoder.final_norm_backward(&inputs.pop().unwrap(), &d_normed).unwrap();
     for (layer, x) in decoder.layers.iter().zip(&inputs).rev() {
-        d = layer.backward(x, &d, &geometry).unwrap().0;
+        d = layer.backward(x, &d, &geometry, None).unwrap().0;
     }
     d
 }
@@ -127,12 +127,12 @@ fn the_gradient_through_norms_of_heads_is_the_slope() {
             Tensor::from_vec(values, x.dims(), &Device::Cpu).unwrap()
         };
         let dy = wave(1);
-        let (dx, _) = layer.backward(&x, &dy, &geometry).unwrap();
+        let (dx, _) = layer.backward(&x, &dy, &geometry, None).unwrap();
         let dot = |a: &Tensor, b: &Tensor| floats(a).iter().zip(floats(b)).map(|(a, b)| f64::from(a * b)).sum::<f64>();
         let h = 2e-3;
         for salt in [2, 3, 4] {
             let way = wave(salt * 31);
-            let at = |h: f64| dot(&layer.forward(&(&x + (&way * h).unwrap()).unwrap(), &geometry).unwrap(), &dy);
+            let at = |h: f64| dot(&layer.forward(&(&x + (&way * h).unwrap()).unwrap(), &geometry, None).unwrap(), &dy);
             let (slope, ours) = ((at(h) - at(-h)) / (2.0 * h), dot(&dx, &way));
             println!("{name}: slope {slope}, ours {ours}");
             // f32 sums of some 1,400 products of size 10 differ by about √1400 · 10 · 2^-24 = 2e-5, over 2h: 6e-3; the

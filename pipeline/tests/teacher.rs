@@ -95,7 +95,7 @@ fn hidden_states_equal_transformers() {
     let mut x = decoder.embed(&input_ids).unwrap();
     assert_eq!(floats(&x), floats(&expected["hidden_00"]), "embeddings");
     for (i, layer) in decoder.layers.iter().enumerate() {
-        x = layer.forward(&x, &geometry).unwrap();
+        x = layer.forward(&x, &geometry, None).unwrap();
         // The last reference state is after the final norm.
         let last = i + 1 == decoder.layers.len();
         let ours = if last { decoder.final_norm(&x).unwrap() } else { x.clone() };

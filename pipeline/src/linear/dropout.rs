@@ -14,6 +14,7 @@
 //! fewest of Philox4x32 that pass BigCrush there.
 
 use crate::kernel::vectorised;
+use rayon::prelude::*;
 
 /// Counters that go through the rounds together.
 const BLOCKS: usize = 8;
@@ -41,6 +42,67 @@ pub struct Place {
     pub layer: usize,
     /// The projection within it.
     pub projection: usize,
+}
+
+/// What a decoder layer leaves out of the rows of a pack.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Dropout {
+    /// Share of the inputs that is left out, 0 ≤ p < 1.
+    pub p: f64,
+    /// The run's seed.
+    pub seed: u64,
+    /// The optimiser's step.
+    pub step: u64,
+    /// The decoder layer.
+    pub layer: usize,
+    /// Number, in the step, of the first row.
+    pub first_row: usize,
+}
+
+impl Dropout {
+    /// The same for rows that begin `rows` later.
+    pub fn later(self, rows: usize) -> Self {
+        Self { first_row: self.first_row + rows, ..self }
+    }
+
+    /// The masks of N neighbouring projections.
+    pub fn masks<const N: usize>(dropout: Option<Self>, first_projection: usize) -> [Option<RowMask>; N] {
+        std::array::from_fn(|i| {
+            let Self { p, seed, step, layer, first_row } = dropout?;
+            let mask = Mask::new(p, Place { seed, step, layer, projection: first_projection + i })?;
+            Some(RowMask { mask, first_row })
+        })
+    }
+}
+
+/// A mask, and the number of the first row that it is laid on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RowMask {
+    mask: Mask,
+    first_row: usize,
+}
+
+/// Rows that a thread takes at a time.
+const ROWS_AT_ONCE: usize = 32;
+
+impl RowMask {
+    /// M ∘ x for rows of `width` columns.
+    pub fn of(&self, x: &[f32], width: usize) -> Vec<f32> {
+        let mut out = vec![0f32; x.len()];
+        let size = (ROWS_AT_ONCE * width).max(1);
+        out.par_chunks_mut(size).zip(x.par_chunks(size)).enumerate().for_each(|(i, (out, x))| {
+            self.mask.apply(x, width, self.first_row + i * ROWS_AT_ONCE, out);
+        });
+        out
+    }
+
+    /// out += M ∘ x for rows of `width` columns.
+    pub fn add(&self, x: &[f32], width: usize, out: &mut [f32]) {
+        let size = (ROWS_AT_ONCE * width).max(1);
+        out.par_chunks_mut(size).zip(x.par_chunks(size)).enumerate().for_each(|(i, (out, x))| {
+            self.mask.add(x, width, self.first_row + i * ROWS_AT_ONCE, out);
+        });
+    }
 }
 
 /// Which of a projection's inputs are left out in a step.

@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::*;
-use rayon::prelude::*;
 
 const PLACE: Place = Place { seed: 42, step: 7, layer: 3, projection: 5 };
 

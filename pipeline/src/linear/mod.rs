@@ -11,7 +11,7 @@ pub mod panel;
 mod pass;
 pub mod product;
 
-pub use pass::{Low, backward_all, forward_all, forward_kept};
+pub use pass::{Low, Pass, backward_all, forward_all, forward_kept};
 
 use crate::kernel::Precision;
 use candle_core::{Device, Result, Tensor};
@@ -111,8 +111,8 @@ impl Linear {
 
     /// From x [T, in] and dL/dy [T, out]: dL/dx [T, in], and the gradients of LoRA's factors where there are any.
     pub fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<(Tensor, Option<LoraGradient>)> {
-        let (_, low) = forward_kept([self], x, Precision::F32)?;
-        let (dx, [gradient]) = backward_all([self], x, &low, [dy], Precision::F32)?;
+        let (_, low) = forward_kept([self], x, Precision::F32.into())?;
+        let (dx, [gradient]) = backward_all([self], x, &low, [dy], Precision::F32.into())?;
         Ok((dx, gradient))
     }
 }

@@ -5,9 +5,12 @@
 //! u = s · x Aᵀ       y = x Wᵀ + u Bᵀ + b
 //! du = s · dy B      dB = dyᵀ u      dA = duᵀ x      dx = Σ over the layers of dy W + du A
 //! ```
+//! While training, dropout puts M ∘ x in place of x wherever A is, M being each layer's own mask: dA = duᵀ (M ∘ x), dx += M ∘ (du A).
+//!
 //! With [`Precision::Bf16`] the factors of x Aᵀ, u Bᵀ, dy B and of everything frozen are rounded as automatic mixed precision would;
 //! the sums, and the gradients' own products, are f32.
 
+use super::dropout::RowMask;
 use super::outer::{Lies, add_outer};
 use super::panel::{Factor, Matrix, Way};
 use super::product::{Product, Term, products};
@@ -18,6 +21,22 @@ use candle_core::{Result, Tensor, bail};
 
 /// u = s · x Aᵀ of a layer, f32 [T, r]; empty for a layer without an adapter.
 pub type Low = Vec<f32>;
+
+/// How layers are passed through.
+#[derive(Debug, Clone, Copy)]
+pub struct Pass<const N: usize> {
+    /// What factors are rounded to.
+    pub precision: Precision,
+    /// What each layer's adapter does not see.
+    pub masks: [Option<RowMask>; N],
+}
+
+impl<const N: usize> From<Precision> for Pass<N> {
+    /// Nothing is left out.
+    fn from(precision: Precision) -> Self {
+        Self { precision, masks: [None; N] }
+    }
+}
 
 /// A layer's adapter, laid open.
 struct Factors<'a> {
@@ -49,6 +68,17 @@ impl<'a> Factors<'a> {
         Factor { matrix: Matrix::Values { values: &self.b, columns: self.rank }, way }
     }
 
+    /// s · (M ∘ x) Aᵀ: f32 [T, r]. `rows` are x's, packed.
+    fn seen(&self, x: &[f32], rows: &Rows, mask: Option<RowMask>) -> Low {
+        match mask {
+            None => self.low(rows, self.a(Way::Forward)),
+            Some(mask) => {
+                let rows = Rows::pack(&mask.of(x, rows.width()), rows.width(), rows.precision());
+                self.low(&rows, self.a(Way::Forward))
+            }
+        }
+    }
+
     /// rows · A or B, scaled: f32 [T, r].
     fn low(&self, rows: &Rows, factor: Factor) -> Low {
         let mut low = products(&[Product::of(rows, factor)]).swap_remove(0);
@@ -59,21 +89,23 @@ impl<'a> Factors<'a> {
 
 /// The outputs [T, out] of several layers of the same x [T, in], all f32 and contiguous.
 pub fn forward_all<const N: usize>(layers: [&Linear; N], x: &Tensor, precision: Precision) -> Result<[Tensor; N]> {
-    Ok(forward_kept(layers, x, precision)?.0)
+    Ok(forward_kept(layers, x, precision.into())?.0)
 }
 
 /// The same, with what the way back needs. Errors: widths that do not fit.
 pub fn forward_kept<const N: usize>(
     layers: [&Linear; N],
     x: &Tensor,
-    precision: Precision,
+    pass: Pass<N>,
 ) -> Result<([Tensor; N], [Low; N])> {
-    let (t, width) = x.dims2()?;
+    let ((t, width), precision) = (x.dims2()?, pass.precision);
     check_inputs(&layers, width, x)?;
-    let rows = Rows::pack(&floats(x)?, width, precision);
+    let x_values = floats(x)?;
+    let rows = Rows::pack(&x_values, width, precision);
     let factors = layers.iter().map(|layer| Factors::of(layer)).collect::<Result<Vec<_>>>()?;
     let biases = layers.iter().map(|layer| layer.bias.as_ref().map(floats).transpose()).collect::<Result<Vec<_>>>()?;
-    let low: Vec<Low> = factors.iter().map(|f| f.as_ref().map_or_else(Vec::new, |f| f.low(&rows, f.a(Way::Forward)))).collect();
+    let seen = |(f, mask): (&Option<Factors>, _)| f.as_ref().map_or_else(Vec::new, |f| f.seen(&x_values, &rows, mask));
+    let low: Vec<Low> = factors.iter().zip(pass.masks).map(seen).collect();
     let packed: Vec<Option<Rows>> =
         factors.iter().zip(&low).map(|(f, low)| f.as_ref().map(|f| Rows::pack(low, f.rank, precision))).collect();
     let mut sums = Vec::with_capacity(N);
@@ -94,11 +126,12 @@ pub fn forward_kept<const N: usize>(
 
 impl Linear {
     /// What [`forward_kept`] keeps of x [T, in], without the product.
-    pub fn low(&self, x: &Tensor, precision: Precision) -> Result<Low> {
+    pub fn low(&self, x: &Tensor, pass: Pass<1>) -> Result<Low> {
         let (_, width) = x.dims2()?;
         check_inputs(&[self], width, x)?;
         let Some(factors) = Factors::of(self)? else { return Ok(Low::new()) };
-        Ok(factors.low(&Rows::pack(&floats(x)?, width, precision), factors.a(Way::Forward)))
+        let (x, [mask]) = (floats(x)?, pass.masks);
+        Ok(factors.seen(&x, &Rows::pack(&x, width, pass.precision), mask))
     }
 }
 
@@ -109,14 +142,14 @@ pub fn backward_all<const N: usize>(
     x: &Tensor,
     low: &[Low; N],
     dy: [&Tensor; N],
-    precision: Precision,
+    pass: Pass<N>,
 ) -> Result<(Tensor, [Option<LoraGradient>; N])> {
-    let (t, width) = x.dims2()?;
+    let ((t, width), precision) = (x.dims2()?, pass.precision);
     check_inputs(&layers, width, x)?;
     let factors = layers.iter().map(|layer| Factors::of(layer)).collect::<Result<Vec<_>>>()?;
     let x_values = floats(x)?;
     let (mut rows, mut gradients) = (Vec::with_capacity(N), Vec::with_capacity(N));
-    for (((layer, factors), low), dy) in layers.iter().zip(&factors).zip(low).zip(dy) {
+    for ((((layer, factors), low), dy), mask) in layers.iter().zip(&factors).zip(low).zip(dy).zip(pass.masks) {
         let outputs = layer.weight.outputs();
         if dy.dims() != [t, outputs] {
             bail!("linear: dy {:?} does not fit {t} rows of {outputs} outputs", dy.dims());
@@ -135,19 +168,30 @@ pub fn backward_all<const N: usize>(
         let du = factors.low(&packed, factors.b(Way::Backward));
         let (mut a, mut b) = (vec![0f32; rank * width], vec![0f32; outputs * rank]);
         add_outer((&dy, outputs), (low, rank), Lies::Straight, &mut b);
-        add_outer((&x_values, width), (&du, rank), Lies::Turned, &mut a);
+        match mask {
+            None => add_outer((&x_values, width), (&du, rank), Lies::Turned, &mut a),
+            Some(mask) => add_outer((&mask.of(&x_values, width), width), (&du, rank), Lies::Turned, &mut a),
+        }
         let (a, b) = (Tensor::from_vec(a, (rank, width), x.device())?, Tensor::from_vec(b, (outputs, rank), x.device())?);
         gradients.push(Some(LoraGradient { a, b }));
         rows.push((packed, Some(Rows::pack(&du, rank, precision))));
     }
     let mut sum = Product { terms: Vec::with_capacity(2 * N), bias: None };
-    for ((layer, factors), (dy, du)) in layers.iter().zip(&factors).zip(&rows) {
+    let mut masked = Vec::new();
+    for (((layer, factors), (dy, du)), mask) in layers.iter().zip(&factors).zip(&rows).zip(pass.masks) {
         sum.terms.push(Term { rows: dy, factor: Factor::backward(&layer.weight) });
         if let (Some(factors), Some(rows)) = (factors, du) {
-            sum.terms.push(Term { rows, factor: factors.a(Way::Backward) });
+            let term = Term { rows, factor: factors.a(Way::Backward) };
+            match mask {
+                None => sum.terms.push(term),
+                Some(mask) => masked.push((term, mask)),
+            }
         }
     }
-    let dx = products(&[sum]).swap_remove(0);
+    let mut dx = products(&[sum]).swap_remove(0);
+    for (term, mask) in masked {
+        mask.add(&products(&[Product { terms: vec![term], bias: None }]).swap_remove(0), width, &mut dx);
+    }
     Ok((Tensor::from_vec(dx, (t, width), x.device())?, array(gradients)?))
 }
 

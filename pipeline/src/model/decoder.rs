@@ -97,7 +97,7 @@ impl Decoder {
         let geometry = Geometry::new(pack, &self.config);
         let mut x = self.embed(pack.input_ids())?;
         for layer in &self.layers {
-            x = layer.forward(&x, &geometry)?;
+            x = layer.forward(&x, &geometry, None)?;
         }
         Ok(x)
     }
@@ -201,6 +201,11 @@ impl Reader<'_> {
                 return Err(ReadError::Model(ModelError::Stopped { place: self.weights.place().to_path_buf() }));
             }
             layers.push(self.layer(i)?);
+            if self.holding == Holding::Nf4 {
+                // What was read has its own copy now, a seventh of the size; the files' pages go.
+                let names = PROJECTIONS.iter().map(|p| format!("model.layers.{i}.{p}.weight")).collect::<Vec<_>>();
+                self.weights.release(names.iter().map(String::as_str));
+            }
             context.progress.add(1);
         }
         context.progress.end();

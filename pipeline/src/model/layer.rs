@@ -8,7 +8,8 @@
 use super::config::ModelConfig;
 use crate::data::pack::Pack;
 use crate::kernel::Precision;
-use crate::linear::{Linear, LoraGradient, Low, backward_all, forward_all, forward_kept};
+use crate::linear::dropout::Dropout;
+use crate::linear::{Linear, LoraGradient, Low, Pass, backward_all, forward_kept};
 use crate::ops::attention;
 use crate::ops::rope::{Table, Turn};
 use crate::ops::{add, rms_norm, swiglu};
@@ -24,6 +25,12 @@ pub const PROJECTIONS: [&str; 7] = [
     "mlp.up_proj",
     "mlp.down_proj",
 ];
+
+/// Places in [`PROJECTIONS`]: the first of q, k and v; o; the first of gate and up; down.
+const Q: usize = 0;
+const O: usize = 3;
+const GATE: usize = 4;
+const DOWN: usize = 6;
 
 /// Where a pack's conversations begin and how their positions turn; the same for every layer.
 #[derive(Debug, Clone)]
@@ -126,33 +133,42 @@ impl Layer {
         [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]
     }
 
-    /// y [T, H] of x [T, H], f32.
-    pub fn forward(&self, x: &Tensor, geometry: &Geometry) -> Result<Tensor> {
-        let Attended { h, .. } = self.attend(x, geometry)?;
+    /// y [T, H] of x [T, H], f32. `dropout` is for training alone.
+    pub fn forward(&self, x: &Tensor, geometry: &Geometry, dropout: Option<Dropout>) -> Result<Tensor> {
+        let Attended { h, .. } = self.attend(x, geometry, dropout)?;
         let mut parts = Vec::new();
         for (start, rows) in self.row_parts(h.dim(0)?, WIDE_THERE) {
             let h = h.narrow(0, start, rows)?;
             // Everything else is let go before the widest product.
-            let Fed { product, .. } = self.feed(&h)?;
-            let [down] = forward_all([&self.down_proj], &product, self.precision)?;
+            let dropout = dropout.map(|dropout| dropout.later(start));
+            let Fed { product, .. } = self.feed(&h, dropout)?;
+            let ([down], _) = forward_kept([&self.down_proj], &product, self.pass(dropout, DOWN))?;
             parts.push(add(&h, &down)?);
         }
         joined(parts)
     }
 
-    /// From the layer's input x and dL/dy, both [T, H]: dL/dx, and the LoRA gradients in the order of [`PROJECTIONS`].
-    pub fn backward(&self, x: &Tensor, dy: &Tensor, geometry: &Geometry) -> Result<(Tensor, [Option<LoraGradient>; 7])> {
-        let s = self.attend(x, geometry)?;
+    /// From the layer's input x and dL/dy, both [T, H]: dL/dx, and the LoRA gradients in the order of [`PROJECTIONS`]. `dropout` is what
+    /// [`forward`](Self::forward) was given.
+    pub fn backward(
+        &self,
+        x: &Tensor,
+        dy: &Tensor,
+        geometry: &Geometry,
+        dropout: Option<Dropout>,
+    ) -> Result<(Tensor, [Option<LoraGradient>; 7])> {
+        let s = self.attend(x, geometry, dropout)?;
         let (mut parts, mut mlp) = (Vec::new(), [None, None, None]);
         for (start, rows) in self.row_parts(x.dim(0)?, WIDE_BACK) {
-            let FedGradients { dh, gate, up, down } = self.feed_backward(&s.h.narrow(0, start, rows)?, &dy.narrow(0, start, rows)?)?;
+            let (h, dy) = (s.h.narrow(0, start, rows)?, dy.narrow(0, start, rows)?);
+            let FedGradients { dh, gate, up, down } = self.feed_backward(&h, &dy, dropout.map(|dropout| dropout.later(start)))?;
             parts.push(dh);
             for (sum, part) in mlp.iter_mut().zip([gate, up, down]) {
                 *sum = summed(sum.take(), part)?;
             }
         }
         let [gate, up, down] = mlp;
-        let (dx, [q, k, v, o]) = self.attend_backward(x, s, joined(parts)?, geometry)?;
+        let (dx, [q, k, v, o]) = self.attend_backward(x, s, joined(parts)?, geometry, dropout)?;
         Ok((dx, [q, k, v, o, gate, up, down]))
     }
 
@@ -163,29 +179,31 @@ impl Layer {
         s: Attended,
         dh: Tensor,
         geometry: &Geometry,
+        dropout: Option<Dropout>,
     ) -> Result<(Tensor, [Option<LoraGradient>; 4])> {
-        let (d_flat, [o]) = backward_all([&self.o_proj], &s.attended_flat, &s.low_o, [&dh], self.precision)?;
+        let (d_flat, [o]) = backward_all([&self.o_proj], &s.attended_flat, &s.low_o, [&dh], self.pass(dropout, O))?;
         let d_attended = d_flat.reshape(s.q.dims())?;
         let (dq, dk, dv) = attention::backward(&s.q, &s.k, &s.v, &s.attended, &d_attended, &geometry.segments)?;
         let flat = |t: Tensor| -> Result<Tensor> { t.flatten_from(1) };
         let dq = flat(self.head_norm_backward(&s.q_unnormed, &self.q_norm, geometry.rope.apply(&dq, Turn::Backward)?)?)?;
         let dk = flat(self.head_norm_backward(&s.k_unnormed, &self.k_norm, geometry.rope.apply(&dk, Turn::Backward)?)?)?;
         let layers = [&self.q_proj, &self.k_proj, &self.v_proj];
-        let (d_normed, [q, k, v]) = backward_all(layers, &s.normed, &s.low, [&dq, &dk, &flat(dv)?], self.precision)?;
+        let (d_normed, [q, k, v]) = backward_all(layers, &s.normed, &s.low, [&dq, &dk, &flat(dv)?], self.pass(dropout, Q))?;
         let dx = add(&dh, &rms_norm::backward(x, &self.input_layernorm, self.eps, &d_normed)?)?;
         Ok((dx, [q, k, v, o]))
     }
 
     /// dL/dh and the gradients of gate, up and down from dL/dy of the rows of h [n, H].
-    fn feed_backward(&self, h: &Tensor, dy: &Tensor) -> Result<FedGradients> {
-        let fed = self.feed(h)?;
+    fn feed_backward(&self, h: &Tensor, dy: &Tensor, dropout: Option<Dropout>) -> Result<FedGradients> {
+        let fed = self.feed(h, dropout)?;
         // What down keeps of its input is a product of it alone, so its output is not made again.
-        let low = [self.down_proj.low(&fed.product, self.precision)?];
-        let (d_product, [down]) = backward_all([&self.down_proj], &fed.product, &low, [dy], self.precision)?;
+        let pass = self.pass(dropout, DOWN);
+        let low = [self.down_proj.low(&fed.product, pass)?];
+        let (d_product, [down]) = backward_all([&self.down_proj], &fed.product, &low, [dy], pass)?;
         let (d_gate, d_up) = swiglu::backward(&fed.gate, &fed.up, &d_product)?;
         let Fed { h_normed, low, .. } = fed;
         let layers = [&self.gate_proj, &self.up_proj];
-        let (d_normed, [gate, up]) = backward_all(layers, &h_normed, &low, [&d_gate, &d_up], self.precision)?;
+        let (d_normed, [gate, up]) = backward_all(layers, &h_normed, &low, [&d_gate, &d_up], self.pass(dropout, GATE))?;
         let dh = add(dy, &rms_norm::backward(h, &self.post_attention_layernorm, self.eps, &d_normed)?)?;
         Ok(FedGradients { dh, gate, up, down })
     }
@@ -196,11 +214,16 @@ impl Layer {
         (0..t).step_by(part).map(move |start| (start, part.min(t - start)))
     }
 
-    fn attend(&self, x: &Tensor, geometry: &Geometry) -> Result<Attended> {
+    /// How the N projections from number `first` on are passed through.
+    fn pass<const N: usize>(&self, dropout: Option<Dropout>, first: usize) -> Pass<N> {
+        Pass { precision: self.precision, masks: Dropout::masks(dropout, first) }
+    }
+
+    fn attend(&self, x: &Tensor, geometry: &Geometry, dropout: Option<Dropout>) -> Result<Attended> {
         let (t, _) = x.dims2()?;
         let heads = |y: Tensor| -> Result<Tensor> { y.reshape((t, (), self.head_dim)) };
         let normed = rms_norm::forward(x, &self.input_layernorm, self.eps)?;
-        let ([q, k, v], low) = forward_kept([&self.q_proj, &self.k_proj, &self.v_proj], &normed, self.precision)?;
+        let ([q, k, v], low) = forward_kept([&self.q_proj, &self.k_proj, &self.v_proj], &normed, self.pass(dropout, Q))?;
         let (q, q_unnormed) = self.head_norm(heads(q)?, &self.q_norm)?;
         let (k, k_unnormed) = self.head_norm(heads(k)?, &self.k_norm)?;
         let q = geometry.rope.apply(&q, Turn::Forward)?;
@@ -208,14 +231,14 @@ impl Layer {
         let v = heads(v)?;
         let attended = attention::forward(&q, &k, &v, &geometry.segments)?;
         let attended_flat = attended.output.flatten_from(1)?;
-        let ([o], low_o) = forward_kept([&self.o_proj], &attended_flat, self.precision)?;
+        let ([o], low_o) = forward_kept([&self.o_proj], &attended_flat, self.pass(dropout, O))?;
         let h = add(x, &o)?;
         Ok(Attended { normed, q_unnormed, k_unnormed, q, k, v, attended, attended_flat, h, low, low_o })
     }
 
-    fn feed(&self, h: &Tensor) -> Result<Fed> {
+    fn feed(&self, h: &Tensor, dropout: Option<Dropout>) -> Result<Fed> {
         let h_normed = rms_norm::forward(h, &self.post_attention_layernorm, self.eps)?;
-        let ([gate, up], low) = forward_kept([&self.gate_proj, &self.up_proj], &h_normed, self.precision)?;
+        let ([gate, up], low) = forward_kept([&self.gate_proj, &self.up_proj], &h_normed, self.pass(dropout, GATE))?;
         let product = swiglu::forward(&gate, &up)?;
         Ok(Fed { h_normed, gate, up, product, low })
     }

@@ -31,7 +31,7 @@ use crate::data::pack::{self, Pack, Sequence};
 use crate::loss::{self, Batch, LossSettings, LossSums};
 use crate::model::config::ModelConfig;
 use crate::run::{RUN_AGAIN, RunContext};
-use crate::student::Student;
+use crate::student::{Moment, Student, Walk};
 use crate::{Error, Result, device};
 use candle_core::Tensor;
 use checkpoint::{Found, Progress, RunFolder};
@@ -86,7 +86,7 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     while progress.step < total {
         let records = steps.next(config)?;
         let loss = plan.at(progress.step, total);
-        let step = accumulate(&student, &records, config, (&loss, reading.as_ref()), context)?;
+        let step = accumulate((&student, progress.step), &records, config, (&loss, reading.as_ref()), context)?;
         let stopping = step.is_none();
         if let Some(mut step) = step {
             let grad_norm = optimizer::clip(&mut step.gradients, config.max_grad_norm)?;
@@ -195,7 +195,7 @@ struct Step {
 
 /// Mean loss over the step's scored positions, and its gradients: a sum over packs. `None` when a stop was asked for.
 fn accumulate(
-    student: &Student,
+    (student, number): (&Student, u64),
     records: &[Record],
     config: &TrainConfig,
     (settings, reading): (&LossSettings, Option<&Reading>),
@@ -222,15 +222,11 @@ fn accumulate(
         let lse_t = targets.as_ref().zip(reading).and_then(|(targets, reading)| reading.lse_t(targets));
         let (targets, lse_t) = (targets.as_ref(), lse_t.as_deref());
         let batch = Batch { labels: pack.labels(), targets, lse_t, settings, scale };
-        let (hidden, tape) = student.forward(&pack)?;
+        let moment = Moment { step: number, first_row: step.tokens as usize };
+        let Some((hidden, tape)) = student.forward_training(&pack, moment, context)? else { return Ok(None) };
         let (sums, d_hidden) = loss::fused_batch(&hidden, student.head(), &batch, config.head_chunk as usize)?;
-        let gradients = student.backward(tape, &d_hidden)?;
-        if step.gradients.is_empty() {
-            step.gradients = gradients;
-        } else {
-            for (sum, gradient) in step.gradients.iter_mut().zip(&gradients) {
-                *sum = (&*sum + gradient)?;
-            }
+        if student.backward_training(tape, &d_hidden, &mut step.gradients, context)? == Walk::Stopped {
+            return Ok(None);
         }
         step.mean.total += sums.total * scale;
         step.mean.kd += sums.kd * scale;
