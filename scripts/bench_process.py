@@ -1,7 +1,7 @@
 """Runs a program and watches it from outside: peak memory and what it consists of, CPU time, and who else used the machine.
 
-Part of bench_teacher.py and bench_memory.py. Linux only: everything is read from /proc. The one idea: nothing is measured inside the
-programs that are compared, and each runs as a process of its own, so a peak is nobody else's. VmHWM is kept by the kernel and misses
+Part of bench_teacher.py, bench_memory.py and bench_memory_train.py. Linux only: everything is read from /proc. The one idea: nothing
+is measured inside the programs that are compared, and each runs as a process of its own, so a peak is nobody else's. VmHWM is kept by the kernel and misses
 nothing but the last instants; how the peak splits into the program's own memory (RssAnon) and pages of files (RssFile) is sampled.
 """
 import os

@@ -80,7 +80,8 @@ pub struct MergeReport {
 
 /// Merges an adapter into its base model and writes a plain model folder that appears by rename.
 ///
-/// W + factor · B A is computed in f32 and rounded once; one tensor is in memory at a time. Counts bytes in a phase of
+/// W + factor · B A is computed in f32 and rounded once, some rows after the others; one tensor is in memory at a time, in the type it
+/// is written in, and of the base's file no more than that. Counts bytes in a phase of
 /// `context.progress`. Errors: settings, base or adapter that cannot be read or do not fit each other, an output folder in use,
 /// a weight beyond f16, a stop (nothing is left behind then).
 pub fn merge(config: &MergeConfig, context: &RunContext) -> Result<MergeReport> {
@@ -93,7 +94,7 @@ pub fn merge_in_shards(config: &MergeConfig, shard_bytes: u64, context: &RunCont
     let model_config = model_config(config)?;
     let (adapter, matrices) = load(&config.adapter)?;
     let base = Weights::open(&config.student)?;
-    let shared = Shared { base: &base, from: config.weights, context, failure: Mutex::new(None) };
+    let shared = Shared { base: &base, from: config.weights, context, failure: Mutex::new(None), lent: Mutex::new(None) };
     let tensors = plan(&shared, &adapter, &matrices, config)?;
 
     let staging = Staging::beside(&config.out)?;

@@ -187,13 +187,14 @@ vectorised! {
 #[inline(always)]
 fn philox(mut c: [[u32; BLOCKS]; WORDS], mut key: [u32; 2]) -> [[u32; BLOCKS]; WORDS] {
     for _ in 0..ROUNDS {
-        for i in 0..BLOCKS {
-            let first = u64::from(MULTIPLIERS[0]) * u64::from(c[0][i]);
-            let second = u64::from(MULTIPLIERS[1]) * u64::from(c[2][i]);
-            c[0][i] = (second >> 32) as u32 ^ c[1][i] ^ key[0];
-            c[1][i] = second as u32;
-            c[2][i] = (first >> 32) as u32 ^ c[3][i] ^ key[1];
-            c[3][i] = first as u32;
+        let [c0, c1, c2, c3] = &mut c;
+        for (((c0, c1), c2), c3) in c0.iter_mut().zip(c1).zip(c2).zip(c3) {
+            let first = u64::from(MULTIPLIERS[0]) * u64::from(*c0);
+            let second = u64::from(MULTIPLIERS[1]) * u64::from(*c2);
+            *c0 = (second >> 32) as u32 ^ *c1 ^ key[0];
+            *c1 = second as u32;
+            *c2 = (first >> 32) as u32 ^ *c3 ^ key[1];
+            *c3 = first as u32;
         }
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
