@@ -13,6 +13,7 @@ use crate::model::weights::Weights;
 use crate::run::RunContext;
 use potstill_cache::{Cache, MANIFEST_FILE};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// Names and values.
 pub(super) type Identity = BTreeMap<String, String>;
@@ -26,12 +27,10 @@ pub(super) fn of(
     context: &RunContext,
 ) -> Result<Identity> {
     let student = Weights::open(&config.student)?.fingerprint(context)?;
-    let manifest = cache.dir().join(MANIFEST_FILE);
-    let manifest = std::fs::read(&manifest).map_err(|source| TrainError::Io { path: manifest, source })?;
     let mut identity: Identity = [
         ("student_blake3", student),
         ("student_config_blake3", ModelConfig::fingerprint(&config.student)?),
-        ("cache_blake3", blake3::hash(&manifest).to_hex().to_string()),
+        ("cache_blake3", digest(cache.dir())?),
         ("objective", config.objective.to_string()),
         ("kd_alpha", loss.kd_alpha.to_string()),
         ("kd_ce_alpha", loss.kd_ce_alpha.to_string()),
@@ -58,11 +57,29 @@ pub(super) fn of(
     if let Some(narrower) = reading.narrower() {
         identity.insert("selection".into(), narrower.to_string());
     }
+    // What is held out is not learned from, and decides which adapter is the best.
+    if config.eval_rows > 0 {
+        identity.insert("eval_rows".into(), config.eval_rows.to_string());
+    }
+    if let Some(cache) = &config.eval_cache {
+        identity.insert("eval_cache_blake3".into(), digest(cache)?);
+    }
+    // Patience is left out as the number of steps is: it says where a run ends, and a run may be made longer.
+    if config.evaluates() {
+        identity.insert("eval_every".into(), config.eval_every.to_string());
+    }
     // A constant rate does not look at the end, so such a run may be made longer.
     if config.schedule != Schedule::Constant {
         identity.insert("steps".into(), total.to_string());
     }
     Ok(identity)
+}
+
+/// BLAKE3 (hex) of a cache's manifest, which names everything in it by its digest.
+fn digest(cache: &Path) -> Result<String> {
+    let path = cache.join(MANIFEST_FILE);
+    let manifest = std::fs::read(&path).map_err(|source| TrainError::Io { path, source })?;
+    Ok(blake3::hash(&manifest).to_hex().to_string())
 }
 
 /// What differs, as `name: here A, there B`, joined; `None` when nothing does.

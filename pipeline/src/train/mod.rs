@@ -13,9 +13,12 @@ mod metrics;
 pub mod optimizer;
 mod reading;
 pub mod schedule;
+mod watch;
 
+pub use checkpoint::SMOOTHED;
 pub use config::*;
 pub use error::TrainError;
+pub use watch::{BINS, DEFAULT_EVAL_EVERY, Evaluation, HeldOutReport};
 
 use crate::adapter::{self, AdapterConfig, Scaling, Surroundings};
 use crate::data::ChatTokenizer;
@@ -28,15 +31,16 @@ use crate::student::Student;
 use crate::{Error, Result, device};
 use candle_core::Tensor;
 use checkpoint::{Progress, RunFolder};
-use metrics::{Metrics, StepMetrics};
 use optimizer::AdamW;
 use potstill_cache::{Batches, Cache, Order, Record, Sampler, SoftTargets};
 use reading::Reading;
 use std::sync::Arc;
-use std::time::Instant;
+use watch::{Evaluated, HeldOut, Watch};
 
 /// Name of the folder of the finished adapter within `out`.
 pub const ADAPTER_FOLDER: &str = "adapter";
+/// Name of the folder of the adapter with the lowest held-out loss within `out`.
+pub const BEST_FOLDER: &str = "best";
 
 /// Runs stage two.
 ///
@@ -46,10 +50,13 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     let mut loss = config.loss_settings()?;
     let device = device::pick(&config.device)?;
     // What can be refused at once is refused before weights are hashed and read.
-    let cache = open_cache(config)?;
+    let cache = Arc::new(open_cache(config)?);
     let reading = Reading::of(config, &cache, &mut loss)?;
     let targets = reading.in_words(&cache.manifest().description, &loss);
-    let total = config.total_steps(cache.len());
+    let left_out = watch::left_out(config, &cache)?;
+    let held_out = HeldOut::open(config, &cache, &left_out, (&loss, &reading))?;
+    let rows = cache.len() - left_out.len() as u64;
+    let total = config.total_steps(rows);
     let folder = RunFolder::open(config)?;
     let found = folder.find(config, total)?;
     let identity = identity::of(config, (&loss, &reading), &cache, total, context)?;
@@ -61,47 +68,55 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
         None => Progress::default(),
     };
     folder.write_settings(config)?;
-    let mut metrics = Metrics::open(folder.path(), progress.step)?;
-    let sampler = Sampler::new(cache.len(), config.seed, if config.shuffle { Order::Seeded } else { Order::Sequential });
-    let mut batches = Batches::start(Arc::new(cache), sampler, progress.step, u64::from(config.batch_size))
+    let mut watch = Watch::open(config, loss, &folder, held_out, (&student, &progress))?;
+    let sampler = Sampler::new(rows, config.seed, if config.shuffle { Order::Seeded } else { Order::Sequential });
+    let mut batches = Batches::start_without(cache, left_out, sampler, progress.step, u64::from(config.batch_size))
         .map_err(|source| TrainError::Io { path: config.cache.clone(), source })?;
     let rate = |step: u64| config.schedule.rate(step, total, config.warmup_steps, config.lr);
 
-    let (started, first_step, first_tokens) = (Instant::now(), progress.step, progress.tokens);
-    let mut saved = progress.step;
+    let (first_step, first_tokens) = (progress.step, progress.tokens);
+    let (mut saved, mut stopping) = (progress.step, false);
     context.progress.begin_at("training", "steps", total, first_step);
-    while progress.step < total {
-        let Some(records) = batches.next().transpose()? else {
-            return Err(TrainError::ReaderGone { cache: config.cache.clone() }.into());
-        };
-        let step = accumulate(&student, records, config, (&loss, &reading), context)?;
-        let stopping = step.is_none();
-        if let Some(mut step) = step {
-            let grad_norm = optimizer::clip(&mut step.gradients, config.max_grad_norm)?;
-            if !(step.mean.total.is_finite() && grad_norm.is_finite()) {
-                return Err(TrainError::NotFinite { step: progress.step + 1, loss: step.mean.total, grad_norm }.into());
-            }
-            let lr = rate(progress.step);
-            // Of rows that were all left out nothing is learned, and no weight decays.
-            if step.scored > 0 {
-                let mut parameters = student.parameters();
-                adamw.step(&mut parameters, &step.gradients, lr)?;
-                student.set_parameters(&parameters)?;
-            }
-            progress.advance(step.mean.total, step.tokens);
-            metrics.append(&StepMetrics::new(&progress, &step, &loss, lr, grad_norm, started.elapsed()))?;
-            context.progress.add(1);
-            context.progress.note(format!("loss {:.4}", step.mean.total));
-        }
-        let due = stopping || progress.step == total || config.checkpoint_due(progress.step);
-        if due && progress.step > saved {
-            metrics.sync()?;
+    loop {
+        let evaluated = watch.evaluate(&student, &mut progress, total, context)?;
+        let over = progress.step >= total || progress.standing.ends(config);
+        stopping |= evaluated == Evaluated::Stopped || context.stopping() && !over;
+        // A better student is saved at once, so that checkpoint and best/ speak of the same evaluation.
+        let due = stopping || over || evaluated == Evaluated::Best || config.checkpoint_due(progress.step);
+        if due && (progress.step > saved || evaluated.was_made()) {
+            watch.sync()?;
             folder.save(config, &identity, &student, &adamw, &progress)?;
             saved = progress.step;
+        }
+        if evaluated == Evaluated::Best {
+            watch.write_best(&student, &progress)?;
         }
         if stopping {
             return Err(interrupted(config, &progress));
         }
+        if over {
+            break;
+        }
+        let Some(records) = batches.next().transpose()? else {
+            return Err(TrainError::ReaderGone { cache: config.cache.clone() }.into());
+        };
+        let Some(mut step) = accumulate(&student, records, config, (&loss, &reading), context)? else {
+            stopping = true;
+            continue;
+        };
+        let grad_norm = optimizer::clip(&mut step.gradients, config.max_grad_norm)?;
+        if !(step.mean.total.is_finite() && grad_norm.is_finite()) {
+            return Err(TrainError::NotFinite { step: progress.step + 1, loss: step.mean.total, grad_norm }.into());
+        }
+        let lr = rate(progress.step);
+        // Of rows that were all left out nothing is learned, and no weight decays.
+        if step.scored > 0 {
+            let mut parameters = student.parameters();
+            adamw.step(&mut parameters, &step.gradients, lr)?;
+            student.set_parameters(&parameters)?;
+        }
+        progress.advance(step.mean.total, step.tokens);
+        watch.step(&progress, &step, lr, grad_norm, context)?;
     }
     context.progress.end();
     let adapter = folder.path().join(ADAPTER_FOLDER);
@@ -115,8 +130,9 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
         highest_lr: (0..progress.step).map(rate).fold(0.0, f64::max),
         tokens: progress.tokens - first_tokens,
         parameters: student.parameters().iter().map(|(_, t)| t.elem_count() as u64).sum(),
-        seconds: started.elapsed().as_secs_f64(),
+        seconds: watch.seconds(),
         adapter,
+        held_out: watch.report(&progress, total),
     })
 }
 

@@ -16,6 +16,7 @@ use super::{TrainConfig, TrainError};
 use crate::Result;
 use crate::loss::{Divergence, LossSettings, Tail};
 use potstill_cache::{Cache, Description, Knobs, Selection, SelectionKind, SoftTargets, Storage};
+use std::path::Path;
 
 /// How distributions are taken from the cache.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,6 +60,29 @@ impl Reading {
             loss.tail = Tail::ExactTail;
         }
         Ok(Self { own, narrower, temperature, drawn })
+    }
+
+    /// What is read here, of another cache that has it: its figures are to be compared with the run's.
+    ///
+    /// Errors: a cache that keeps less, or does not know the tail at the loss's temperature where the run's own does.
+    pub(super) fn of_other(&self, cache: &Cache, path: &Path, loss: &LossSettings) -> Result<Self> {
+        let description = &cache.manifest().description;
+        let (own, wanted) = (description.selection, self.narrower.unwrap_or(self.own));
+        own.check_narrows_to(&wanted)?;
+        let temperature = match self.temperature {
+            None => None,
+            Some(_) => Some(temperature(description, loss.temperature).ok_or_else(|| TrainError::OtherTail {
+                cache: path.to_path_buf(),
+                expected: loss.temperature,
+                found: description.lse_temperatures.clone(),
+            })?),
+        };
+        Ok(Self { own, narrower: (own != wanted).then_some(wanted), temperature, drawn: self.drawn })
+    }
+
+    /// Whether the distributions read are estimates from draws.
+    pub(super) fn drawn(&self) -> bool {
+        self.drawn
     }
 
     /// What is read of a wider cache.
