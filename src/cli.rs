@@ -69,7 +69,10 @@ pub fn parse() -> Invocation {
     let matches = command().get_matches();
     let mut invocation = Invocation::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     match &mut invocation.verb {
-        Verb::Train(train) if train.no_shuffle => train.shuffle = Some(false),
+        Verb::Train(train) => {
+            train.shuffle = if train.no_shuffle { Some(false) } else { train.shuffle };
+            train.tensorboard = if train.no_tensorboard { Some(false) } else { train.tensorboard };
+        }
         Verb::Precompute(precompute) if precompute.no_compat => precompute.compat = Some(false),
         _ => {}
     }

@@ -29,6 +29,8 @@ pub struct Setting {
 pub enum Rule {
     /// A path.
     Path,
+    /// A path that may be left out.
+    PathOr,
     /// Paths or globs, at least one.
     Paths,
     /// A whole number between both ends, ends included.
@@ -131,10 +133,10 @@ pub const TRAIN: Section = Section {
         Setting { key: "seed", rule: Rule::Whole(0, i64::MAX) },
         Setting { key: "shuffle", rule: Rule::Switch },
         Setting { key: "eval_rows", rule: Rule::Whole(0, u32::MAX as i64) },
-        Setting { key: "eval_cache", rule: Rule::Path },
+        Setting { key: "eval_cache", rule: Rule::PathOr },
         Setting { key: "eval_every", rule: Rule::Whole(1, 1 << 40) },
         Setting { key: "patience", rule: Rule::Whole(0, u32::MAX as i64) },
-        Setting { key: "probe_cache", rule: Rule::Path },
+        Setting { key: "probe_cache", rule: Rule::PathOr },
         Setting { key: "tensorboard", rule: Rule::Switch },
         Setting { key: "checkpoint_every", rule: Rule::Whole(0, 1 << 40) },
         Setting { key: "keep_checkpoints", rule: Rule::Whole(2, 1 << 20) },
@@ -198,7 +200,7 @@ impl Rule {
     /// What is allowed, as the end of "expected …".
     pub fn expected(&self) -> String {
         match self {
-            Rule::Path => "a path".into(),
+            Rule::Path | Rule::PathOr => "a path".into(),
             Rule::Paths => "one path or glob, or a list of them".into(),
             Rule::Whole(low, high) => format!("a whole number from {low} to {high}"),
             Rule::NotNegative => "a finite number, 0 or above".into(),
@@ -220,7 +222,7 @@ impl Rule {
         let text = |allowed: &dyn Fn(&str) -> bool| value.as_str().is_some_and(|s| !s.is_empty() && allowed(s));
         let real = |allowed: &dyn Fn(f64) -> bool| number(value).is_some_and(|x| x.is_finite() && allowed(x));
         match self {
-            Rule::Path => text(&|_| true),
+            Rule::Path | Rule::PathOr => text(&|_| true),
             Rule::Resume => match value {
                 Value::Table(table) => table.len() == 1 && table.get("path").is_some_and(|path| Rule::Path.holds(path)),
                 word => matches!(word.as_str(), Some("latest" | "never")),

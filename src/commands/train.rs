@@ -73,8 +73,8 @@ fn means(steps: u64) -> String {
 /// What evaluations found: first → last, and the best.
 fn held_out_facts(report: &HeldOutReport, table: &mut Table) {
     let HeldOutReport { rows, positions, first, last, best, adapter, stopped_early } = report;
-    let both = |of: fn(&Evaluation) -> Option<f64>, shown: fn(f64) -> String| {
-        Some(format!("{} → {}", shown(of(first)?), shown(of(last)?)))
+    let both = |of: fn(&Evaluation) -> Option<f32>, shown: fn(f64) -> String| {
+        Some(format!("{} → {}", shown(of(first)?.into()), shown(of(last)?.into())))
     };
     let facts = [
         ("loss", both(|e| Some(e.loss), |x| format!("{x:.4}")).map(|text| format!("{text} nats a scored position"))),

@@ -124,7 +124,7 @@ pub enum TrainError {
         /// Steps done.
         step: u64,
         /// The held-out loss.
-        loss: f64,
+        loss: f32,
     },
     /// Another process trains into this folder.
     #[error("{out}: another process is training into this folder; wait for it or choose another --out", out = out.display())]

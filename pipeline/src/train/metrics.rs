@@ -45,9 +45,15 @@ pub(super) struct StepMetrics {
 
 /// The line of an evaluation.
 #[derive(Debug, Serialize)]
-struct EvaluationLine {
+struct EvaluationLine<'a> {
     step: u64,
-    eval: serde_json::Map<String, serde_json::Value>,
+    #[serde(serialize_with = "figures_alone")]
+    eval: &'a Evaluation,
+}
+
+/// The figures by their names, without the step.
+fn figures_alone<S: serde::Serializer>(evaluation: &&Evaluation, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_map(evaluation.figures())
 }
 
 impl StepMetrics {
@@ -162,8 +168,7 @@ impl Metrics {
 
     /// Appends the line of an evaluation.
     pub(super) fn evaluation(&mut self, evaluation: &Evaluation) -> Result<()> {
-        let eval = evaluation.figures().into_iter().map(|(name, value)| (name.to_string(), value.into())).collect();
-        self.append(&EvaluationLine { step: evaluation.step, eval })
+        self.append(&EvaluationLine { step: evaluation.step, eval: evaluation })
     }
 
     fn append(&mut self, line: &impl Serialize) -> Result<()> {

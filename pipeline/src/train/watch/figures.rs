@@ -24,45 +24,45 @@ use serde::{Deserialize, Serialize};
 /// Bins of a calibration error (fewer positions than that leave some empty).
 pub const BINS: usize = 15;
 
-/// What an evaluation found.
+/// What an evaluation found. Figures are f32: that much comes back to the bit from a checkpoint's JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Evaluation {
     /// Optimiser steps done before it.
     pub step: u64,
     /// The run's loss, nats a scored position.
-    pub loss: f64,
+    pub loss: f32,
     /// The divergence at the run's settings, nats a scored position; absent where there are no distributions to compare with, and
     /// where only draws are, which training does not look at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub kd: Option<f64>,
+    pub kd: Option<f32>,
     /// Cross entropy with the data's tokens, nats a scored position.
-    pub ce: f64,
+    pub ce: f32,
     /// exp(ce).
-    pub perplexity: f64,
+    pub perplexity: f32,
     /// Share of positions at which student and teacher find the same token most likely; absent where that of the teacher is not kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub agreement: Option<f64>,
+    pub agreement: Option<f32>,
     /// Mean probability that the student gives to the ids read; absent where ids were drawn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub kept_mass: Option<f64>,
+    pub kept_mass: Option<f32>,
     /// Mean probability that the teacher gives to them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub teacher_kept_mass: Option<f64>,
+    pub teacher_kept_mass: Option<f32>,
     /// Expected calibration error against the data's tokens, 0 to 1.
-    pub ece: f64,
+    pub ece: f32,
     /// Mean angle in degrees at the logits between the gradient of the run's loss and that of forward KL against the teacher's
     /// whole distribution; absent without a dense sample.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub angle: Option<f64>,
+    pub angle: Option<f32>,
     /// Calibration error against the teacher's whole distribution, 0 to 2; absent without a dense sample.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub teacher_ece: Option<f64>,
+    pub teacher_ece: Option<f32>,
 }
 
 impl Evaluation {
     /// Every figure that is there, by its name.
-    pub(in crate::train) fn figures(&self) -> Vec<(&'static str, f64)> {
+    pub(in crate::train) fn figures(&self) -> Vec<(&'static str, f32)> {
         let all = [
             ("loss", Some(self.loss)),
             ("kd", self.kd),
@@ -189,17 +189,18 @@ impl Tally {
     /// The means after `step` steps; `None` of no positions.
     pub(super) fn close(self, step: u64) -> Option<Evaluation> {
         let ce = self.ce.value()?;
+        let rounded = |mean: Mean| mean.value().map(|value| value as f32);
         Some(Evaluation {
             step,
-            loss: self.loss.value()?,
-            kd: self.kd.value(),
-            ce,
-            // Beyond the range of f64 there is no number that JSON could hold.
-            perplexity: ce.exp().min(f64::MAX),
-            agreement: self.agreement.value(),
-            kept_mass: self.masses.0.value(),
-            teacher_kept_mass: self.masses.1.value(),
-            ece: calibration_error(self.confidences),
+            loss: rounded(self.loss)?,
+            kd: rounded(self.kd),
+            ce: ce as f32,
+            // Beyond the range of f32 there is no number that JSON could hold.
+            perplexity: (ce.exp() as f32).min(f32::MAX),
+            agreement: rounded(self.agreement),
+            kept_mass: rounded(self.masses.0),
+            teacher_kept_mass: rounded(self.masses.1),
+            ece: calibration_error(self.confidences) as f32,
             angle: None,
             teacher_ece: None,
         })

@@ -116,10 +116,13 @@ fn means_are_over_positions() {
     let found = tally.close(7).unwrap();
     assert_eq!((found.step, found.loss, found.kd, found.ce, found.agreement), (7, 3.0, Some(2.0), 2.0, Some(0.5)));
     assert_eq!((found.kept_mass, found.teacher_kept_mass, found.ece), (Some(0.25), Some(0.75), 0.5));
-    assert_eq!(found.perplexity, 2.0f64.exp());
-    // What JSON gives back is what was written (these figures have short decimals but the perplexity).
-    let again: Evaluation = serde_json::from_str(&serde_json::to_string(&found).unwrap()).unwrap();
-    assert!((again.perplexity - found.perplexity).abs() < 1e-14 && again.loss == found.loss && again.angle.is_none());
+    assert_eq!(found.perplexity, 2.0f64.exp() as f32);
+    // What JSON gives back is what was written, to the bit.
+    for figure in (0..1000).map(|i| (f64::from(i).sin().powi(9) * 100.0) as f32) {
+        let evaluation = Evaluation { loss: figure, angle: Some(figure), ..found.clone() };
+        let again: Evaluation = serde_json::from_str(&serde_json::to_string(&evaluation).unwrap()).unwrap();
+        assert_eq!(again, evaluation);
+    }
 }
 
 #[test]

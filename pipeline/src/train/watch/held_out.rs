@@ -130,7 +130,7 @@ impl HeldOut {
         if let Some(dense) = &self.dense {
             let flow = dense.walk(student, config, context, |chunk| {
                 chunk.look(&self.loss, dense.vocabulary(), &mut looks)?;
-                Ok(if looks.is_full() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+                Ok(if looks.wanted() == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
             })?;
             if flow == Walk::Stopped {
                 return Ok(None);
@@ -140,7 +140,8 @@ impl HeldOut {
         let nothing =
             || TrainError::NothingHeldOut { cache: self.sample.cache.dir().to_path_buf(), rows: self.sample.rows.len() };
         let mut evaluation = tally.close(step).ok_or_else(nothing)?;
-        (evaluation.angle, evaluation.teacher_ece) = looks.close();
+        let (angle, teacher_ece) = looks.close();
+        (evaluation.angle, evaluation.teacher_ece) = (angle.map(|x| x as f32), teacher_ece.map(|x| x as f32));
         match evaluation.figures().iter().all(|(_, value)| value.is_finite()) {
             true => Ok(Some((evaluation, positions))),
             false => Err(TrainError::EvaluationNotFinite { step, loss: evaluation.loss }.into()),
@@ -214,6 +215,18 @@ impl Sample {
         Ok(Walk::Done)
     }
 
+    /// What a pack's positions are compared with; `None` where the rows have no distributions.
+    fn targets(&self, records: &[Record]) -> Option<Targets> {
+        let reading = &self.reading;
+        let (mut stored, mut read) = (SoftTargets::default(), SoftTargets::default());
+        for record in records.iter().filter(|record| record.targets.len() == record.positions.len()) {
+            stored.extend(&record.targets);
+            read.extend(&reading.targets(&record.targets));
+        }
+        let all = stored.len() == records.iter().map(|record| record.positions.len()).sum::<usize>();
+        all.then(|| Targets { lse_t: reading.lse_t(&read), drawn: reading.drawn(), stored, read })
+    }
+
     /// One pack of a walk.
     fn pack(
         &self,
@@ -223,12 +236,7 @@ impl Sample {
         visit: &mut impl FnMut(Chunk<'_>) -> Result<ControlFlow<()>>,
     ) -> Result<ControlFlow<()>> {
         let pack = Pack::new(records.iter().map(|r| Sequence { input_ids: &r.input_ids, positions: &r.positions }));
-        let (mut stored, mut read) = (SoftTargets::with_capacity(pack.scored().len(), 0), SoftTargets::default());
-        for record in records {
-            stored.extend(&record.targets);
-            read.extend(&self.reading.targets(&record.targets));
-        }
-        let lse_t = self.reading.lse_t(&read);
+        let targets = self.targets(records);
         let (hidden, _) = student.forward(&pack)?;
         for first in (0..pack.labels().len()).step_by(head_chunk.max(1)) {
             let n = head_chunk.max(1).min(pack.labels().len() - first);
@@ -236,21 +244,29 @@ impl Sample {
             let vocab = logits.dim(1)?;
             let logits = logits.flatten_all()?.to_vec1::<f32>()?;
             let labels = &pack.labels()[first..first + n];
-            let chunk = Chunk {
-                logits,
-                vocab,
-                labels,
-                first,
-                stored: &stored,
-                read: &read,
-                lse_t: lse_t.as_deref(),
-                drawn: self.reading.drawn(),
-            };
+            let chunk = Chunk { logits, vocab, labels, first, targets: targets.as_ref() };
             if visit(chunk)?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }
         }
         Ok(ControlFlow::Continue(()))
+    }
+}
+
+/// The distributions of a pack's positions.
+struct Targets {
+    /// As the cache has them.
+    stored: SoftTargets,
+    /// As they are read.
+    read: SoftTargets,
+    lse_t: Option<Vec<f32>>,
+    drawn: bool,
+}
+
+impl Targets {
+    /// What is read at position `i`, alone, and ln Z_T there.
+    fn read(&self, i: usize) -> (SoftTargets, Option<f32>) {
+        (self.read.slice(i..i + 1), self.lse_t.as_ref().and_then(|all| all.get(i).copied()))
     }
 }
 
@@ -263,56 +279,40 @@ struct Chunk<'a> {
     labels: &'a [u32],
     /// Place of the chunk's first position in the pack's targets.
     first: usize,
-    /// The pack's targets as the cache has them.
-    stored: &'a SoftTargets,
-    /// The pack's targets as they are read.
-    read: &'a SoftTargets,
-    lse_t: Option<&'a [f32]>,
-    drawn: bool,
+    targets: Option<&'a Targets>,
 }
 
 impl Chunk<'_> {
-    /// What is read at the chunk's position `i`, alone, and ln Z_T there.
-    fn read(&self, i: usize) -> (SoftTargets, Option<f32>) {
-        let i = self.first + i;
-        (self.read.slice(i..i + 1), self.lse_t.and_then(|all| all.get(i).copied()))
-    }
-
     /// Figures of all positions, in order; the logits are used up.
     fn rows(mut self, settings: &LossSettings) -> Result<Vec<Row>> {
         let mut logits = std::mem::take(&mut self.logits);
         let row = |(i, z): (usize, &mut [f32])| {
-            let (read, lse_t) = self.read(i);
-            // Draws are comparable only as training takes them.
-            let comparable = settings.kd_alpha > 0.0 || !self.drawn;
-            let expected = Expected {
-                label: self.labels[i],
-                read: comparable.then_some(&read),
-                drawn: self.drawn,
-                lse_t,
-                stored: Some(self.stored.position(self.first + i)),
+            let label = self.labels[i];
+            let Some(targets) = self.targets else {
+                return Row::of(z, &Expected { label, read: None, drawn: false, lse_t: None, stored: None }, settings);
             };
-            Row::of(z, &expected, settings)
+            let (read, lse_t) = targets.read(self.first + i);
+            // Draws are comparable only as training takes them.
+            let comparable = settings.kd_alpha > 0.0 || !targets.drawn;
+            let (read, stored) = (comparable.then_some(&read), Some(targets.stored.position(self.first + i)));
+            Row::of(z, &Expected { label, read, drawn: targets.drawn, lse_t, stored }, settings)
         };
         logits.par_chunks_exact_mut(self.vocab.max(1)).enumerate().map(row).collect()
     }
 
     /// Looks at those positions that keep all of the cache's `vocabulary`, as many as are still wanted.
     fn look(&self, settings: &LossSettings, vocabulary: u32, looks: &mut Looks) -> Result<()> {
-        let dense = |i: &usize| probe::is_dense(self.stored.position(self.first + i), vocabulary);
-        let dense: Vec<usize> = (0..self.labels.len()).filter(dense).collect();
+        let Some(targets) = self.targets else { return Ok(()) };
+        let dense = |i: &usize| probe::is_dense(targets.stored.position(self.first + i), vocabulary);
+        let dense: Vec<usize> = (0..self.labels.len()).filter(dense).take(looks.wanted()).collect();
         let look = |i: usize| {
-            let (read, lse_t) = self.read(i);
+            let (read, lse_t) = targets.read(self.first + i);
             let read = (settings.kd_alpha > 0.0).then_some(&read);
             let z = &self.logits[i * self.vocab..(i + 1) * self.vocab];
-            Look::of(z, self.stored.position(self.first + i), (self.labels[i], read, lse_t), settings)
+            Look::of(z, targets.stored.position(self.first + i), (self.labels[i], read, lse_t), settings)
         };
         let found: Vec<Look> = dense.into_par_iter().map(look).collect::<Result<_>>()?;
-        for look in &found {
-            if !looks.is_full() {
-                looks.add(look);
-            }
-        }
+        found.iter().for_each(|look| looks.add(look));
         Ok(())
     }
 }

@@ -42,16 +42,14 @@ pub(super) struct Standing {
     first: Option<Evaluation>,
     last: Option<Evaluation>,
     best: Option<Evaluation>,
-    /// Evaluations since the best one, that of a run's end left out where it is beside the others' beat.
+    /// Evaluations since the best one; that at a run's end counts only where one was due anyway, since the run may be made longer.
     without_improvement: u32,
 }
 
 impl Standing {
     /// Takes an evaluation in; whether it is the best so far.
-    ///
-    /// Losses are compared as f32: that much comes back from a checkpoint's JSON to the bit.
     fn take(&mut self, evaluation: Evaluation, positions: u64, every: u64) -> bool {
-        let better = self.best.as_ref().is_none_or(|best| (evaluation.loss as f32) < best.loss as f32);
+        let better = self.best.as_ref().is_none_or(|best| evaluation.loss < best.loss);
         if better {
             self.without_improvement = 0;
             self.best = Some(evaluation.clone());
@@ -185,7 +183,8 @@ impl<'a> Watch<'a> {
         };
         self.metrics.evaluation(&evaluation)?;
         if let Some(board) = &mut self.board {
-            board.scalars(step, &tagged("eval", &evaluation.figures()))?;
+            let figures: Vec<_> = evaluation.figures().into_iter().map(|(name, value)| (name, f64::from(value))).collect();
+            board.scalars(step, &tagged("eval", &figures))?;
         }
         context.progress.note(format!("held-out loss {:.4}", evaluation.loss));
         self.pace.restart(Instant::now());

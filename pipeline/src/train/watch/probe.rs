@@ -17,7 +17,7 @@ use crate::loss::{self, LossSettings};
 use potstill_cache::{SoftTargets, Target};
 
 /// Most dense positions that are looked at.
-pub(super) const MOST_POSITIONS: usize = 2_000;
+const MOST_POSITIONS: usize = 2_000;
 
 /// Figures of one dense position.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -59,7 +59,7 @@ pub(super) fn is_dense(target: Target<'_>, vocabulary: u32) -> bool {
 pub(super) struct Looks {
     angles: (f64, u64),
     gaps: [f64; BINS],
-    positions: u64,
+    positions: usize,
 }
 
 impl Looks {
@@ -73,9 +73,9 @@ impl Looks {
         }
     }
 
-    /// Whether as many were counted as are looked at.
-    pub(super) fn is_full(&self) -> bool {
-        self.positions >= MOST_POSITIONS as u64
+    /// How many more are looked at.
+    pub(super) fn wanted(&self) -> usize {
+        MOST_POSITIONS.saturating_sub(self.positions)
     }
 
     /// Mean angle in degrees and calibration error against the teacher, where there are any.
