@@ -287,6 +287,10 @@ fn event_files_and_plain_lines_accompany_a_run() {
     {
         assert!(names.iter().all(|name| holds(name, tag)), "{tag}");
     }
+    // Each opens with a START at its first step, 1 and 4: field 2 of the event, then field 7 with the status 1.
+    for (name, step) in names.iter().zip([1, 4]) {
+        assert!(bytes[name].windows(6).any(|w| w == [2 << 3, step, 7 << 3 | 2, 2, 1 << 3, 1]), "{name}");
+    }
     bench.expect(0, &train("quiet", "1", &["--no-tensorboard"]));
     assert!(!bench.path("quiet/tensorboard").exists());
 }
