@@ -72,6 +72,7 @@ pub fn parse() -> Invocation {
         Verb::Train(train) => {
             train.shuffle = if train.no_shuffle { Some(false) } else { train.shuffle };
             train.rslora = if train.no_rslora { Some(false) } else { train.rslora };
+            train.tensorboard = if train.no_tensorboard { Some(false) } else { train.tensorboard };
         }
         Verb::Precompute(precompute) if precompute.no_compat => precompute.compat = Some(false),
         _ => {}

@@ -1,18 +1,25 @@
 //! Progress on stderr: a thread that looks at a job's counters and draws them.
 //!
 //! The job only counts; nothing here can slow it down or stop it. On a terminal a bar with rate and time left; elsewhere (a
-//! cluster's log file) a plain line at most every ten seconds; with `--quiet` nothing.
+//! cluster's log file) a plain line at most every ten seconds; with `--quiet` nothing. What does not fit into [`COLUMNS`] goes onto
+//! a second line.
 
 use crate::{print, text};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use potstill_cache::ScanProgress;
 use potstill_pipeline::run::{Phase, RunContext};
 use std::io::IsTerminal;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// Widest line, in columns.
+const COLUMNS: usize = 80;
+/// Columns of a bar's line that stand before its message: name, bar and per cent.
+const BAR_COLUMNS: usize = 35;
+/// What a second line begins with.
+const INDENT: &str = "  ";
 /// Time between two looks at the counters.
 const POLL: Duration = Duration::from_millis(100);
 /// Time between two plain lines.
@@ -102,6 +109,7 @@ impl Pace {
 fn bars(look: &impl Fn() -> Glance, ended: &AtomicBool) {
     let mut shown: Option<(Pace, ProgressBar)> = None;
     let mut warned = false;
+    let mut rest = Rest::default();
     while !ended.load(Ordering::Relaxed) {
         let Glance { phase, done, stopping, warnings } = look();
         for warning in warnings.iter().map(|sentence| warning(sentence)) {
@@ -114,8 +122,10 @@ fn bars(look: &impl Fn() -> Glance, ended: &AtomicBool) {
         }
         if !phase.name.is_empty() {
             let (pace, bar) = shown.get_or_insert_with(|| (Pace::new(phase.serial, done), new_bar(&phase)));
+            let [first, second] = fold(&describe(&phase, done, pace.per_second(done)), COLUMNS - BAR_COLUMNS);
+            rest.set(&phase, bar, second);
             bar.set_position(done);
-            bar.set_message(describe(&phase, done, pace.per_second(done)));
+            bar.set_message(first);
         }
         if stopping && !warned {
             warned = true;
@@ -139,13 +149,37 @@ const STOPPING: &str = "stopping as soon as everything done is on disk; once mor
 fn new_bar(phase: &Phase) -> ProgressBar {
     let length = (phase.total > 0).then_some(phase.total);
     let bar = ProgressBar::with_draw_target(length, ProgressDrawTarget::stderr());
-    let template =
-        if length.is_some() { "{prefix:<12} [{bar:14}] {percent:>3}% {wide_msg}" } else { "{prefix:<12} {spinner} {wide_msg}" };
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style.progress_chars("=> "));
-    }
     bar.set_prefix(text::fit(&text::visible(&phase.name), 24));
     bar
+}
+
+/// The second line of a bar.
+#[derive(Default)]
+struct Rest {
+    text: Arc<Mutex<String>>,
+    /// The phase that is drawn, and whether with a second line.
+    styled: Option<(u64, bool)>,
+}
+
+impl Rest {
+    /// Shows `text` below the bar; no line where it is empty.
+    fn set(&mut self, phase: &Phase, bar: &ProgressBar, text: String) {
+        let styled = Some((phase.serial, !text.is_empty()));
+        *self.text.lock().unwrap_or_else(PoisonError::into_inner) = text;
+        if self.styled != styled {
+            self.styled = styled;
+            let first = if phase.total > 0 { "{prefix:<12} [{bar:14}] {percent:>3}%" } else { "{prefix:<12} {spinner}" };
+            let second = if styled.is_some_and(|(_, second)| second) { "\n{rest}" } else { "" };
+            if let Ok(style) = ProgressStyle::with_template(&format!("{first} {{wide_msg}}{second}")) {
+                let text = Arc::clone(&self.text);
+                let write = move |_: &ProgressState, out: &mut dyn std::fmt::Write| {
+                    // A line that cannot be drawn is no reason to fail the job.
+                    let _ = out.write_str(&text.lock().unwrap_or_else(PoisonError::into_inner));
+                };
+                bar.set_style(style.progress_chars("=> ").with_key("rest", write));
+            }
+        }
+    }
 }
 
 /// A line now and then.
@@ -160,7 +194,13 @@ fn lines(look: &impl Fn() -> Glance, ended: &AtomicBool) {
             pace = Pace::new(phase.serial, done);
         }
         if !phase.name.is_empty() && last.is_none_or(|at| at.elapsed() >= PLAIN) {
-            eprintln!("{}: {}", text::visible(&phase.name), describe(&phase, done, pace.per_second(done)));
+            let name = text::visible(&phase.name);
+            let room = COLUMNS.saturating_sub(text::width(&name) + 2);
+            let [first, second] = fold(&describe(&phase, done, pace.per_second(done)), room);
+            eprintln!("{name}: {first}");
+            if !second.is_empty() {
+                eprintln!("{second}");
+            }
             last = Some(Instant::now());
         }
         if stopping && !warned {
@@ -172,7 +212,7 @@ fn lines(look: &impl Fn() -> Glance, ended: &AtomicBool) {
 }
 
 /// `1,234/5,678 tokens, 321/s, 1 min 05 s left, loss 1.234`.
-fn describe(phase: &Phase, done: u64, per_second: f64) -> String {
+fn describe(phase: &Phase, done: u64, per_second: f64) -> Vec<String> {
     let mut parts = vec![if phase.total > 0 {
         format!("{}/{} {}", print::count(done), print::count(phase.total), phase.unit)
     } else {
@@ -191,7 +231,15 @@ fn describe(phase: &Phase, done: u64, per_second: f64) -> String {
     if !phase.note.is_empty() {
         parts.push(text::visible(&phase.note));
     }
-    parts.join(", ")
+    parts
+}
+
+/// As many parts as fit into `room` columns, at least one, and the others for a second line, indented.
+fn fold(parts: &[String], room: usize) -> [String; 2] {
+    let fits = |n: &usize| text::width(&parts[..*n].join(", ")) <= room;
+    let n = (1..=parts.len()).rev().find(fits).unwrap_or(1).min(parts.len());
+    let rest = parts[n..].join(", ");
+    [parts[..n].join(", "), if rest.is_empty() { rest } else { format!("{INDENT}{rest}") }]
 }
 
 #[cfg(test)]
@@ -202,10 +250,21 @@ mod tests {
     #[test]
     fn a_line_says_how_far_how_fast_and_how_long() {
         let phase = Phase { name: "scoring".into(), unit: "tokens", total: 10_000, note: "loss\u{1b}".into(), serial: 1 };
-        assert_eq!(describe(&phase, 4_000, 100.0), "4,000/10,000 tokens, 100/s, 1 min 00 s left, loss\\u{1b}");
-        assert_eq!(describe(&phase, 0, 0.0), "0/10,000 tokens, loss\\u{1b}");
+        let line = |phase: &Phase, done, per_second| describe(phase, done, per_second).join(", ");
+        assert_eq!(line(&phase, 4_000, 100.0), "4,000/10,000 tokens, 100/s, 1 min 00 s left, loss\\u{1b}");
+        assert_eq!(line(&phase, 0, 0.0), "0/10,000 tokens, loss\\u{1b}");
         let unknown = Phase { total: 0, note: String::new(), ..phase };
-        assert_eq!(describe(&unknown, 3, 0.5), "3 tokens, 0.50/s");
+        assert_eq!(line(&unknown, 3, 0.5), "3 tokens, 0.50/s");
+    }
+
+    #[test]
+    fn what_does_not_fit_goes_onto_a_second_line() {
+        let parts = ["12/300 steps".to_string(), "0.45/s".into(), "loss 1.0".into()];
+        let folded = |room| fold(&parts, room);
+        assert_eq!(folded(30), ["12/300 steps, 0.45/s, loss 1.0".to_string(), String::new()]);
+        assert_eq!(folded(29), ["12/300 steps, 0.45/s".to_string(), "  loss 1.0".into()]);
+        assert_eq!(folded(3), ["12/300 steps".to_string(), "  0.45/s, loss 1.0".into()]);
+        assert_eq!(fold(&[], 10), [String::new(), String::new()]);
     }
 
     #[test]

@@ -56,7 +56,10 @@ fn outcome(bench: &Bench, out: &str) -> (Vec<u8>, Vec<u8>, Vec<Value>) {
     let lines = String::from_utf8(all["metrics.jsonl"].clone()).unwrap();
     let metrics = lines.lines().map(|line| {
         let mut value: Value = serde_json::from_str(line).unwrap();
-        value.as_object_mut().unwrap().remove("seconds");
+        let line = value.as_object_mut().unwrap();
+        for clock in ["seconds", "tokens_per_second"] {
+            line.remove(clock).unwrap();
+        }
         value
     });
     let (adapter, optimizer) = (&all["adapter/adapter_model.safetensors"], &all["checkpoint-12/optimizer.safetensors"]);

@@ -25,13 +25,26 @@ impl Batches {
     ///
     /// A cache without rows has no batches.
     pub fn start(cache: Arc<Cache>, sampler: Sampler, first: u64, size: u64) -> std::io::Result<Self> {
+        Self::start_without(cache, Vec::new(), sampler, first, size)
+    }
+
+    /// As [`start`](Self::start), of the cache without the rows `left_out` (rising, each once): what the sampler, of that many
+    /// rows fewer, calls row j is the j-th of those that remain.
+    pub fn start_without(
+        cache: Arc<Cache>,
+        left_out: Vec<u64>,
+        sampler: Sampler,
+        first: u64,
+        size: u64,
+    ) -> std::io::Result<Self> {
         let (sender, receiver) = mpsc::sync_channel(BATCHES_AHEAD);
         let work = move || {
-            let (rows, size) = (cache.len(), size.max(1));
+            let (rows, size) = (cache.len().saturating_sub(left_out.len() as u64), size.max(1));
             if rows == 0 {
                 return;
             }
-            let places = |batch: u64| (batch * size..(batch + 1) * size).map(|i| sampler.row(i / rows, i % rows));
+            let row = |i: u64| remaining(&left_out, sampler.row(i / rows, i % rows));
+            let places = |batch: u64| (batch * size..(batch + 1) * size).map(row);
             places(first).for_each(|row| cache.will_need(row));
             for batch in first.. {
                 places(batch + 1).for_each(|row| cache.will_need(row));
@@ -46,6 +59,17 @@ impl Batches {
         let thread = std::thread::Builder::new().name("cache-reader".into()).spawn(work)?;
         Ok(Self { receiver: Some(receiver), thread: Some(thread) })
     }
+}
+
+/// The `j`-th row (from 0) of those that are not in the rising list `left_out`.
+fn remaining(left_out: &[u64], j: u64) -> u64 {
+    // The list's entry i has i of its own below it, so `entry - i` rows that remain.
+    let mut below = (0, left_out.len());
+    while below.0 < below.1 {
+        let middle = below.0.midpoint(below.1);
+        if left_out[middle].saturating_sub(middle as u64) <= j { below.0 = middle + 1 } else { below.1 = middle }
+    }
+    j + below.0 as u64
 }
 
 impl Iterator for Batches {

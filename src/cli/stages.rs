@@ -157,8 +157,9 @@ pub struct Precompute {
 
 /// Stage two: train a LoRA adapter on an NF4 student from a cache, or on plain chats
 ///
-/// Writes adapter/ (PEFT), checkpoint-N/, metrics.jsonl and the resolved settings into --out. The same command, run again, goes on
-/// from the newest checkpoint that is whole.
+/// Writes adapter/ (PEFT), checkpoint-N/, metrics.jsonl, tensorboard/ and the resolved settings into --out; where rows are held
+/// out, best/ (PEFT) too: the adapter with the lowest held-out loss. adapter/ is always the last one. The same command, run again,
+/// goes on from the newest checkpoint that is whole.
 #[derive(Debug, Args, Serialize)]
 #[command(
     allow_negative_numbers = true,
@@ -206,6 +207,13 @@ more than --max-unknown-mass on average.
 
 --kd-alpha-end, --kd-ce-alpha-end and --temperature-end are the values of the last step; those of
 the first are given without -end. A temperature that changes takes the tail as one bucket.
+
+An evaluation gives the held-out loss (kd and ce apart), perplexity, how often student and
+teacher find the same token most likely, the probability of the ids that are read, and the
+calibration error of the student's confidence (ECE, 15 bins of equal mass). Where the rows held
+out, or those of --probe-cache, keep the whole vocabulary, also the angle in degrees between
+the gradient of the run's loss and that of full distillation, and the calibration error against
+the teacher (15 bins by powers of two, 0 to 2).
 
 Each setting may also stand in the table [train] of --config FILE, or in a variable such as
 POTSTILL_TRAIN__LR=1e-4. Flags win over variables, variables over the file."
@@ -360,6 +368,28 @@ pub struct Train {
     #[arg(long, overrides_with = "shuffle")]
     #[serde(skip)]
     pub no_shuffle: bool,
+    /// Rows of the cache held out: never trained on, but evaluated on; chosen by --seed; 0 for none
+    #[arg(long, value_name = "ROWS")]
+    pub eval_rows: Option<i64>,
+    /// Another cache to evaluate on, all of its rows; it keeps at least what is read of --cache [default: none]
+    #[arg(long, value_name = "DIR")]
+    pub eval_cache: Option<PathBuf>,
+    /// Steps between evaluations, where rows are held out; the last step is followed by one too
+    #[arg(long, value_name = "N")]
+    pub eval_every: Option<i64>,
+    /// Evaluations in a row without a lower held-out loss after which the run ends; 0 for never
+    #[arg(long, value_name = "N")]
+    pub patience: Option<i64>,
+    /// A cache that keeps all ids, on up to 2000 positions of which evaluations look at what --cache leaves out (below) [default: none]
+    #[arg(long, value_name = "DIR")]
+    pub probe_cache: Option<PathBuf>,
+    /// Write TensorBoard event files into tensorboard/ (the default)
+    #[arg(long, num_args = 0, default_missing_value = "true", overrides_with = "no_tensorboard")]
+    pub tensorboard: Option<bool>,
+    /// Write no TensorBoard event files
+    #[arg(long, overrides_with = "tensorboard")]
+    #[serde(skip)]
+    pub no_tensorboard: bool,
     /// Steps between checkpoints; 0 writes only the last
     #[arg(long, value_name = "N")]
     pub checkpoint_every: Option<i64>,

@@ -56,6 +56,17 @@ fn batches_come_in_the_samplers_order_from_any_place() {
             assert_eq!(batch.unwrap(), expected(number), "batch {number} from {first}");
         }
     }
+    for left_out in [vec![0, 1, 5, 21, 22], vec![11], (1..23).collect(), (0..22).collect()] {
+        let remaining: Vec<u64> = (0..23).filter(|row| !left_out.contains(row)).collect();
+        let (n, sampler) = (remaining.len() as u64, Sampler::new(remaining.len() as u64, 5, Order::Seeded));
+        let row = |i: u64| stored[remaining[sampler.row(i / n, i % n) as usize] as usize].clone();
+        let batches = Batches::start_without(cache.clone(), left_out.clone(), sampler, 2, 4).unwrap();
+        for (number, batch) in (2..).zip(batches).take(7) {
+            assert_eq!(batch.unwrap(), (number * 4..number * 4 + 4).map(row).collect::<Vec<_>>(), "{left_out:?}");
+        }
+    }
+    let all = Batches::start_without(cache, (0..23).collect(), Sampler::new(0, 1, Order::Seeded), 0, 4);
+    assert!(all.unwrap().next().is_none());
     let empty = tempfile::tempdir().unwrap();
     made::write(empty.path(), &description(0, 4, 3), &[]);
     let nothing = Arc::new(Cache::open(empty.path()).unwrap());

@@ -4,7 +4,8 @@
 //! out/  adapter/                      the finished adapter (PEFT)
 //!       checkpoint-N/                 adapter_config.json, adapter_model.safetensors, …   (PEFT, usable alone)
 //!                     optimizer.safetensors, trainer_state.json, digests.json (BLAKE3 of every other file, and its own)
-//!       metrics.jsonl  config.resolved.toml  train.lock  bad-step-N.json
+//!       best/                         the adapter with the lowest held-out loss (PEFT), evaluation.json
+//!       metrics.jsonl  tensorboard/  config.resolved.toml  train.lock  bad-step-N.json
 //! ```
 //! A checkpoint is built under another name, made durable, renamed, and only then are older ones removed; two are always kept. It
 //! is read only when every file has the digest that was written; where the newest one does not, the run goes on from the one before
@@ -15,6 +16,7 @@ use super::files::{self, io};
 use super::identity::{self, Identity};
 use super::optimizer::AdamW;
 use super::provenance::Provenance;
+use super::watch::Standing;
 use super::{Resume, TrainConfig, TrainError, digests};
 use crate::ops::with_f32;
 use crate::student::Student;
@@ -34,7 +36,7 @@ const PREFIX: &str = "checkpoint-";
 /// Fewest checkpoints kept, whatever the settings say.
 const FEWEST_KEPT: usize = 2;
 /// Steps whose mean stands for "at first" and "at last"; one step's loss says more about its conversations.
-const SMOOTHED: usize = 10;
+pub const SMOOTHED: u64 = 10;
 /// Largest JSON file of a checkpoint read, in bytes.
 const MAX_JSON_BYTES: u64 = 1 << 20;
 
@@ -54,6 +56,9 @@ pub(super) struct Progress {
     pub skipped: u64,
     /// How many of them came last, without another between.
     pub skipped_in_a_row: u64,
+    /// What held-out evaluations found.
+    #[serde(default)]
+    pub standing: Standing,
 }
 
 impl Progress {
@@ -70,11 +75,11 @@ impl Progress {
         self.step += 1;
         self.tokens += tokens;
         self.skipped_in_a_row = 0;
-        if self.first_losses.len() < SMOOTHED {
+        if self.first_losses.len() < SMOOTHED as usize {
             self.first_losses.push(loss);
         }
         self.last_losses.push(loss);
-        if self.last_losses.len() > SMOOTHED {
+        if self.last_losses.len() > SMOOTHED as usize {
             self.last_losses.remove(0);
         }
     }
@@ -256,8 +261,8 @@ impl RunFolder {
         self.prune(config.keep_checkpoints as usize)
     }
 
-    /// Moves a checkpoint to `set-aside/`; an older one of the same step that was set aside before gives way.
-    fn set_aside(&self, checkpoint: &Path) -> Result<()> {
+    /// Moves a checkpoint, or `best/`, to `set-aside/`; an older one of the same name that was set aside before gives way.
+    pub(super) fn set_aside(&self, checkpoint: &Path) -> Result<()> {
         let folder = self.out.join(SET_ASIDE);
         fs::create_dir_all(&folder).map_err(io(&folder))?;
         let target = folder.join(checkpoint.file_name().unwrap_or_default());

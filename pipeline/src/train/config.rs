@@ -3,6 +3,7 @@
 use super::distillation::{DEFAULT_MAX_UNKNOWN_MASS, DivergenceName, LossSchedule, TailName};
 use super::optimizer::{AdamWConfig, OptimizerKind};
 use super::schedule::Schedule;
+use super::watch::{DEFAULT_EVAL_EVERY, HeldOutReport};
 use crate::adapter::{Scaling, TargetModules};
 use crate::data::{BadRoles, Truncation};
 use crate::kernel::Precision;
@@ -190,6 +191,18 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Whether rows come in seeded order (else in the cache's order).
     pub shuffle: bool,
+    /// Rows of the cache that are held out: never trained on, and evaluated on; chosen by the seed. 0 for none.
+    pub eval_rows: u32,
+    /// Another cache to evaluate on, all of its rows.
+    pub eval_cache: Option<PathBuf>,
+    /// Optimiser steps between evaluations; the last step is followed by one too.
+    pub eval_every: u64,
+    /// Evaluations in a row without a lower held-out loss after which the run ends; 0 for never.
+    pub patience: u32,
+    /// A cache of whole distributions, on which each evaluation measures what the run's own cache leaves out.
+    pub probe_cache: Option<PathBuf>,
+    /// Whether TensorBoard event files are written.
+    pub tensorboard: bool,
     /// Steps between checkpoints; 0 writes only the last.
     pub checkpoint_every: u64,
     /// Checkpoints kept (at least 2).
@@ -250,6 +263,12 @@ impl Default for TrainConfig {
             max_grad_norm: DEFAULT_MAX_GRAD_NORM,
             seed: DEFAULT_SEED,
             shuffle: true,
+            eval_rows: 0,
+            eval_cache: None,
+            eval_every: DEFAULT_EVAL_EVERY,
+            patience: 0,
+            probe_cache: None,
+            tensorboard: true,
             checkpoint_every: DEFAULT_CHECKPOINT_EVERY,
             keep_checkpoints: DEFAULT_KEEP_CHECKPOINTS,
             resume: Resume::default(),
@@ -328,7 +347,12 @@ impl TrainConfig {
         LoraSettings { scaling, targets, dropout, ..LoraSettings::plain(self.rank, self.alpha, self.seed) }
     }
 
-    /// Optimiser steps over a cache of `rows` rows: `steps`, else as many as `epochs` passes need, at least one.
+    /// Whether anything is held out to evaluate on.
+    pub fn evaluates(&self) -> bool {
+        self.eval_rows > 0 || self.eval_cache.is_some()
+    }
+
+    /// Optimiser steps over a cache of `rows` rows to train on: `steps`, else as many as `epochs` passes need, at least one.
     pub fn total_steps(&self, rows: u64) -> u64 {
         self.steps.unwrap_or_else(|| ((rows as f64 * self.epochs / f64::from(self.batch_size)).ceil() as u64).max(1))
     }
@@ -356,7 +380,7 @@ pub struct TrainReport {
     /// Damaged checkpoints that the run did not go on from, and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub passed_over: Vec<String>,
-    /// Mean loss of the first ten steps of the whole run (nats per scored position).
+    /// Mean loss of the first ten steps of the whole run, or of all of them where it is shorter (nats per scored position).
     pub first_loss: f64,
     /// Mean loss of the last ten steps.
     pub last_loss: f64,
@@ -370,4 +394,6 @@ pub struct TrainReport {
     pub seconds: f64,
     /// The adapter folder.
     pub adapter: PathBuf,
+    /// What held-out evaluations found; absent without any.
+    pub held_out: Option<HeldOutReport>,
 }

@@ -120,6 +120,38 @@ pub enum TrainError {
         /// What can be done.
         remedy: String,
     },
+    /// A cache to evaluate on whose distributions cannot be read as the run's own.
+    #[error(
+        "{cache}: the run's cache knows the tail at temperature {expected}: expected the same here, found {found:?}",
+        cache = cache.display()
+    )]
+    OtherTail {
+        /// The cache to evaluate on.
+        cache: PathBuf,
+        /// The loss's temperature.
+        expected: f64,
+        /// Temperatures it declares.
+        found: Vec<f32>,
+    },
+    /// Held-out rows that say nothing.
+    #[error(
+        "{cache}: none of the {rows} rows held out has a scored position; hold out more of them (--eval-rows)",
+        cache = cache.display()
+    )]
+    NothingHeldOut {
+        /// The cache.
+        cache: PathBuf,
+        /// Rows held out.
+        rows: usize,
+    },
+    /// A student whose figures on held-out rows are no numbers.
+    #[error("step {step}: held-out loss {loss}, or a figure beside it: not finite; try a lower --lr")]
+    EvaluationNotFinite {
+        /// Steps done.
+        step: u64,
+        /// The held-out loss.
+        loss: f32,
+    },
     /// Another process trains into this folder.
     #[error("{out}: another process is training into this folder; wait for it or choose another --out", out = out.display())]
     Locked {
@@ -214,7 +246,8 @@ impl TrainError {
             | TrainError::OtherRun { .. }
             | TrainError::Narrow { .. }
             | TrainError::OwnTokenizer { .. }
-            | TrainError::Short { .. } => ErrorClass::Mismatch,
+            | TrainError::Short { .. }
+            | TrainError::OtherTail { .. } => ErrorClass::Mismatch,
             TrainError::RowSource { .. }
             | TrainError::Occupied { .. }
             | TrainError::Incomplete { .. }

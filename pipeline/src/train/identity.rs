@@ -3,16 +3,18 @@
 //! Where a checkpoint's identity differs, continuing from it would give an adapter that no single command describes. Settings
 //! that change nothing (device, folders, how often a checkpoint is written, how many logits exist at once) are left out.
 
-use super::TrainConfig;
 use super::distillation::LossPlan;
 use super::reading::Reading;
 use super::rows::Rows;
 use super::schedule::Schedule;
+use super::{TrainConfig, TrainError};
 use crate::Result;
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
 use crate::run::RunContext;
+use potstill_cache::MANIFEST_FILE;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// Names and values.
 pub(super) type Identity = BTreeMap<String, String>;
@@ -62,6 +64,17 @@ pub(super) fn of(
         identity.insert("selection".into(), narrower.to_string());
     }
     identity.extend(plan.identity(config).into_iter().map(|(name, value)| (name.to_string(), value)));
+    // What is held out is not learned from, and decides which adapter is the best.
+    if config.eval_rows > 0 {
+        identity.insert("eval_rows".into(), config.eval_rows.to_string());
+    }
+    if let Some(cache) = &config.eval_cache {
+        identity.insert("eval_cache_blake3".into(), digest(cache)?);
+    }
+    // Patience is left out as the number of steps is: it says where a run ends, and a run may be made longer.
+    if config.evaluates() {
+        identity.insert("eval_every".into(), config.eval_every.to_string());
+    }
     // A constant rate and loss do not look at the end, so such a run may be made longer.
     if config.schedule != Schedule::Constant || !plan.is_constant() {
         identity.insert("steps".into(), total.to_string());
@@ -71,6 +84,13 @@ pub(super) fn of(
         identity.insert("decay_steps".into(), config.rates(total).decay_steps.to_string());
     }
     Ok(identity)
+}
+
+/// BLAKE3 (hex) of a cache's manifest, which names everything in it by its digest.
+pub(super) fn digest(cache: &Path) -> Result<String> {
+    let path = cache.join(MANIFEST_FILE);
+    let manifest = std::fs::read(&path).map_err(|source| TrainError::Io { path, source })?;
+    Ok(blake3::hash(&manifest).to_hex().to_string())
 }
 
 /// What differs, as `name: here A, there B`, joined; `None` when nothing does.

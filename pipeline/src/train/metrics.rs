@@ -1,15 +1,20 @@
-//! `metrics.jsonl`: one object a step, appended and flushed, in rising steps. After a resume, lines beyond the checkpoint are
-//! dropped first, so that no step stands there twice.
+//! `metrics.jsonl`: one object a step, and one an evaluation (`{"step": N, "eval": {…}}`, after the line of step N), appended and
+//! flushed, in rising steps. After a resume, lines beyond the checkpoint are dropped first, so that none stands there twice.
 
 use super::checkpoint::Progress;
+use super::watch::Evaluation;
 use super::{Step, TrainError};
 use crate::Result;
 use crate::loss::LossSettings;
 use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long back "the last while" reaches when a speed is given; a step that takes longer stands alone.
+const LAST_WHILE: Duration = Duration::from_secs(30);
 
 const METRICS_FILE: &str = "metrics.jsonl";
 
@@ -35,8 +40,23 @@ pub(super) struct StepMetrics {
     /// Whether the step was skipped, because loss or gradient is not finite; absent where it was taken.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     skipped: bool,
+    /// Speed of the last [`LAST_WHILE`], evaluations left out.
+    tokens_per_second: f64,
     /// Since this process began to train.
     seconds: f64,
+}
+
+/// The line of an evaluation.
+#[derive(Debug, Serialize)]
+struct EvaluationLine<'a> {
+    step: u64,
+    #[serde(serialize_with = "figures_alone")]
+    eval: &'a Evaluation,
+}
+
+/// The figures by their names, without the step.
+fn figures_alone<S: serde::Serializer>(evaluation: &&Evaluation, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_map(evaluation.figures())
 }
 
 impl StepMetrics {
@@ -47,7 +67,7 @@ impl StepMetrics {
         settings: &LossSettings,
         lr: f64,
         grad_norm: f64,
-        elapsed: Duration,
+        (tokens_per_second, elapsed): (f64, Duration),
     ) -> Self {
         Self {
             step: progress.step,
@@ -59,8 +79,55 @@ impl StepMetrics {
             tokens: step.tokens,
             scored: step.scored,
             skipped: progress.skipped_in_a_row > 0,
+            tokens_per_second,
             seconds: elapsed.as_secs_f64(),
         }
+    }
+
+    /// Every figure that is worth a curve, by its name.
+    pub(super) fn figures(&self) -> Vec<(&'static str, f64)> {
+        let mut all = vec![("loss", self.loss), ("ce", self.ce), ("lr", self.lr), ("grad_norm", self.grad_norm)];
+        all.extend(self.kd.map(|kd| ("kd", kd)));
+        all.push(("tokens_per_second", self.tokens_per_second));
+        all
+    }
+
+    /// What progress says of the step: the loss, its terms where there are two, and the speed.
+    pub(super) fn remark(&self, settings: &LossSettings) -> String {
+        let both = self.kd.filter(|_| settings.kd_ce_alpha > 0.0);
+        let terms = both.map(|kd| format!(" (kd {kd:.4}, ce {:.4})", self.ce)).unwrap_or_default();
+        let digits = usize::from(self.tokens_per_second < 10.0);
+        format!("loss {:.4}{terms}, {:.digits$} tokens/s", self.loss, self.tokens_per_second)
+    }
+}
+
+/// Tokens a second over the last while.
+#[derive(Debug)]
+pub(super) struct Pace {
+    /// Moments, with the tokens since the one before.
+    marks: VecDeque<(Instant, u64)>,
+}
+
+impl Pace {
+    /// Begins to count.
+    pub(super) fn new(now: Instant) -> Self {
+        Self { marks: VecDeque::from([(now, 0)]) }
+    }
+
+    /// Begins anew: what was done since the last step was no training.
+    pub(super) fn restart(&mut self, now: Instant) {
+        *self = Self::new(now);
+    }
+
+    /// Counts tokens done by `now`, and gives the speed.
+    pub(super) fn count(&mut self, now: Instant, tokens: u64) -> f64 {
+        self.marks.push_back((now, tokens));
+        // The first mark is only the beginning of the next; it goes when that alone reaches back far enough.
+        while self.marks.len() > 2 && self.marks.get(1).is_some_and(|(then, _)| now.duration_since(*then) >= LAST_WHILE) {
+            self.marks.pop_front();
+        }
+        let seconds = self.marks.front().map_or(0.0, |(then, _)| now.duration_since(*then).as_secs_f64());
+        self.marks.iter().skip(1).map(|(_, tokens)| *tokens).sum::<u64>() as f64 / seconds.max(1e-6)
     }
 }
 
@@ -72,11 +139,12 @@ pub(super) struct Metrics {
 }
 
 impl Metrics {
-    /// Opens the file, keeping lines of steps up to `step`.
-    pub(super) fn open(out: &Path, step: u64) -> Result<Self> {
+    /// Opens the file, keeping lines of steps up to `step` and of evaluations up to the one at step `evaluated`.
+    pub(super) fn open(out: &Path, step: u64, evaluated: u64) -> Result<Self> {
         #[derive(Deserialize)]
         struct Line {
             step: u64,
+            eval: Option<serde::de::IgnoredAny>,
         }
         let path = out.join(METRICS_FILE);
         let io = |source| TrainError::Io { path: path.clone(), source };
@@ -84,7 +152,8 @@ impl Metrics {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
             read => read.map_err(io)?,
         };
-        let kept = |line: &&str| serde_json::from_str::<Line>(line).is_ok_and(|l| l.step <= step);
+        let last = |line: &Line| if line.eval.is_some() { evaluated } else { step };
+        let kept = |line: &&str| serde_json::from_str::<Line>(line).is_ok_and(|line| line.step <= last(&line));
         let text: String = old.lines().take_while(kept).flat_map(|line| [line, "\n"]).collect();
         if text != old {
             let partial = out.join(format!(".{METRICS_FILE}.partial"));
@@ -96,10 +165,19 @@ impl Metrics {
         Ok(Self { path, file })
     }
 
-    /// Appends one line.
-    pub(super) fn append(&mut self, metrics: &StepMetrics) -> Result<()> {
+    /// Appends the line of a step.
+    pub(super) fn step(&mut self, metrics: &StepMetrics) -> Result<()> {
+        self.append(metrics)
+    }
+
+    /// Appends the line of an evaluation.
+    pub(super) fn evaluation(&mut self, evaluation: &Evaluation) -> Result<()> {
+        self.append(&EvaluationLine { step: evaluation.step, eval: evaluation })
+    }
+
+    fn append(&mut self, line: &impl Serialize) -> Result<()> {
         let io = |source| TrainError::Io { path: self.path.clone(), source };
-        let mut line = serde_json::to_vec(metrics).map_err(|e| io(e.into()))?;
+        let mut line = serde_json::to_vec(line).map_err(|e| io(e.into()))?;
         line.push(b'\n');
         Ok(self.file.write_all(&line).map_err(io)?)
     }
@@ -108,5 +186,60 @@ impl Metrics {
     pub(super) fn sync(&self) -> Result<()> {
         let io = |source| TrainError::Io { path: self.path.clone(), source };
         Ok(self.file.sync_data().map_err(io)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn a_speed_is_that_of_the_last_while() {
+        let start = Instant::now();
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        let mut pace = Pace::new(start);
+        assert_eq!(pace.count(at(10), 1_000), 100.0);
+        assert_eq!(pace.count(at(20), 3_000), 200.0);
+        // From second 10 on: what came before is more than 30 seconds ago.
+        assert_eq!(pace.count(at(40), 6_000), 300.0);
+        // A step longer than the while stands alone.
+        assert_eq!(pace.count(at(140), 1_000), 10.0);
+        pace.restart(at(1_000));
+        assert_eq!(pace.count(at(1_001), 7), 7.0);
+    }
+
+    #[test]
+    fn a_remark_names_both_terms_where_there_are_two() {
+        let mut line = StepMetrics {
+            step: 1,
+            loss: 1.5,
+            kd: Some(1.0),
+            ce: 2.0,
+            lr: 2e-4,
+            grad_norm: 0.1,
+            tokens: 10,
+            scored: 5,
+            skipped: false,
+            tokens_per_second: 1_234_567.8,
+            seconds: 1.0,
+        };
+        let mixed = LossSettings { kd_alpha: 0.5, kd_ce_alpha: 0.5, ..LossSettings::default() };
+        assert_eq!(line.remark(&mixed), "loss 1.5000 (kd 1.0000, ce 2.0000), 1234568 tokens/s");
+        line.tokens_per_second = 9.94;
+        assert_eq!(line.remark(&LossSettings::default()), "loss 1.5000, 9.9 tokens/s");
+    }
+
+    #[test]
+    fn lines_beyond_a_checkpoint_are_dropped() {
+        let out = tempfile::tempdir().unwrap();
+        let path = out.path().join(METRICS_FILE);
+        let lines = ["{\"step\":1}", "{\"step\":2}", "{\"step\":2,\"eval\":{}}", "{\"step\":3}", "{\"step\":3,\"ev"];
+        for (step, evaluated, kept) in [(0, 0, 0), (1, 0, 1), (2, 0, 2), (2, 2, 3), (3, 2, 4), (9, 9, 4)] {
+            std::fs::write(&path, lines.join("\n")).unwrap();
+            Metrics::open(out.path(), step, evaluated).unwrap();
+            let expected: String = lines[..kept].iter().flat_map(|line| [line, "\n"]).collect();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), expected, "step {step}, evaluated {evaluated}");
+        }
     }
 }

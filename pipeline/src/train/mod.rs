@@ -20,11 +20,14 @@ mod provenance;
 mod reading;
 mod rows;
 pub mod schedule;
+mod watch;
 
 pub use bad_steps::MOST_IN_A_ROW;
+pub use checkpoint::SMOOTHED;
 pub use config::*;
 pub use distillation::{DEFAULT_MAX_UNKNOWN_MASS, DivergenceName, LossPlan, LossSchedule, TailName};
 pub use error::TrainError;
+pub use watch::{BINS, DEFAULT_EVAL_EVERY, Evaluation, HeldOutReport};
 
 use crate::data::ChatTokenizer;
 use crate::data::pack::{self, Pack, Sequence};
@@ -35,16 +38,18 @@ use crate::student::{Moment, Student, Walk};
 use crate::{Error, Result, device};
 use candle_core::Tensor;
 use checkpoint::{Found, Progress, RunFolder};
-use metrics::{Metrics, StepMetrics};
 use optimizer::AdamW;
 use potstill_cache::{Cache, Record, SoftTargets};
 use provenance::Provenance;
 use reading::Reading;
 use rows::Rows;
-use std::time::Instant;
+use std::sync::Arc;
+use watch::{Evaluated, HeldOut, Watch};
 
 /// Name of the folder of the finished adapter within `out`.
 pub const ADAPTER_FOLDER: &str = "adapter";
+/// Name of the folder of the adapter with the lowest held-out loss within `out`.
+pub const BEST_FOLDER: &str = "best";
 
 /// Runs stage two.
 ///
@@ -58,9 +63,15 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     // What can be refused at once is refused before weights are hashed and read.
     let rows = Rows::open(config, context)?;
     let reading = rows.cache().map(|cache| Reading::of(config, cache, &mut plan)).transpose()?;
-    let in_words = |(reading, cache): (&Reading, &Cache)| reading.in_words(&cache.manifest().description, &plan);
+    let in_words = |(reading, cache): (&Reading, &Arc<Cache>)| reading.in_words(&cache.manifest().description, &plan);
     let targets = reading.as_ref().zip(rows.cache()).map_or_else(|| "the data's tokens".into(), in_words);
-    let (total, skipped) = (config.total_steps(rows.len()), rows.skipped());
+    let left_out = rows.cache().map_or_else(|| Ok(Vec::new()), |cache| watch::left_out(config, cache))?;
+    let held_out = match rows.cache().zip(reading.as_ref()) {
+        // Held-out losses are those of the first step's loss, so that they stay comparable.
+        Some((cache, reading)) => HeldOut::open(config, cache, &left_out, (plan.start(), reading))?,
+        None => None,
+    };
+    let (total, skipped) = (config.total_steps(rows.len() - left_out.len() as u64), rows.skipped());
     let folder = RunFolder::open(config)?;
     let Found { checkpoint: found, passed_over } = folder.find(config, total)?;
     let identity = identity::of(config, (&plan, reading.as_ref()), &rows, total, context)?;
@@ -76,48 +87,57 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     let provenance = Provenance::of(config, (plan.start(), &targets), &rows, identity);
     // A run that was killed after its last checkpoint appeared has not got as far.
     folder.prune(config.keep_checkpoints as usize)?;
-    let mut metrics = Metrics::open(folder.path(), progress.step)?;
-    let mut steps = rows.steps(config, progress.step)?;
+    let mut watch = Watch::open(config, provenance, &folder, held_out, (&student, &progress))?;
+    let mut steps = rows.steps(config, left_out, progress.step)?;
     let rates = config.rates(total);
 
-    let (started, first_step, first_tokens) = (Instant::now(), progress.step, progress.tokens);
-    let mut saved = progress.step;
+    let (first_step, first_tokens) = (progress.step, progress.tokens);
+    let (mut saved, mut stopping) = (progress.step, false);
     context.progress.begin_at("training", "steps", total, first_step);
-    while progress.step < total {
-        let records = steps.next(config)?;
-        let loss = plan.at(progress.step, total);
-        let step = accumulate((&student, progress.step), &records, config, (&loss, reading.as_ref()), context)?;
-        let stopping = step.is_none();
-        if let Some(mut step) = step {
-            let grad_norm = optimizer::clip(&mut step.gradients, config.max_grad_norm)?;
-            let lr = rates.at(progress.step);
-            let taken = step.mean.total.is_finite() && grad_norm.is_finite();
-            // Of rows that were all left out nothing is learned, and no weight decays.
-            if taken && step.scored > 0 {
-                adamw.step(&student.parameters(), &step.gradients, lr)?;
-            }
-            match taken {
-                true => progress.advance(step.mean.total, step.tokens),
-                false => bad_steps::skip(folder.path(), &mut progress, (&step, grad_norm), &records, &student)?,
-            }
-            metrics.append(&StepMetrics::new(&progress, &step, &loss, lr, grad_norm, started.elapsed()))?;
-            bad_steps::check(folder.path(), &progress, (&step, grad_norm))?;
-            context.progress.add(1);
-            context.progress.note(format!("loss {:.4}{}", step.mean.total, bad_steps::remark(&progress)));
-        }
-        let due = stopping || progress.step == total || config.checkpoint_due(progress.step);
-        if due && progress.step > saved {
-            metrics.sync()?;
-            folder.save(config, &provenance, &student, &adamw, &progress)?;
+    loop {
+        let evaluated = watch.evaluate(&student, &mut progress, total, context)?;
+        let over = progress.step >= total || progress.standing.ends(config);
+        stopping |= evaluated == Evaluated::Stopped || context.stopping() && !over;
+        // A better student is saved at once, so that checkpoint and best/ speak of the same evaluation.
+        let due = stopping || over || evaluated == Evaluated::Best || config.checkpoint_due(progress.step);
+        if due && (progress.step > saved || evaluated.was_made()) {
+            watch.sync()?;
+            folder.save(config, watch.provenance(), &student, &adamw, &progress)?;
             saved = progress.step;
+        }
+        if evaluated == Evaluated::Best {
+            watch.write_best(&student, &progress)?;
         }
         if stopping {
             return Err(interrupted(config, &progress));
         }
+        if over {
+            break;
+        }
+        let records = steps.next(config)?;
+        let loss = plan.at(progress.step, total);
+        let accumulated = accumulate((&student, progress.step), &records, config, (&loss, reading.as_ref()), context)?;
+        let Some(mut step) = accumulated else {
+            stopping = true;
+            continue;
+        };
+        let grad_norm = optimizer::clip(&mut step.gradients, config.max_grad_norm)?;
+        let lr = rates.at(progress.step);
+        let taken = step.mean.total.is_finite() && grad_norm.is_finite();
+        // Of rows that were all left out nothing is learned, and no weight decays.
+        if taken && step.scored > 0 {
+            adamw.step(&student.parameters(), &step.gradients, lr)?;
+        }
+        match taken {
+            true => progress.advance(step.mean.total, step.tokens),
+            false => bad_steps::skip(folder.path(), &mut progress, (&step, grad_norm), &records, &student)?,
+        }
+        watch.step(&progress, (&step, &loss), lr, grad_norm, context)?;
+        bad_steps::check(folder.path(), &progress, (&step, grad_norm))?;
     }
     context.progress.end();
     let adapter = folder.path().join(ADAPTER_FOLDER);
-    provenance.save(&adapter, &student, &progress)?;
+    watch.provenance().save(&adapter, &student, &progress)?;
     digests::write(&adapter)?;
     Ok(TrainReport {
         targets,
@@ -131,8 +151,9 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
         highest_lr: (0..progress.step).map(|step| rates.at(step)).fold(0.0, f64::max),
         tokens: progress.tokens - first_tokens,
         parameters: student.parameters().iter().map(|(_, t)| t.elem_count() as u64).sum(),
-        seconds: started.elapsed().as_secs_f64(),
+        seconds: watch.seconds(),
         adapter,
+        held_out: watch.report(&progress, total),
     })
 }
 

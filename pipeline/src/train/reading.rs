@@ -17,9 +17,10 @@
 
 use super::distillation::{LossPlan, TailName};
 use super::{TrainConfig, TrainError};
-use crate::loss::{Divergence, Tail, TailBounds};
+use crate::loss::{Divergence, LossSettings, Tail, TailBounds};
 use crate::{Error, Result};
 use potstill_cache::{Cache, Description, Knobs, Selection, SelectionKind, SoftTargets, Storage};
+use std::path::Path;
 
 /// Positions of the cache's first rows in which the unknown mass is looked for. Its mean over them has a deviation of at most
 /// 0.5 / √10,000 = 0.005 where positions are independent, a tenth of the default bound.
@@ -134,6 +135,29 @@ impl Reading {
             remedy: format!("{know} or raise --max-unknown-mass"),
         }
         .into())
+    }
+
+    /// What is read here, of another cache that has it: its figures are to be compared with the run's.
+    ///
+    /// Errors: a cache that keeps less, or does not know the tail at the loss's temperature where the run's own does.
+    pub(super) fn of_other(&self, cache: &Cache, path: &Path, loss: &LossSettings) -> Result<Self> {
+        let description = &cache.manifest().description;
+        let (own, wanted) = (description.selection, self.narrower.unwrap_or(self.own));
+        own.check_narrows_to(&wanted)?;
+        let temperature = match self.temperature {
+            None => None,
+            Some(_) => Some(temperature(description, loss.temperature).ok_or_else(|| TrainError::OtherTail {
+                cache: path.to_path_buf(),
+                expected: loss.temperature,
+                found: description.lse_temperatures.clone(),
+            })?),
+        };
+        Ok(Self { own, narrower: (own != wanted).then_some(wanted), temperature, drawn: self.drawn, unknown: None })
+    }
+
+    /// Whether the distributions read are estimates from draws.
+    pub(super) fn drawn(&self) -> bool {
+        self.drawn
     }
 
     /// What is read of a wider cache.

@@ -1,12 +1,12 @@
 //! Where a run's conversations come from: a cache, or chats that are encoded at the start and held in memory. Both give the same
 //! records in the same order, so that a run of the cross entropy alone gives the same adapter from either.
 
-use super::{Objective, TrainConfig, TrainError};
+use super::{Objective, TrainConfig, TrainError, identity};
 use crate::data::{self, ChatTokenizer, DataOptions, Dataset, Example, Truncation};
 use crate::model::config::ModelConfig;
 use crate::run::RunContext;
 use crate::{Error, Result};
-use potstill_cache::{Batches, Cache, DataFingerprint, MANIFEST_FILE, Order, Record, Sampler, SoftTargets};
+use potstill_cache::{Batches, Cache, DataFingerprint, Order, Record, Sampler, SoftTargets};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -45,7 +45,7 @@ impl Rows {
     }
 
     /// The cache, where it is one.
-    pub(super) fn cache(&self) -> Option<&Cache> {
+    pub(super) fn cache(&self) -> Option<&Arc<Cache>> {
         match self {
             Rows::Cached(cache) => Some(cache),
             Rows::Encoded(_) => None,
@@ -71,11 +71,7 @@ impl Rows {
     /// What decides the rows, by name. Where files lie and what they are called decides nothing.
     pub(super) fn identity(&self, config: &TrainConfig) -> Result<Vec<(&'static str, String)>> {
         match self {
-            Rows::Cached(cache) => {
-                let path = cache.dir().join(MANIFEST_FILE);
-                let manifest = std::fs::read(&path).map_err(|source| TrainError::Io { path, source })?;
-                Ok(vec![("cache_blake3", blake3::hash(&manifest).to_hex().to_string())])
-            }
+            Rows::Cached(cache) => Ok(vec![("cache_blake3", identity::digest(cache.dir())?)]),
             Rows::Encoded(encoded) => {
                 let mut files = blake3::Hasher::new();
                 for file in &encoded.dataset.fingerprint.files {
@@ -97,12 +93,15 @@ impl Rows {
     }
 
     /// The rows of step after step, from step number `first` on, in the order that the settings say.
-    pub(super) fn steps(self, config: &TrainConfig, first: u64) -> Result<Steps> {
+    ///
+    /// Rows `left_out` (rising; of a cache) are not among them.
+    pub(super) fn steps(self, config: &TrainConfig, left_out: Vec<u64>, first: u64) -> Result<Steps> {
         let order = if config.shuffle { Order::Seeded } else { Order::Sequential };
-        let (sampler, size) = (Sampler::new(self.len(), config.seed, order), u64::from(config.batch_size));
+        let rows = self.len() - left_out.len() as u64;
+        let (sampler, size) = (Sampler::new(rows, config.seed, order), u64::from(config.batch_size));
         match self {
             Rows::Cached(cache) => Ok(Steps::Cached(
-                Batches::start(cache, sampler, first, size)
+                Batches::start_without(cache, left_out, sampler, first, size)
                     .map_err(|source| TrainError::Io { path: config.cache.clone(), source })?,
             )),
             Rows::Encoded(encoded) => {
@@ -149,12 +148,15 @@ impl TrainConfig {
 
     fn refuse_distillation(&self) -> Result<()> {
         let of = |name: &'static str, value: Option<String>| value.map(|value| (name, value));
-        let expected = "no such setting with data: chats alone hold no distributions of a teacher".to_string();
+        let expected = "no such setting with data, only with a cache".to_string();
         let asked = [
             of("kd_alpha", self.kd_alpha.filter(|weight| *weight != 0.0).map(|weight| weight.to_string())),
             of("top_k", self.top_k.map(|k| k.to_string())),
             of("min_prob", self.min_prob.map(|p| p.to_string())),
             of("min_mass", self.min_mass.map(|mass| mass.to_string())),
+            of("eval_rows", Some(self.eval_rows).filter(|rows| *rows > 0).map(|rows| rows.to_string())),
+            of("eval_cache", self.eval_cache.as_ref().map(|path| path.display().to_string())),
+            of("probe_cache", self.probe_cache.as_ref().map(|path| path.display().to_string())),
         ];
         if self.objective != Objective::Sft {
             let expected = "sft with data: chats alone hold no distributions of a teacher".into();
