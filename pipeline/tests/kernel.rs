@@ -291,7 +291,9 @@ fn nothing_times_something_is_nothing() {
 /// dy W, and a second term dy A after it, as an adapter has it.
 #[test]
 fn products_the_other_way_and_sums_of_them_equal_their_float64_twins() {
-    for (outputs, inputs, t) in [(512, 32, 12), (1100, 40, 13), (64, 8, 1), (515, 33, 30), (2056, 64, 5), (3, 7, 2), (72, 100, 401)] {
+    for (outputs, inputs, t) in
+        [(512, 32, 12), (1100, 40, 13), (64, 8, 1), (515, 33, 30), (2056, 64, 5), (3, 7, 2), (72, 100, 401)]
+    {
         let rank = 5;
         let (dy, du, a) = (values(t * outputs, 13), values(t * rank, 14), values(rank * inputs, 15));
         for (name, weight) in encodings(outputs, inputs) {

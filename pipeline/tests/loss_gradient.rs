@@ -322,7 +322,8 @@ fn without_targets_it_is_plain_cross_entropy() {
 fn no_position_no_loss() {
     let p = problem(1, 1.0);
     let hidden = Tensor::zeros((0, H), DType::F32, &Device::Cpu).unwrap();
-    let (sums, gradient) = fused(&hidden, p.head(), &[], Some(&SoftTargets::default()), &LossSettings::default(), 1.0, 8).unwrap();
+    let (sums, gradient) =
+        fused(&hidden, p.head(), &[], Some(&SoftTargets::default()), &LossSettings::default(), 1.0, 8).unwrap();
     assert_eq!((sums.total, gradient.dims()), (0.0, &[0, H][..]));
 }
 

@@ -93,11 +93,7 @@ pub fn forward_all<const N: usize>(layers: [&Linear; N], x: &Tensor, precision: 
 }
 
 /// The same, with what the way back needs. Errors: widths that do not fit.
-pub fn forward_kept<const N: usize>(
-    layers: [&Linear; N],
-    x: &Tensor,
-    pass: Pass<N>,
-) -> Result<([Tensor; N], [Low; N])> {
+pub fn forward_kept<const N: usize>(layers: [&Linear; N], x: &Tensor, pass: Pass<N>) -> Result<([Tensor; N], [Low; N])> {
     let ((t, width), precision) = (x.dims2()?, pass.precision);
     check_inputs(&layers, width, x)?;
     let x_values = floats(x)?;

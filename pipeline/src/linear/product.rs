@@ -63,9 +63,8 @@ impl<'a> Product<'a> {
     }
 
     fn fits(&self) -> bool {
-        let fits = |t: &Term| {
-            (t.rows.count(), t.rows.width(), t.factor.width()) == (self.count(), t.factor.depth(), self.width())
-        };
+        let fits =
+            |t: &Term| (t.rows.count(), t.rows.width(), t.factor.width()) == (self.count(), t.factor.depth(), self.width());
         self.terms.iter().all(fits) && self.bias.is_none_or(|b| b.len() == self.width())
     }
 }

@@ -71,9 +71,7 @@ impl Deref for Floats<'_> {
 pub fn floats(t: &Tensor) -> Result<Floats<'_>> {
     let (storage, layout) = t.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
-        (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) => {
-            Ok(Floats { storage: Box::new(storage), place: start..end })
-        }
+        (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) => Ok(Floats { storage: Box::new(storage), place: start..end }),
         (Storage::Cpu(_), Some(_)) => bail!("expected f32 values, found {:?}", t.dtype()),
         (_, None) => bail!("expected a contiguous tensor, found strides {:?} for shape {:?}", layout.stride(), t.dims()),
         _ => bail!("expected a tensor on the CPU, found one on {:?}", t.device().location()),

@@ -33,12 +33,7 @@ pub(super) struct Provenance {
 
 impl Provenance {
     /// Of a run that learns from these rows by this loss; `targets` says in words what is read of them.
-    pub(super) fn of(
-        config: &TrainConfig,
-        (loss, targets): (&LossSettings, &str),
-        rows: &Rows,
-        identity: Identity,
-    ) -> Self {
+    pub(super) fn of(config: &TrainConfig, (loss, targets): (&LossSettings, &str), rows: &Rows, identity: Identity) -> Self {
         let name = hub::name_of(&config.student);
         let revision = name.as_ref().and_then(|_| last_name(&config.student));
         let lora = config.lora();
@@ -124,7 +119,10 @@ fn facts(config: &TrainConfig, (loss, targets): (&LossSettings, &str), rows: &Ro
     let schedule = format!("{:?}", config.schedule).to_lowercase();
     facts.push(fact("learning rate", format!("{}, {schedule} after {warm_up}", config.lr)));
     facts.push(fact("conversations in a step", config.batch_size));
-    facts.push(fact("longest conversation", format!("{} tokens", description.map_or(config.max_length, |d| d.encoding.max_length))));
+    facts.push(fact(
+        "longest conversation",
+        format!("{} tokens", description.map_or(config.max_length, |d| d.encoding.max_length)),
+    ));
     facts.push(fact("largest gradient norm", config.max_grad_norm));
     facts.push(fact("seed", config.seed));
     facts

@@ -77,9 +77,7 @@ pub fn backward(
     let mut pieces: Vec<Piece> = spans
         .iter()
         .enumerate()
-        .flat_map(|(panels, &(segment, kv))| {
-            (kv * group..(kv + 1) * group).map(move |head| Piece { segment, head, panels })
-        })
+        .flat_map(|(panels, &(segment, kv))| (kv * group..(kv + 1) * group).map(move |head| Piece { segment, head, panels }))
         .collect();
     // The longest first, so that threads end at about the same time; of equal ones the earlier, which keeps heads in order.
     pieces.sort_by_key(|piece| std::cmp::Reverse(piece.segment.1 - piece.segment.0));
@@ -102,13 +100,7 @@ pub fn backward(
 }
 
 /// Works rows [tokens][d] of a head into [T, heads, d] from token `begin` on.
-fn scatter(
-    rows: &[f32],
-    all: &mut [f32],
-    (begin, heads, head): (usize, usize, usize),
-    d: usize,
-    put: fn(&mut [f32], &[f32]),
-) {
+fn scatter(rows: &[f32], all: &mut [f32], (begin, heads, head): (usize, usize, usize), d: usize, put: fn(&mut [f32], &[f32])) {
     let places = all[begin * heads * d..].par_chunks_exact_mut(heads * d);
     rows.par_chunks_exact(d).zip(places).with_min_len(64).for_each(|(row, place)| put(&mut place[head * d..][..d], row));
 }
@@ -193,10 +185,9 @@ impl Piece {
             debug_assert!(start + d <= x.len());
             start..start + d
         };
-        for (from, turned, panels) in [
-            (given.q, &mut scratch.queries, &mut scratch.query_panels),
-            (given.dy, &mut scratch.dy, &mut scratch.dy_panels),
-        ] {
+        for (from, turned, panels) in
+            [(given.q, &mut scratch.queries, &mut scratch.query_panels), (given.dy, &mut scratch.dy, &mut scratch.dy_panels)]
+        {
             transpose(isa, (&from[at..], heads * d), (count, d), QUERIES, (turned, QUERIES));
             for (panel, out) in panels.chunks_exact_mut(QUERIES * TILE_COLUMNS).enumerate() {
                 let width = TILE_COLUMNS.min(d - panel * TILE_COLUMNS);
