@@ -41,7 +41,7 @@ SHAPES = {
 }
 NAMES = {"small": "small (8 x 512, 8k ids)", "half": "0.5B shape (24 x 896, 152k ids)", "tiny": "tiny (2 x 256, 4k ids)"}
 STEPS = {"small": 6, "half": 3, "tiny": 4}
-BATCH = {"small": 8, "half": 4, "tiny": 4}
+BATCH = {"small": 8, "half": 2, "tiny": 4}
 MAX_LENGTH = 1024
 # Of the loss, and of the first gradient's norm. A few in a thousand of bitsandbytes' nested codes are their neighbours, 0.7 % of a block's
 # scale; in bf16 both sides round every product by up to 2^-8, at other places.

@@ -80,7 +80,6 @@ fn moment(when: When) -> &'static str {
         When::Pass => "loss and backward",
         When::Loss => "loss",
         When::Backward => "backward",
-        When::Update => "update",
     }
 }
 

@@ -97,10 +97,16 @@ fn work(x: &[f32], panels: &[f32], columns: std::ops::Range<usize>, tokens: usiz
             let first = columns.start + block * TILE_ROWS;
             let width = TILE_ROWS.min(columns.end - first);
             let rows = x[start * m..(start + length) * m].chunks_exact(m);
-            for (row, packed) in rows.zip(packed.chunks_exact_mut(TILE_ROWS)) {
-                let (values, beyond) = packed.split_at_mut(width);
-                values.copy_from_slice(&row[first..first + width]);
-                beyond.fill(0.0);
+            for (row, packed) in rows.zip(packed.as_chunks_mut::<TILE_ROWS>().0) {
+                // A width known beforehand is a register, not a call.
+                match row[first..first + width].as_array::<TILE_ROWS>() {
+                    Some(whole) => *packed = *whole,
+                    None => {
+                        let (values, beyond) = packed.split_at_mut(width);
+                        values.copy_from_slice(&row[first..first + width]);
+                        beyond.fill(0.0);
+                    }
+                }
             }
         }
         for panel in 0..count {

@@ -14,7 +14,7 @@
 //! row and the matrices' column, not on how many rows there are, nor on threads.
 
 use super::panel::Factor;
-use crate::kernel::{Block, Isa, Precision, Rows, TILE_COLUMNS, TILE_ROWS, pair_panel, round_all};
+use crate::kernel::{Block, Isa, Precision, Rows, TILE_COLUMNS, TILE_ROWS, pair_panel, round_all, vectorised};
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -225,17 +225,28 @@ impl Target {
             // SAFETY: rows and columns of the tile that lie in the target are its piece's alone; those written first are not read.
             let values = unsafe {
                 let start = self.start.add((row + r) * self.columns + column);
-                if first {
-                    std::ptr::copy_nonoverlapping(tile.as_ptr(), start, width);
+                match (first, width) {
+                    // A width known beforehand is a few registers, not a call.
+                    (true, TILE_COLUMNS) => std::ptr::copy_nonoverlapping(tile.as_ptr(), start, TILE_COLUMNS),
+                    (true, _) => std::ptr::copy_nonoverlapping(tile.as_ptr(), start, width),
+                    _ => {}
                 }
                 std::slice::from_raw_parts_mut(start, width)
             };
             if !first {
-                values.iter_mut().zip(tile).for_each(|(value, tile)| *value += tile);
+                add_row(values, tile);
             }
             if let Some(bias) = bias {
-                values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+                add_row(values, bias);
             }
+        }
+    }
+}
+
+vectorised! {
+    fn add_row(values: &mut [f32], row: &[f32]) {
+        for (value, row) in values.iter_mut().zip(row) {
+            *value += row;
         }
     }
 }

@@ -23,28 +23,25 @@ const STRIDE: usize = 1 << 14;
 
 /// x + y, f32 of one shape.
 pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    combined("add", x, y, add_to)
+    combined("add", x, y, add_both)
 }
 
-/// A copy of x [...] with y, of the same shape, worked into it by `combine`.
-fn combined(name: &str, x: &Tensor, y: &Tensor, combine: fn(&mut [f32], &[f32])) -> Result<Tensor> {
+/// What `combine` writes of stretches of x and y, of one shape.
+fn combined(name: &str, x: &Tensor, y: &Tensor, combine: fn(&[f32], &[f32], &mut [f32])) -> Result<Tensor> {
     if x.dims() != y.dims() {
         bail!("{name}: {:?} and {:?} do not fit", x.dims(), y.dims());
     }
-    let values = with_f32(x, |x| {
-        with_f32(y, |y| {
-            let mut values = x.to_vec();
-            values.par_chunks_mut(STRIDE).zip(y.par_chunks(STRIDE)).for_each(|(values, y)| combine(values, y));
-            Ok(values)
-        })
-    })?;
+    let (xs, ys) = (floats(x)?, floats(y)?);
+    let mut values = vec![0f32; xs.len()];
+    let stretches = values.par_chunks_mut(STRIDE).zip(xs.par_chunks(STRIDE)).zip(ys.par_chunks(STRIDE));
+    stretches.for_each(|((values, x), y)| combine(x, y, values));
     Tensor::from_vec(values, x.dims(), x.device())
 }
 
 vectorised! {
-    fn add_to(sum: &mut [f32], y: &[f32]) {
-        for (sum, y) in sum.iter_mut().zip(y) {
-            *sum += y;
+    fn add_both(x: &[f32], y: &[f32], sum: &mut [f32]) {
+        for ((sum, x), y) in sum.iter_mut().zip(x).zip(y) {
+            *sum = x + y;
         }
     }
 }

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 /// y of gate g and up u, all f32 of one shape.
 pub fn forward(g: &Tensor, u: &Tensor) -> Result<Tensor> {
-    combined("swiglu", u, g, gate)
+    combined("swiglu", g, u, gate)
 }
 
 /// (dL/dg, dL/du): dg = dy · u · σ(g) (1 + g (1 − σ(g))), du = dy · g · σ(g).
@@ -30,10 +30,9 @@ fn fit(g: &Tensor, other: &Tensor) -> Result<()> {
 }
 
 vectorised! {
-    /// y = silu(g) · y.
-    fn gate(y: &mut [f32], g: &[f32]) {
-        for (y, g) in y.iter_mut().zip(g) {
-            *y *= g * sigmoid(*g);
+    fn gate(g: &[f32], u: &[f32], y: &mut [f32]) {
+        for ((y, g), u) in y.iter_mut().zip(g).zip(u) {
+            *y = u * (g * sigmoid(*g));
         }
     }
 }

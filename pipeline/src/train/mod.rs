@@ -42,8 +42,8 @@ use optimizer::AdamW;
 use potstill_cache::{Cache, Record, SoftTargets};
 use provenance::Provenance;
 use reading::Reading;
-use rows::Rows;
-use std::sync::Arc;
+use rows::{Rows, Steps};
+use schedule::Rates;
 use watch::{Evaluated, HeldOut, Watch};
 
 /// Name of the folder of the finished adapter within `out`.
@@ -57,21 +57,70 @@ pub const BEST_FOLDER: &str = "best";
 /// another vocabulary, chats that cannot be read, a model folder that does not fit, a run folder in use or of another run,
 /// [`MOST_IN_A_ROW`] such steps in a row, a stop asked for by `context` (after a durable checkpoint).
 pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
+    let (mut run, mut steps) = prepare(config, context)?;
+    let (first_step, first_tokens) = (run.progress.step, run.progress.tokens);
+    let (mut saved, mut stopping) = (first_step, false);
+    context.progress.begin_at("training", "steps", run.total, first_step);
+    loop {
+        let evaluated = run.watch.evaluate(&run.student, &mut run.progress, run.total, context)?;
+        let step = run.progress.step;
+        let over = step >= run.total || run.progress.standing.ends(config);
+        stopping |= evaluated == Evaluated::Stopped || context.stopping() && !over;
+        // A better student is saved at once, so that checkpoint and best/ speak of the same evaluation.
+        let due = stopping || over || evaluated == Evaluated::Best || config.checkpoint_due(step);
+        if due && (step > saved || evaluated.was_made()) {
+            run.watch.sync()?;
+            run.folder.save(config, run.watch.provenance(), &run.student, &run.adamw, &run.progress)?;
+            saved = step;
+        }
+        if evaluated == Evaluated::Best {
+            run.watch.write_best(&run.student, &run.progress)?;
+        }
+        if stopping {
+            return Err(interrupted(config, &run.progress));
+        }
+        if over {
+            break;
+        }
+        stopping = run.step(&steps.next(config)?, context)? == Walk::Stopped;
+    }
+    context.progress.end();
+    run.finish(first_step, first_tokens)
+}
+
+/// A run under way.
+struct Run<'a> {
+    config: &'a TrainConfig,
+    plan: LossPlan,
+    reading: Option<Reading>,
+    rates: Rates,
+    /// Steps it will have.
+    total: u64,
+    folder: RunFolder,
+    student: Student,
+    adamw: AdamW,
+    progress: Progress,
+    watch: Watch<'a>,
+    /// What its report says and no step changes.
+    report: TrainReport,
+}
+
+/// Opens everything a run needs and puts it where its checkpoint was. What can be refused at once is refused before weights are hashed
+/// and read.
+fn prepare<'a>(config: &'a TrainConfig, context: &RunContext) -> Result<(Run<'a>, Steps)> {
     let mut plan = config.loss_plan()?;
     config.check_schedule()?;
     let device = device::pick(&config.device)?;
-    // What can be refused at once is refused before weights are hashed and read.
     let rows = Rows::open(config, context)?;
     let reading = rows.cache().map(|cache| Reading::of(config, cache, &mut plan)).transpose()?;
-    let in_words = |(reading, cache): (&Reading, &Arc<Cache>)| reading.in_words(&cache.manifest().description, &plan);
-    let targets = reading.as_ref().zip(rows.cache()).map_or_else(|| "the data's tokens".into(), in_words);
-    let left_out = rows.cache().map_or_else(|| Ok(Vec::new()), |cache| watch::left_out(config, cache))?;
-    let held_out = match rows.cache().zip(reading.as_ref()) {
+    let (mut left_out, mut held_out, mut targets) = (Vec::new(), None, "the data's tokens".to_string());
+    if let Some((cache, reading)) = rows.cache().zip(reading.as_ref()) {
+        targets = reading.in_words(&cache.manifest().description, &plan);
+        left_out = watch::left_out(config, cache)?;
         // Held-out losses are those of the first step's loss, so that they stay comparable.
-        Some((cache, reading)) => HeldOut::open(config, cache, &left_out, (plan.start(), reading))?,
-        None => None,
-    };
-    let (total, skipped) = (config.total_steps(rows.len() - left_out.len() as u64), rows.skipped());
+        held_out = HeldOut::open(config, cache, &left_out, (plan.start(), reading))?;
+    }
+    let total = config.total_steps(rows.len() - left_out.len() as u64);
     let folder = RunFolder::open(config)?;
     let Found { checkpoint: found, passed_over } = folder.find(config, total)?;
     let identity = identity::of(config, (&plan, reading.as_ref()), &rows, total, context)?;
@@ -79,7 +128,7 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     passed_over.iter().for_each(|sentence| context.warn(sentence));
     let mut student = Student::from_folder(&config.student, &config.lora(), config.compute, &device, context)?;
     let mut adamw = AdamW::new(config.optimizer(), &student.parameters())?;
-    let mut progress = match found {
+    let progress = match found {
         Some(checkpoint) => folder.restore(checkpoint, &mut student, &mut adamw)?,
         None => Progress::default(),
     };
@@ -87,74 +136,58 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     let provenance = Provenance::of(config, (plan.start(), &targets), &rows, identity);
     // A run that was killed after its last checkpoint appeared has not got as far.
     folder.prune(config.keep_checkpoints as usize)?;
-    let mut watch = Watch::open(config, provenance, &folder, held_out, (&student, &progress))?;
-    let mut steps = rows.steps(config, left_out, progress.step)?;
+    let watch = Watch::open(config, provenance, &folder, held_out, (&student, &progress))?;
+    let report = TrainReport { targets, skipped: rows.skipped(), passed_over, ..TrainReport::default() };
+    let steps = rows.steps(config, left_out, progress.step)?;
     let rates = config.rates(total);
+    Ok((Run { config, plan, reading, rates, total, folder, student, adamw, progress, watch, report }, steps))
+}
 
-    let (first_step, first_tokens) = (progress.step, progress.tokens);
-    let (mut saved, mut stopping) = (progress.step, false);
-    context.progress.begin_at("training", "steps", total, first_step);
-    loop {
-        let evaluated = watch.evaluate(&student, &mut progress, total, context)?;
-        let over = progress.step >= total || progress.standing.ends(config);
-        stopping |= evaluated == Evaluated::Stopped || context.stopping() && !over;
-        // A better student is saved at once, so that checkpoint and best/ speak of the same evaluation.
-        let due = stopping || over || evaluated == Evaluated::Best || config.checkpoint_due(progress.step);
-        if due && (progress.step > saved || evaluated.was_made()) {
-            watch.sync()?;
-            folder.save(config, watch.provenance(), &student, &adamw, &progress)?;
-            saved = progress.step;
-        }
-        if evaluated == Evaluated::Best {
-            watch.write_best(&student, &progress)?;
-        }
-        if stopping {
-            return Err(interrupted(config, &progress));
-        }
-        if over {
-            break;
-        }
-        let records = steps.next(config)?;
-        let loss = plan.at(progress.step, total);
-        let accumulated = accumulate((&student, progress.step), &records, config, (&loss, reading.as_ref()), context)?;
-        let Some(mut step) = accumulated else {
-            stopping = true;
-            continue;
-        };
-        let grad_norm = optimizer::clip(&mut step.gradients, config.max_grad_norm)?;
-        let lr = rates.at(progress.step);
+impl Run<'_> {
+    /// One step over these rows.
+    fn step(&mut self, records: &[Record], context: &RunContext) -> Result<Walk> {
+        let number = self.progress.step;
+        let loss = self.plan.at(number, self.total);
+        let accumulated = accumulate((&self.student, number), records, self.config, (&loss, self.reading.as_ref()), context)?;
+        let Some(mut step) = accumulated else { return Ok(Walk::Stopped) };
+        let grad_norm = optimizer::clip(&mut step.gradients, self.config.max_grad_norm)?;
+        let lr = self.rates.at(number);
         let taken = step.mean.total.is_finite() && grad_norm.is_finite();
         // Of rows that were all left out nothing is learned, and no weight decays.
         if taken && step.scored > 0 {
-            adamw.step(&student.parameters(), &step.gradients, lr)?;
+            self.adamw.step(&self.student.parameters(), &step.gradients, lr)?;
         }
+        let out = self.folder.path();
         match taken {
-            true => progress.advance(step.mean.total, step.tokens),
-            false => bad_steps::skip(folder.path(), &mut progress, (&step, grad_norm), &records, &student)?,
+            true => self.progress.advance(step.mean.total, step.tokens),
+            false => bad_steps::skip(out, &mut self.progress, (&step, grad_norm), records, &self.student)?,
         }
-        watch.step(&progress, (&step, &loss), lr, grad_norm, context)?;
-        bad_steps::check(folder.path(), &progress, (&step, grad_norm))?;
+        self.watch.step(&self.progress, (&step, &loss), lr, grad_norm, context)?;
+        bad_steps::check(out, &self.progress, (&step, grad_norm))?;
+        Ok(Walk::Done)
     }
-    context.progress.end();
-    let adapter = folder.path().join(ADAPTER_FOLDER);
-    watch.provenance().save(&adapter, &student, &progress)?;
-    digests::write(&adapter)?;
-    Ok(TrainReport {
-        targets,
-        skipped_steps: progress.skipped,
-        skipped,
-        passed_over,
-        steps: progress.step,
-        resumed_from: first_step,
-        first_loss: progress.first_loss(),
-        last_loss: progress.last_loss(),
-        highest_lr: (0..progress.step).map(|step| rates.at(step)).fold(0.0, f64::max),
-        tokens: progress.tokens - first_tokens,
-        parameters: student.parameters().iter().map(|(_, t)| t.elem_count() as u64).sum(),
-        seconds: watch.seconds(),
-        adapter,
-        held_out: watch.report(&progress, total),
-    })
+
+    /// Writes the finished adapter and says what the run did, which began at a step and with so many tokens.
+    fn finish(self, first_step: u64, first_tokens: u64) -> Result<TrainReport> {
+        let Self { progress, rates, watch, student, .. } = self;
+        let adapter = self.folder.path().join(ADAPTER_FOLDER);
+        watch.provenance().save(&adapter, &student, &progress)?;
+        digests::write(&adapter)?;
+        Ok(TrainReport {
+            skipped_steps: progress.skipped,
+            steps: progress.step,
+            resumed_from: first_step,
+            first_loss: progress.first_loss(),
+            last_loss: progress.last_loss(),
+            highest_lr: (0..progress.step).map(|step| rates.at(step)).fold(0.0, f64::max),
+            tokens: progress.tokens - first_tokens,
+            parameters: student.parameters().iter().map(|(_, t)| t.elem_count() as u64).sum(),
+            seconds: watch.seconds(),
+            held_out: watch.report(&progress, self.total),
+            adapter,
+            ..self.report
+        })
+    }
 }
 
 /// What a stop leaves, and how to go on from it.

@@ -2,7 +2,7 @@
 //! the list of everything that is held at once; refuses to read more than `config.json`, the cache's manifest and the settings.
 //!
 //! The one idea: what a run holds is a sum over few kinds of tensors whose shapes the config knows. Some are held always, the others in
-//! one of three phases of a step, so the peak is what is always held and the largest phase.
+//! one of two phases of a step, so the peak is what is always held and the largest phase.
 //!
 //! | held | tensors (bytes of an element) | place |
 //! |---|---|---|
@@ -11,11 +11,13 @@
 //! | always | A, B (4), their gradients (4), the optimiser's two means (8, or 2 and a scale for each 256) | device |
 //! | always | embedding [V, H] as stored, bf16 (2): rows are read of it, so it stays in its file | host |
 //! | loss, backward | input of each layer [T, H] (4); scored hidden states [N, H] (4) | device |
-//! | loss | their norms and gradients [N, H] (3 · 4); logits of a chunk [n, V], once more while packed (2 · 4) | device |
-//! | backward | gradients of one pack where a step has several (4); one layer's tensors ([`layer_backward`]) | device |
-//! | update | the new A, B beside the old (4) | device |
+//! | loss | their norms and gradients [N, H] (3 · 4); logits of a chunk [n, V] (4); a stretch of them packed [n, 8192] (4) | device |
+//! | backward | one layer's gradients beside the sums over packs (4); one layer's tensors ([`layer_backward`]) | device |
+//!
+//! The optimiser changes A and B where they lie.
 
 use super::TrainConfig;
+use super::optimizer::OptimizerKind;
 use crate::adapter::TargetModules;
 use crate::linear::nf4;
 use crate::model::config::ModelConfig;
@@ -30,6 +32,8 @@ const MLP_BYTES: u64 = 512 << 20;
 const LEAST_MLP_ROWS: u64 = 512;
 /// Tensors [rows, intermediate] at once on the way back: gate, up, their product, the three gradients, one packed.
 const WIDE_BACK: u64 = 7;
+/// Vocabulary entries packed at once on the way back from logits, as `loss/fused.rs` has them.
+const VOCABULARY_STRETCH: u64 = 8192;
 /// Numbers that share a scale in an 8-bit optimiser's state.
 const STATE_BLOCK: u64 = 256;
 /// Bytes of an f32, and of a bf16.
@@ -51,7 +55,7 @@ pub enum StateWidth {
 pub enum Packs {
     /// One: its gradients are the step's.
     One,
-    /// More: a pack's gradients are added to those before it.
+    /// More: a pack's gradients are added to those before it, layer by layer.
     Several,
 }
 
@@ -96,8 +100,6 @@ pub enum When {
     Loss,
     /// While gradients go back through the layers.
     Backward,
-    /// While the optimiser makes new parameters.
-    Update,
 }
 
 /// One line of the table.
@@ -197,7 +199,8 @@ pub fn memory(model: &ModelConfig, s: &MemorySettings) -> Memory {
         StateWidth::Blocks8 => 2 * (trainable + F32 * blocks),
     };
     let chunk = s.head_chunk.min(s.scored) * model.vocab_size as u64 * F32;
-    let of_pack = if s.packs == Packs::Several { F32 * trainable } else { 0 };
+    let stretch = s.head_chunk.min(s.scored) * VOCABULARY_STRETCH.min(model.vocab_size as u64) * F32;
+    let of_layer = if s.packs == Packs::Several { F32 * trainable / model.layers.max(1) as u64 } else { 0 };
     let (device, always) = (Place::Device, When::Always);
     let part = |name, when, bytes| Part { name, place: device, when, bytes };
     let parts = vec![
@@ -211,10 +214,9 @@ pub fn memory(model: &ModelConfig, s: &MemorySettings) -> Memory {
         part("layer inputs", When::Pass, model.layers as u64 * s.tokens * h * F32),
         part("scored hidden states", When::Pass, scored),
         part("head's hidden states", When::Loss, 3 * scored),
-        part("logits of a chunk", When::Loss, 2 * chunk),
-        part("gradients of a pack", When::Backward, of_pack),
+        part("logits of a chunk", When::Loss, chunk + stretch),
+        part("gradients of a layer", When::Backward, of_layer),
         part("one layer's backward", When::Backward, layer_backward(model, s)),
-        part("new adapter", When::Update, F32 * trainable),
         Part { name: "embedding", place: Place::Host, when: always, bytes: ends * BF16 },
     ];
     let (peak, device) = peak(&parts);
@@ -231,7 +233,6 @@ fn peak(parts: &[Part]) -> (When, u64) {
     let phases = [
         (When::Loss, sum(&[When::Always, When::Pass, When::Loss])),
         (When::Backward, sum(&[When::Always, When::Pass, When::Backward])),
-        (When::Update, sum(&[When::Always, When::Update])),
     ];
     phases.into_iter().max_by_key(|(_, bytes)| *bytes).unwrap_or((When::Always, 0))
 }
@@ -296,7 +297,7 @@ fn layer_backward(model: &ModelConfig, s: &MemorySettings) -> u64 {
 /// Steps and tokens over this cache. Of a cache that is not finished, what is there stands for the whole.
 fn steps(config: &TrainConfig, manifest: &Manifest) -> Run {
     let rows = manifest.description.expected_rows;
-    let steps = config.total_steps(rows);
+    let steps = config.total_steps(rows.saturating_sub(u64::from(config.eval_rows)).max(1));
     let (there, batch) = (manifest.rows().max(1) as f64, f64::from(config.batch_size));
     Run {
         rows,
@@ -320,7 +321,10 @@ fn memory_settings(config: &TrainConfig, run: Option<&Run>) -> MemorySettings {
         head_chunk: u64::from(config.head_chunk),
         rank: u64::from(config.rank),
         targets: config.target_modules,
-        optimizer: StateWidth::F32,
+        optimizer: match config.optimizer {
+            OptimizerKind::AdamW => StateWidth::F32,
+            OptimizerKind::AdamW8bit => StateWidth::Blocks8,
+        },
         packs: if batch * longest > tokens { Packs::Several } else { Packs::One },
     }
 }

@@ -72,11 +72,11 @@ fn bytes(memory: &Memory, name: &str) -> u64 {
 fn sizes_of_three_students_are_those_worked_out_by_hand() {
     // Per layer of the 0.5B: q and o 896 · 896, k and v 128 · 896, gate, up and down 4864 · 896: 14,909,440 weights; 24 layers,
     // half a byte each. The 7B has 4 · 4096² + 3 · 4096 · 11008 in each of 32, the 14B 4 · 5120² + 3 · 5120 · 13696 in each of 40.
-    // Trainable: 64 · (in + out) of each. Layer inputs: layers · 2048 · H · 4. A chunk: 256 · V · 4, twice.
+    // Trainable: 64 · (in + out) of each. Layer inputs: layers · 2048 · H · 4. A chunk: 256 · (V + 8192) · 4.
     let cases = [
-        (half_b(), [178_913_280, 272_269_312, 140_771_328, 281_542_656, 176_160_768, 311_164_928]),
-        (seven_b(), [3_238_002_688, 1_244_659_712, 639_631_360, 1_279_262_720, 1_073_741_824, 311_164_928]),
-        (fourteen_b(), [6_304_563_200, 1_557_135_360, 997_457_920, 1_994_915_840, 1_677_721_600, 311_427_072]),
+        (half_b(), [178_913_280, 272_269_312, 140_771_328, 281_542_656, 176_160_768, 163_971_072]),
+        (seven_b(), [3_238_002_688, 1_244_659_712, 639_631_360, 1_279_262_720, 1_073_741_824, 163_971_072]),
+        (fourteen_b(), [6_304_563_200, 1_557_135_360, 997_457_920, 1_994_915_840, 1_677_721_600, 164_102_144]),
     ];
     let names = ["NF4 codes", "head", "adapter", "optimiser", "layer inputs", "logits of a chunk"];
     for (model, expected) in cases {
@@ -117,7 +117,7 @@ fn the_mlp_of_a_wide_student_goes_back_in_parts() {
 #[test]
 fn fourteen_b_at_2048_tokens_and_rank_64_fits_16_gb() {
     let whole = memory(&fourteen_b(), &settings());
-    assert_eq!((whole.peak, whole.device), (When::Backward, 15_776_307_296));
+    assert_eq!((whole.peak, whole.device), (When::Backward, 14_803_785_824));
     assert!(whole.device < 16_000_000_000);
     let eight = memory(&fourteen_b(), &MemorySettings { optimizer: StateWidth::Blocks8, ..settings() });
     // Two bytes a number and two scales a block: A and B of 64 · 5120 have 1,280 blocks, of 64 · 13,696 3,424.
@@ -130,16 +130,14 @@ fn fourteen_b_at_2048_tokens_and_rank_64_fits_16_gb() {
 fn the_peak_is_the_largest_phase_and_what_is_always_there() {
     let of = |s: MemorySettings| memory(&half_b(), &s);
     let one = of(MemorySettings { packs: Packs::One, ..settings() });
-    assert_eq!((bytes(&one, "gradients of a pack"), of(settings()).device - one.device), (0, 140_771_328));
+    assert_eq!((bytes(&one, "gradients of a layer"), of(settings()).device - one.device), (0, 140_771_328 / 24));
     // A chunk of everything makes the loss the peak; nothing of the backward counts then.
     let loss = of(MemorySettings { head_chunk: 4096, ..settings() });
     let parts = |when: &[When]| -> u64 {
         loss.parts.iter().filter(|p| p.place == Place::Device && when.contains(&p.when)).map(|p| p.bytes).sum()
     };
-    assert_eq!(bytes(&loss, "logits of a chunk"), 2 * 2048 * 151_936 * 4, "no more rows than are scored");
+    assert_eq!(bytes(&loss, "logits of a chunk"), 2048 * (151_936 + 8192) * 4, "no more rows than are scored");
     assert_eq!((loss.peak, loss.device), (When::Loss, parts(&[When::Always, When::Pass, When::Loss])));
-    let update = of(MemorySettings { tokens: 8, scored: 8, head_chunk: 1, packs: Packs::One, ..settings() });
-    assert_eq!(update.peak, When::Update);
 }
 
 fn golden(name: &str) -> PathBuf {
@@ -178,10 +176,10 @@ fn a_config_alone_is_enough_and_nothing_else_is_read() {
     let config = TrainConfig { student: dir.path().into(), pack_tokens: 512, batch_size: 1, ..TrainConfig::default() };
     let outlook = look(&config).unwrap();
     assert_eq!((outlook.pack_tokens, outlook.run.clone()), (512, None));
-    assert_eq!(bytes(&outlook.memory, "gradients of a pack"), 0, "a step of one conversation is one pack");
+    assert_eq!(bytes(&outlook.memory, "gradients of a layer"), 0, "a step of one conversation is one pack");
     assert_eq!(bytes(&outlook.memory, "layer inputs"), 2 * 512 * 128 * 4);
     let several = look(&TrainConfig { batch_size: 16, ..config.clone() }).unwrap();
-    assert!(bytes(&several.memory, "gradients of a pack") > 0);
+    assert!(bytes(&several.memory, "gradients of a layer") > 0);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing was written");
 
     let error = |config: TrainConfig| look(&config).unwrap_err().to_string();

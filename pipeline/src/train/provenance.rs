@@ -27,8 +27,6 @@ pub(super) struct Provenance {
     facts: Vec<(String, String)>,
     run: Value,
     identity: Identity,
-    /// Figures on held-out conversations at the adapter's step, by name; none where nothing was held out.
-    pub(super) held_out: Vec<(String, f64)>,
 }
 
 impl Provenance {
@@ -65,7 +63,7 @@ impl Provenance {
             "settings": identity,
         });
         let facts = facts(config, (loss, targets), rows);
-        Self { base: config.student.clone(), adapter, facts, run, identity, held_out: Vec::new() }
+        Self { base: config.student.clone(), adapter, facts, run, identity }
     }
 
     /// Every setting that decides the adapter's bits.
@@ -79,7 +77,8 @@ impl Provenance {
         facts.push(fact("steps", progress.step));
         facts.push(fact("tokens seen", progress.tokens));
         facts.push(fact("loss at last (nats a scored position)", format!("{:.4}", progress.last_loss())));
-        facts.extend(self.held_out.iter().map(|(name, value)| fact(name, format!("{value:.4}"))));
+        let held_out = progress.standing.figures(progress.step);
+        facts.extend(held_out.iter().map(|(name, value)| fact(&format!("{name}, held out"), format!("{value:.4}"))));
         let mut run = self.run.clone();
         run["progress"] = json!({
             "steps": progress.step,
@@ -87,7 +86,7 @@ impl Provenance {
             "first_loss": progress.first_loss(),
             "last_loss": progress.last_loss(),
         });
-        run["held_out"] = Value::Object(self.held_out.iter().map(|(name, value)| (name.clone(), json!(value))).collect());
+        run["held_out"] = Value::Object(held_out.into_iter().map(|(name, value)| (name.into(), json!(value))).collect());
         let surroundings = Surroundings { base: &self.base, facts: &facts, run: Some(&run) };
         adapter::save(folder, &self.adapter, &student.parameters(), &surroundings)?;
         Ok(())

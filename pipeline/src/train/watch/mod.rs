@@ -67,6 +67,11 @@ impl Standing {
         self.last.as_ref().map_or(0, |last| last.step)
     }
 
+    /// Figures of the evaluation at this step, by name; none where there was none.
+    pub(super) fn figures(&self, step: u64) -> Vec<(&'static str, f32)> {
+        self.last.as_ref().filter(|last| last.step == step).map(Evaluation::figures).unwrap_or_default()
+    }
+
     /// Whether the run ends because as many evaluations as are borne with brought nothing.
     pub(super) fn ends(&self, config: &TrainConfig) -> bool {
         config.patience > 0 && self.without_improvement >= config.patience
