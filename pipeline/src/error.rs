@@ -103,6 +103,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Of something that nobody could stop, if it was stopped.
+    pub(crate) fn stopped() -> Self {
+        Self::Interrupted { kept: "nothing was written".into(), again: crate::run::RUN_AGAIN }
+    }
+
     /// The class that decides the exit code.
     pub fn class(&self) -> ErrorClass {
         match self {

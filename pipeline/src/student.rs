@@ -16,7 +16,7 @@ use crate::linear::{Head, Lora};
 use crate::model::decoder::{Decoder, Holding, features};
 use crate::model::layer::{Geometry, PROJECTIONS};
 use crate::ops::add;
-use crate::run::{RUN_AGAIN, RunContext};
+use crate::run::RunContext;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use rand_chacha::ChaCha8Rng;
@@ -70,7 +70,7 @@ impl LoraSettings {
 }
 
 /// A base model with an adapter.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Student {
     decoder: Decoder,
     /// Share of A's inputs that training leaves out, and the seed of which.
@@ -186,7 +186,7 @@ impl Student {
 
     /// Hidden states of the pack's scored places after the final norm, f32 [N, H], and what the way back needs. Nothing is left out.
     pub fn forward(&self, pack: &Pack) -> Result<(Tensor, Tape)> {
-        self.up(pack, None, &RunContext::default())?.ok_or_else(stopped)
+        self.up(pack, None, &RunContext::default())?.ok_or_else(Error::stopped)
     }
 
     /// The same while training: with dropout. `None` when a stop was asked for.
@@ -197,20 +197,41 @@ impl Student {
     }
 
     fn up(&self, pack: &Pack, dropout: Option<Dropout>, context: &RunContext) -> Result<Option<(Tensor, Tape)>> {
+        let mut inputs = Vec::with_capacity(self.decoder.layers.len());
+        let Some((scored, rows, geometry)) = self.climb(pack, dropout, context, |x| inputs.push(x.clone()))? else {
+            return Ok(None);
+        };
+        let tokens = pack.input_ids().len();
+        let normed = self.decoder.final_norm(&scored)?;
+        Ok(Some((normed, Tape { geometry, inputs, scored, rows, tokens, dropout })))
+    }
+
+    /// Hidden states of the pack's scored places after the final norm, f32 [N, H], with nothing left out and nothing kept. `None` when a
+    /// stop was asked for.
+    pub fn hidden(&self, pack: &Pack, context: &RunContext) -> Result<Option<Tensor>> {
+        let Some((scored, ..)) = self.climb(pack, None, context, |_| {})? else { return Ok(None) };
+        Ok(Some(self.decoder.final_norm(&scored)?))
+    }
+
+    /// Through all layers: hidden states of the scored places, those places, and the geometry. `below` sees each layer's input.
+    fn climb(
+        &self,
+        pack: &Pack,
+        dropout: Option<Dropout>,
+        context: &RunContext,
+        mut below: impl FnMut(&Tensor),
+    ) -> Result<Option<(Tensor, Tensor, Geometry)>> {
         let geometry = Geometry::new(pack, &self.decoder.config);
         let mut x = self.decoder.embed(pack.input_ids())?;
-        let mut inputs = Vec::with_capacity(self.decoder.layers.len());
         for (i, layer) in self.decoder.layers.iter().enumerate() {
             if context.stopping() {
                 return Ok(None);
             }
-            let y = layer.forward(&x, &geometry, of_layer(dropout, i))?;
-            inputs.push(std::mem::replace(&mut x, y));
+            below(&x);
+            x = layer.forward(&x, &geometry, of_layer(dropout, i))?;
         }
         let rows = Tensor::new(pack.scored(), self.decoder.device())?;
-        let scored = x.index_select(&rows, 0)?;
-        let normed = self.decoder.final_norm(&scored)?;
-        Ok(Some((normed, Tape { geometry, inputs, scored, rows, tokens: pack.input_ids().len(), dropout })))
+        Ok(Some((x.index_select(&rows, 0)?, rows, geometry)))
     }
 
     /// From dL/d(result of [`forward`](Self::forward)): the gradients of the trainable tensors, in the order of
@@ -219,7 +240,7 @@ impl Student {
         let mut gradients = Vec::new();
         match self.backward_training(tape, d_normed, &mut gradients, &RunContext::default())? {
             Walk::Done => Ok(gradients),
-            Walk::Stopped => Err(stopped()),
+            Walk::Stopped => Err(Error::stopped()),
         }
     }
 
@@ -265,11 +286,6 @@ pub enum Walk {
 
 fn of_layer(dropout: Option<Dropout>, layer: usize) -> Option<Dropout> {
     dropout.map(|dropout| Dropout { layer, ..dropout })
-}
-
-/// What a pass that nobody could stop says if it was.
-fn stopped() -> Error {
-    Error::Interrupted { kept: "nothing was written".into(), again: RUN_AGAIN }
 }
 
 /// Uniform in [0, 1), 24 bits.

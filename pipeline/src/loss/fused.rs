@@ -13,6 +13,7 @@ use crate::linear::panel::Factor;
 use crate::linear::product::{Product, add_product, write_products};
 use crate::linear::{Head, Weight};
 use crate::ops::floats;
+use crate::run::RunContext;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use potstill_cache::SoftTargets;
@@ -33,11 +34,18 @@ pub fn fused(
     scale: f64,
     chunk: usize,
 ) -> Result<(LossSums, Tensor)> {
-    fused_batch(hidden, head, &Batch { labels, targets, lse_t: None, settings, scale }, chunk)
+    let batch = Batch { labels, targets, lse_t: None, settings, scale };
+    fused_batch(hidden, head, &batch, chunk, &RunContext::default())?.ok_or_else(Error::stopped)
 }
 
-/// [`fused`] with everything about the rows in one value, ln Z_T included.
-pub fn fused_batch(hidden: &Tensor, head: Head<'_>, batch: &Batch<'_>, chunk: usize) -> Result<(LossSums, Tensor)> {
+/// [`fused`] with everything about the rows in one value, ln Z_T included; `None` when a stop was asked for.
+pub fn fused_batch(
+    hidden: &Tensor,
+    head: Head<'_>,
+    batch: &Batch<'_>,
+    chunk: usize,
+    context: &RunContext,
+) -> Result<Option<(LossSums, Tensor)>> {
     let (n, width) = shapes(hidden, head.weight, batch)?;
     if chunk == 0 {
         return Err(Error::Setting { name: "head_chunk", found: "0".into(), expected: "1 or more positions".into() });
@@ -50,11 +58,14 @@ pub fn fused_batch(hidden: &Tensor, head: Head<'_>, batch: &Batch<'_>, chunk: us
         let hidden = floats(hidden)?;
         let chunks = hidden.chunks(chunk.saturating_mul(width)).zip(gradient.chunks_mut(chunk.saturating_mul(width)));
         for (i, (hidden, gradient)) in chunks.enumerate() {
+            if context.stopping() {
+                return Ok(None);
+            }
             differentiate(hidden, head, batch, i * chunk, &mut logits, gradient, &mut sums)?;
         }
     }
     batch.close(&mut sums);
-    Ok((sums, Tensor::from_vec(gradient, (n, width), hidden.device())?))
+    Ok(Some((sums, Tensor::from_vec(gradient, (n, width), hidden.device())?)))
 }
 
 /// Checks hidden states against head and labels; gives N and H.

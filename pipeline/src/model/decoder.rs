@@ -287,6 +287,7 @@ impl Reader<'_> {
             gate_proj: linear(4)?,
             up_proj: linear(5)?,
             down_proj: linear(6)?,
+            mlp_rows: None,
             head_dim: self.config.head_dim,
             eps: self.config.rms_norm_eps,
             precision: self.precision,

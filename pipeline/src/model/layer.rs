@@ -71,6 +71,8 @@ pub struct Layer {
     pub up_proj: Linear,
     /// intermediate → H.
     pub down_proj: Linear,
+    /// Rows that go through the MLP at once; by memory where not given. Outputs do not depend on it, gradients in last bits.
+    pub mlp_rows: Option<usize>,
     pub(super) head_dim: usize,
     pub(super) eps: f64,
     /// What the factors of the frozen weights' products are rounded to.
@@ -210,7 +212,8 @@ impl Layer {
 
     /// The parts, as (first row, rows), in which `t` rows go through the MLP when `wide` tensors of its width exist at once.
     fn row_parts(&self, t: usize, wide: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let part = (MLP_BYTES / (wide * 4 * self.gate_proj.weight.outputs().max(1))).max(LEAST_MLP_ROWS);
+        let by_memory = (MLP_BYTES / (wide * 4 * self.gate_proj.weight.outputs().max(1))).max(LEAST_MLP_ROWS);
+        let part = self.mlp_rows.unwrap_or(by_memory).max(1);
         (0..t).step_by(part).map(move |start| (start, part.min(t - start)))
     }
 

@@ -278,7 +278,8 @@ fn accumulate(
         let batch = Batch { labels: pack.labels(), targets, lse_t, settings, scale };
         let moment = Moment { step: number, first_row: step.tokens as usize };
         let Some((hidden, tape)) = student.forward_training(&pack, moment, context)? else { return Ok(None) };
-        let (sums, d_hidden) = loss::fused_batch(&hidden, student.head(), &batch, config.head_chunk as usize)?;
+        let fused = loss::fused_batch(&hidden, student.head(), &batch, config.head_chunk as usize, context)?;
+        let Some((sums, d_hidden)) = fused else { return Ok(None) };
         if student.backward_training(tape, &d_hidden, &mut step.gradients, context)? == Walk::Stopped {
             return Ok(None);
         }
