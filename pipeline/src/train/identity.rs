@@ -34,7 +34,6 @@ pub(super) fn of(
         ("objective", config.objective.to_string()),
         ("kd_alpha", plan.start().kd_alpha.to_string()),
         ("kd_ce_alpha", plan.start().kd_ce_alpha.to_string()),
-        ("temperature", config.temperature.to_string()),
         ("batch_size", config.batch_size.to_string()),
         // Sums over packs are added in the packs' order, so other packs give other last bits.
         ("pack_tokens", config.pack_tokens.to_string()),
@@ -60,7 +59,7 @@ pub(super) fn of(
     .chain(rows.identity(config)?)
     .map(|(name, value)| (name.to_string(), value))
     .collect();
-    if let Some(narrower) = reading.and_then(Reading::narrower) {
+    if let Some(narrower) = reading.filter(|_| plan.distils()).and_then(Reading::narrower) {
         identity.insert("selection".into(), narrower.to_string());
     }
     identity.extend(plan.identity(config).into_iter().map(|(name, value)| (name.to_string(), value)));
