@@ -191,6 +191,11 @@ impl LossPlan {
         &self.start
     }
 
+    /// The last step's loss.
+    pub fn end(&self) -> &LossSettings {
+        &self.end
+    }
+
     /// Whether every step has the same loss.
     pub fn is_constant(&self) -> bool {
         self.start == self.end

@@ -133,7 +133,7 @@ fn prepare<'a>(config: &'a TrainConfig, context: &RunContext) -> Result<(Run<'a>
         None => Progress::default(),
     };
     folder.write_settings(config)?;
-    let provenance = Provenance::of(config, (plan.start(), &targets), &rows, identity);
+    let provenance = Provenance::of(config, (&plan, &targets), &rows, identity);
     // A run that was killed after its last checkpoint appeared has not got as far.
     folder.prune(config.keep_checkpoints as usize)?;
     let watch = Watch::open(config, provenance, &folder, held_out, (&student, &progress))?;
