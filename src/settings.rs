@@ -30,7 +30,7 @@ pub struct Setting {
 pub enum Rule {
     /// A path.
     Path,
-    /// A path that may be left out where another setting is given instead.
+    /// A path that may be left out.
     PathOr,
     /// Paths or globs, at least one.
     Paths,
@@ -46,6 +46,8 @@ pub enum Rule {
     Decay,
     /// A number in (0, 1).
     Share,
+    /// A number in [0, 1].
+    Ratio,
     /// Finite numbers > 0, perhaps none; as text separated by commas.
     Positives,
     /// `all`, or modules that an adapter may stand on; as text separated by commas.
@@ -128,7 +130,7 @@ pub const TRAIN: Section = Section {
         Setting { key: "beta", rule: Rule::Share },
         Setting { key: "skew", rule: Rule::Share },
         Setting { key: "tail", rule: Rule::OneOf(&["auto", "bucket", "ghost", "renorm", "studentfull", "none"]) },
-        Setting { key: "max_unknown_mass", rule: Rule::NotNegative },
+        Setting { key: "max_unknown_mass", rule: Rule::Ratio },
         Setting { key: "kd_alpha_end", rule: Rule::NotNegative },
         Setting { key: "kd_ce_alpha_end", rule: Rule::NotNegative },
         Setting { key: "temperature_end", rule: Rule::Positive },
@@ -235,6 +237,7 @@ impl Rule {
             Rule::Positive => "a finite number above 0".into(),
             Rule::Decay => "a number from 0 to below 1".into(),
             Rule::Share => "a number above 0 and below 1".into(),
+            Rule::Ratio => "a number from 0 to 1".into(),
             Rule::Positives => "a list of finite numbers above 0".into(),
             Rule::Modules => format!("{ALL_MODULES}, or some of {}", MODULES.join(", ")),
             Rule::OneOf(words) => words.join(", ").replacen(", ", " or ", usize::from(words.len() == 2)),
@@ -264,6 +267,7 @@ impl Rule {
             Rule::Positive => real(&|x| x > 0.0),
             Rule::Decay => real(&|x| (0.0..1.0).contains(&x)),
             Rule::Share => real(&|x| x > 0.0 && x < 1.0),
+            Rule::Ratio => real(&|x| (0.0..=1.0).contains(&x)),
             Rule::Positives => value.as_array().is_some_and(|list| list.iter().all(|v| Rule::Positive.holds(v))),
             Rule::Modules => match value {
                 Value::Array(list) => !list.is_empty() && list.iter().all(|v| v.as_str().is_some_and(|s| MODULES.contains(&s))),
@@ -292,7 +296,9 @@ impl Rule {
         let trimmed = text.trim();
         let parsed = match self {
             Rule::Whole(..) => trimmed.parse().ok().map(Value::Integer),
-            Rule::NotNegative | Rule::Positive | Rule::Decay | Rule::Share => trimmed.parse().ok().map(Value::Float),
+            Rule::NotNegative | Rule::Positive | Rule::Decay | Rule::Share | Rule::Ratio => {
+                trimmed.parse().ok().map(Value::Float)
+            }
             Rule::Positives => {
                 let numbers = trimmed.trim_matches(['[', ']']).split(',').map(|n| n.trim().parse().map(Value::Float));
                 numbers.collect::<Result<_, _>>().ok().map(Value::Array)
@@ -311,7 +317,9 @@ impl Rule {
     pub fn shape(&self, value: Value) -> Value {
         match (self, value) {
             (Rule::Paths | Rule::PathsOr, Value::String(one)) => Value::Array(vec![Value::String(one)]),
-            (Rule::NotNegative | Rule::Positive | Rule::Decay | Rule::Share, Value::Integer(n)) => Value::Float(n as f64),
+            (Rule::NotNegative | Rule::Positive | Rule::Decay | Rule::Share | Rule::Ratio, Value::Integer(n)) => {
+                Value::Float(n as f64)
+            }
             (Rule::Positives, Value::Array(list)) => Value::Array(list.into_iter().map(|v| Rule::Positive.shape(v)).collect()),
             (Rule::Positives, one @ (Value::Integer(_) | Value::Float(_))) => Value::Array(vec![Rule::Positive.shape(one)]),
             (Rule::Modules, Value::String(text)) if text != ALL_MODULES => {

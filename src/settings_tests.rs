@@ -17,6 +17,7 @@ fn each_rule_refuses_what_lies_just_outside() {
         (Rule::NotNegative, vec![real(0.0), real(0.3)], vec![real(-1e-9), real(f64::NAN)]),
         (Rule::Decay, vec![real(0.0), real(0.999)], vec![real(1.0), real(-0.1)]),
         (Rule::Share, vec![real(1e-9), real(0.999)], vec![real(0.0), real(1.0), real(f64::NAN), whole(1)]),
+        (Rule::Ratio, vec![real(0.0), real(1.0), whole(1)], vec![real(-1e-9), real(1.1), real(f64::NAN), word("x")]),
         (
             Rule::Positives,
             vec![Value::Array(vec![]), Value::Array(vec![real(1.5), real(2.0)])],
@@ -42,6 +43,16 @@ fn each_rule_refuses_what_lies_just_outside() {
         good.iter().for_each(|value| assert!(rule.holds(value), "{rule:?} should allow {value:?}"));
         bad.iter().for_each(|value| assert!(!rule.holds(value), "{rule:?} should refuse {value:?}"));
     }
+}
+
+#[test]
+fn a_share_of_all_mass_is_at_most_all_of_it() {
+    let rule = TRAIN.find("max_unknown_mass").unwrap().rule;
+    assert!(rule.holds(&Value::Float(1.0)) && !rule.holds(&Value::Float(1.5)));
+    assert_eq!(
+        (rule.expected().as_str(), rule.read("1"), rule.shape(Value::Integer(1))),
+        ("a number from 0 to 1", Value::Float(1.0), Value::Float(1.0))
+    );
 }
 
 #[test]

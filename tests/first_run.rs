@@ -109,6 +109,36 @@ fn cached(bench: &Bench, folder: &str, repository: &str, within: &str) {
 }
 
 #[test]
+fn an_adapter_says_what_it_learned_from_and_how() {
+    let bench = Bench::new();
+    bench.cache("cache");
+    let told = |out: &str, objective: &str, more: &[&str]| {
+        bench.expect(0, &[train(out, objective, "1"), more.to_vec()].concat());
+        let all = files(&bench.path(out));
+        let json = |name: &str| serde_json::from_slice::<Value>(&all[name]).unwrap();
+        let settings = json("adapter/distill_run.json")["settings"].clone();
+        (String::from_utf8(all["adapter/README.md"].clone()).unwrap(), settings, json("adapter/distill_run.json"))
+    };
+    // An evaluation needs no more of the cache than training does, whatever tail and temperature a distillation would have.
+    let (card, settings, _) = told("sft", "sft", &["--tail", "none", "--temperature", "3", "--eval-rows", "10"]);
+    assert!(card.contains("Trained by potstill on the data's own tokens, ") && card.contains("- sft\n"), "{card}");
+    assert!(!card.contains("distillation") && !card.contains("| teacher |"), "{card}");
+    assert!(settings.get("tail").is_none() && settings.get("bf16_products").is_none(), "{settings}");
+    // What this loss never looks at is no reason to refuse.
+    bench.expect(0, &[train("sft", "sft", "1"), vec!["--eval-rows", "10", "--divergence", "jsd", "--top-k", "4"]].concat());
+
+    let more = ["--kd-alpha-end", "0", "--kd-ce-alpha-end", "1", "--temperature", "2", "--temperature-end", "1"];
+    let (card, settings, run) = told("both", "distill", &[&more[..], &["--compute", "bf16", "--max-unknown-mass", "1"]].concat());
+    assert!(card.contains("from cached teacher distributions and on the data's own tokens, "), "{card}");
+    for line in ["| loss | (1 -> 0) · T² · forward_kl + (0 -> 1) · cross entropy |", "| temperature | 2 -> 1 |"] {
+        assert!(card.contains(line), "{line} is not in {card}");
+    }
+    assert_eq!((&run["loss"]["kd_alpha"], &run["loss_at_last"]["kd_alpha"]), (&1.0.into(), &0.0.into()));
+    let pairs = potstill_pipeline::kernel::Isa::best().multiplies_pairs();
+    assert_eq!(settings["bf16_products"], if pairs { "pairs" } else { "f32" });
+}
+
+#[test]
 fn a_run_by_name_is_the_run_by_path() {
     let bench = Bench::new();
     cached(&bench, "teacher-awq", "models--Org--Teacher-AWQ", "");

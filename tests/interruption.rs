@@ -261,6 +261,13 @@ fn a_step_that_is_not_finite_is_skipped_and_five_in_a_row_end_the_run() {
     let adapter = |out: &str| files(&bench.path(out))["adapter/adapter_model.safetensors"].clone();
     assert_eq!(adapter("cut"), adapter("run"));
 
+    // Held-out positions behind that token are left out and counted; the others still have figures.
+    let evaluated = bench.expect(0, &[in_order("evaluated", "1"), vec!["--eval-cache", "cache"]].concat()).json();
+    let left_out = evaluated["held_out"]["last"]["positions_not_finite"].as_u64().unwrap();
+    let theirs: usize = with(rare).into_iter().map(|row| cache.row(row as u64).unwrap().positions.len()).sum();
+    assert!((1..=theirs as u64).contains(&left_out), "{evaluated}");
+    assert!(evaluated["held_out"]["last"]["loss"].as_f64().is_some_and(|loss| loss > 0.0), "{evaluated}");
+
     // A token of every row: no step can be taken.
     poisoned(&bench, rows[0][0]);
     assert_eq!(with(rows[0][0]).len(), rows.len());
@@ -268,5 +275,9 @@ fn a_step_that_is_not_finite_is_skipped_and_five_in_a_row_end_the_run() {
     let expected = "step 5: loss NaN, gradient norm NaN: not finite, as in the 4 steps before it; nothing was changed yet, so it is \
                     the student's weights that give this; all/bad-step-5.json names its conversations";
     assert_eq!(ended.error(), expected);
+    // Of nothing there are no figures; what was done until then is kept.
+    let blind = bench.expect(1, &[in_order("blind", "1"), vec!["--eval-cache", "cache"]].concat());
+    assert_eq!(blind.error(), "step 1: held-out loss NaN, or a figure beside it: not finite; try a lower --lr");
+    assert!(finite(&bench, "blind/checkpoint-1"));
     assert!(finite(&bench, "all/checkpoint-4") && !bench.path("all/checkpoint-5").exists());
 }

@@ -105,11 +105,23 @@ fn spoiled_conversations_are_left_out_and_nothing_else_changes() {
     let mut train =
         vec!["train", "--student", &STUDENT, "--cache", "whole", "--out", "out", "--steps", "39", "--batch-size", "1"];
     train.extend(["--rank", "2", "--lr", "1e-3", "--quiet"]);
-    bench.expect(0, &train);
+    // Of a seed that brings one of those first.
+    let cache = potstill_cache::Cache::open(&bench.path("whole")).unwrap();
+    let first = |seed: &u64| potstill_cache::Sampler::new(39, *seed, potstill_cache::Order::Seeded).row(0, 0);
+    let seed = (0..1000).find(|seed| cache.row(first(seed)).unwrap().positions.is_empty()).unwrap().to_string();
+    train.extend(["--json", "--seed", &seed]);
+    let report = bench.expect(0, &train).json();
     let metrics = std::fs::read_to_string(bench.path("out/metrics.jsonl")).unwrap();
     let steps: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let idle = steps.iter().filter(|step| step["scored"] == 0);
     assert_eq!((steps.len(), idle.count() as u64), (39, bad));
+    // Such a step has no loss: the means at first and at last are those of ten steps that have one.
+    let losses: Vec<f64> = steps.iter().filter(|step| step["scored"] != 0).map(|step| step["loss"].as_f64().unwrap()).collect();
+    assert_eq!(steps[0]["scored"], 0);
+    for (key, ten) in [("first_loss", &losses[..10]), ("last_loss", &losses[losses.len() - 10..])] {
+        let mean = ten.iter().sum::<f64>() / 10.0;
+        assert!((report[key].as_f64().unwrap() - mean).abs() < 1e-9, "{key}: {mean}, {report}");
+    }
 }
 
 #[test]

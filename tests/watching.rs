@@ -7,7 +7,7 @@ use potstill_cache::{Cache, Order, Sampler};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::process::Stdio;
-use support::{Bench, STUDENT, files, precompute, wait_for};
+use support::{Bench, STUDENT, TEACHER, files, precompute, wait_for};
 
 fn train<'a>(out: &'a str, steps: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let mut arguments = vec!["train", "--student", STUDENT.as_str(), "--cache", "cache", "--out", out, "--steps", steps];
@@ -248,6 +248,21 @@ fn dense_rows_show_what_a_narrow_reading_costs() {
     ] {
         let refused = bench.expect(2, &train("refused", "1", &more));
         assert!(refused.error().starts_with(sentence), "{more:?}: {refused:?}");
+    }
+}
+
+#[test]
+fn another_teachers_cache_is_no_measure() {
+    let bench = Bench::new();
+    bench.cache("cache");
+    let arguments = precompute("other").into_iter().map(|a| if a == TEACHER.as_str() { STUDENT.as_str() } else { a });
+    bench.expect(3, &arguments.collect::<Vec<_>>());
+    let teacher = |cache: &str| Cache::open(&bench.path(cache)).unwrap().manifest().description.teacher.weights_blake3.clone();
+    for more in [vec!["--eval-cache", "other"], vec!["--eval-rows", "4", "--probe-cache", "other"]] {
+        let refused = bench.expect(6, &train("run", "1", &more));
+        let error = refused.error();
+        assert!(error.starts_with("other: is of another teacher than the run's cache: expected teacher-awq, weights"), "{error}");
+        assert!(error.contains(&teacher("cache")) && error.contains(&teacher("other")), "{error}");
     }
 }
 

@@ -13,7 +13,7 @@ mod module;
 mod staging;
 mod targets;
 
-pub use card::{RUN_FILE, Surroundings};
+pub use card::{LearnedFrom, RUN_FILE, Surroundings};
 pub(crate) use config::is_dropout;
 pub use config::{AdapterConfig, MAX_RANK, Scaling};
 pub use folder::{load, save};

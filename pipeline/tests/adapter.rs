@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use candle_core::{DType, Device, Tensor};
-use potstill_pipeline::adapter::{AdapterConfig, AdapterError, Scaling, Surroundings, load, save};
+use potstill_pipeline::adapter::{AdapterConfig, AdapterError, LearnedFrom, Scaling, Surroundings, load, save};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -46,7 +46,7 @@ fn flat(t: &Tensor) -> Vec<f32> {
 }
 
 fn surroundings(base: &Path) -> Surroundings<'_> {
-    Surroundings { base, facts: &[], run: None }
+    Surroundings { base, learned_from: LearnedFrom::Teacher, facts: &[], run: None }
 }
 
 #[test]
@@ -109,7 +109,8 @@ fn the_card_names_the_training_and_the_base_licence() {
         .unwrap();
     let facts = [("temperature".to_string(), "2".to_string()), ("note".to_string(), "a|b\nc".to_string())];
     let folder = dir.path().join("adapter");
-    save(&folder, &config(), &pair("q_proj", 4, 3), &Surroundings { base: &base, facts: &facts, run: None }).unwrap();
+    let around = Surroundings { base: &base, learned_from: LearnedFrom::Tokens, facts: &facts, run: None };
+    save(&folder, &config(), &pair("q_proj", 4, 3), &around).unwrap();
     let card = fs::read_to_string(folder.join("README.md")).unwrap();
     let front: Vec<&str> = card.split("---\n").collect();
     for line in [
@@ -117,12 +118,14 @@ fn the_card_names_the_training_and_the_base_licence() {
         "base_model: \"models/base\"",
         "- \"base_model:adapter:models/base\"",
         "- lora",
+        "- sft",
         "pipeline_tag: text-generation",
         "license: other",
         "license_name: tongyi-qianwen",
     ] {
         assert!(front[1].lines().any(|l| l == line), "{line} is not in {card}");
     }
+    assert!(card.contains("Trained by potstill on the data's own tokens, the base") && !card.contains("distillation"), "{card}");
     assert!(
         card.contains("bnb_4bit_quant_type: nf4") && card.contains(concat!("potstill ", env!("CARGO_PKG_VERSION"))),
         "{card}"
@@ -134,9 +137,11 @@ fn the_card_names_the_training_and_the_base_licence() {
     let record = json!({"cache": {"id": "ab12"}});
     fs::write(base.join("LICENSE"), "Tongyi Qianwen LICENSE AGREEMENT").unwrap();
     fs::write(base.join("README.md"), "---\r\nlicense: >\r\n  mit\r\n---\r\n").unwrap();
-    let around = Surroundings { base: &base, facts: &facts, run: Some(&record) };
+    let around = Surroundings { base: &base, learned_from: LearnedFrom::Both, facts: &facts, run: Some(&record) };
     save(&folder, &config(), &pair("q_proj", 4, 3), &around).unwrap();
     let card = fs::read_to_string(folder.join("README.md")).unwrap();
+    let both = "Trained by potstill from cached teacher distributions and on the data's own tokens, the base";
+    assert!(card.contains("- distillation\n- sft\n") && card.contains(both), "{card}");
     assert!(!card.contains("license:") && card.contains("`LICENSE`") && card.contains("`distill_run.json`"), "{card}");
     assert_eq!(fs::read(folder.join("LICENSE")).unwrap(), fs::read(base.join("LICENSE")).unwrap());
     let stored: Value = serde_json::from_slice(&fs::read(folder.join("distill_run.json")).unwrap()).unwrap();

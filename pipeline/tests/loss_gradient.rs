@@ -390,6 +390,8 @@ fn inputs_that_lie_are_refused() {
     refused(run(4, &[3], &one(&[2, 2], &[-0.5, -1.5], -1.7), None, &plain), &["id 2", "listed twice"]);
     refused(run(4, &[3], &one(&[2, 0], &[f32::NAN, -1.5], -1.7), None, &plain), &["log-probabilities", "NaN"]);
     refused(run(4, &[3], &one(&[2, 0], &[-0.5, -1.5], f32::INFINITY), None, &plain), &["log-probabilities", "inf"]);
+    refused(run(4, &[3], &one(&[2, 0], &[5.0, -1.5], -1.7), None, &plain), &["log-probabilities", "at most 0", "found 5"]);
+    refused(run(4, &[3], &one(&[2, 0], &[-0.5, -1.5], 1e-3), None, &plain), &["log-probabilities", "found 0.001"]);
     let zero = one(&[2, 0], &[f32::NEG_INFINITY; 2], f32::NEG_INFINITY);
     refused(run(4, &[3], &zero, None, &plain), &["2 kept ids", "no probability"]);
 

@@ -249,7 +249,7 @@ pub struct Train {
     /// Weight of the cross entropy [default: sft 1, distill 0, distill+sft 0.5]
     #[arg(long, value_name = "X")]
     pub kd_ce_alpha: Option<f64>,
-    /// Temperature T of the distillation term, above 0; where the cache keeps ln Σ p^(1/T), the tail is formed at T (below)
+    /// Temperature T of the distillation term, 0.05 to 100; where the cache keeps ln Σ p^(1/T), the tail is formed at T (below)
     #[arg(long, value_name = "T")]
     pub temperature: Option<f64>,
     /// How the student is compared with the teacher (table below)
@@ -273,7 +273,7 @@ pub struct Train {
     /// Weight of the cross entropy at the last step [default: --kd-ce-alpha]
     #[arg(long, value_name = "X")]
     pub kd_ce_alpha_end: Option<f64>,
-    /// Temperature at the last step [default: --temperature]
+    /// Temperature at the last step, 0.05 to 100; where it changes, the tails auto and bucket are one bucket [default: --temperature]
     #[arg(long, value_name = "T")]
     pub temperature_end: Option<f64>,
     /// How those three are reached: linear or cosine (constant: they must not change)
@@ -358,7 +358,7 @@ pub struct Train {
     /// Largest L2 norm of the gradient; 0 turns clipping off
     #[arg(long, value_name = "X")]
     pub max_grad_norm: Option<f64>,
-    /// Seed of the order and of the adapter's start
+    /// Seed of the order, the adapter's start, its dropout, and the rows held out
     #[arg(long, value_name = "N")]
     pub seed: Option<i64>,
     /// Take rows in seeded order (the default)
@@ -368,7 +368,7 @@ pub struct Train {
     #[arg(long, overrides_with = "shuffle")]
     #[serde(skip)]
     pub no_shuffle: bool,
-    /// Rows of the cache held out: never trained on, but evaluated on; chosen by --seed; 0 for none
+    /// Rows of the cache held out: never trained on, but evaluated on; chosen by --seed; 0 for none. The held-out loss has the weights and the temperature of the first step, also where they change
     #[arg(long, value_name = "ROWS")]
     pub eval_rows: Option<i64>,
     /// Another cache to evaluate on, all of its rows; it keeps at least what is read of --cache [default: none]
@@ -377,7 +377,7 @@ pub struct Train {
     /// Steps between evaluations, where rows are held out; the last step is followed by one too
     #[arg(long, value_name = "N")]
     pub eval_every: Option<i64>,
-    /// Evaluations in a row without a lower held-out loss after which the run ends; 0 for never
+    /// Evaluations in a row without a lower held-out loss after which the run ends; 0 for never. One at the run's end counts where --eval-every has one there; the loss is that of the first step's weights and temperature
     #[arg(long, value_name = "N")]
     pub patience: Option<i64>,
     /// A cache that keeps all ids, on up to 2000 positions of which evaluations look at what --cache leaves out (below) [default: none]
@@ -390,7 +390,7 @@ pub struct Train {
     #[arg(long, overrides_with = "tensorboard")]
     #[serde(skip)]
     pub no_tensorboard: bool,
-    /// Steps between checkpoints; 0 writes only the last
+    /// Steps between checkpoints; 0 writes only the last one; a stop or a better evaluation still writes one
     #[arg(long, value_name = "N")]
     pub checkpoint_every: Option<i64>,
     /// Checkpoints kept, at least 2

@@ -163,6 +163,12 @@ fn held_out_facts(report: &HeldOutReport, table: &mut Table) {
         "held out",
         format!("{} rows, {} positions; steps {} → {}", print::count(*rows), print::count(*positions), first.step, last.step),
     );
+    if last.positions_not_finite > 0 {
+        table.fact(
+            "  not finite",
+            format!("{} positions of the last evaluation, left out", print::count(last.positions_not_finite)),
+        );
+    }
     for (name, value) in facts {
         if let Some(value) = value {
             table.fact(&format!("  {name}"), value);

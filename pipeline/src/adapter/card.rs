@@ -21,11 +21,44 @@ const QUANTISATION: [(&str, &str); 5] = [
     ("quantised", "the seven projections of every layer; embedding, norms and head are as stored"),
 ];
 
+/// What an adapter was trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LearnedFrom {
+    /// A teacher's distributions.
+    Teacher,
+    /// The data's own tokens.
+    Tokens,
+    /// Both.
+    Both,
+}
+
+impl LearnedFrom {
+    /// The end of "Trained by potstill …".
+    fn sentence(self) -> &'static str {
+        match self {
+            LearnedFrom::Teacher => "from cached teacher distributions",
+            LearnedFrom::Tokens => "on the data's own tokens",
+            LearnedFrom::Both => "from cached teacher distributions and on the data's own tokens",
+        }
+    }
+
+    /// The hub's words for it.
+    fn tags(self) -> &'static [&'static str] {
+        match self {
+            LearnedFrom::Teacher => &["distillation"],
+            LearnedFrom::Tokens => &["sft"],
+            LearnedFrom::Both => &["distillation", "sft"],
+        }
+    }
+}
+
 /// What stands around an adapter's tensors in its folder.
 #[derive(Debug, Clone, Copy)]
 pub struct Surroundings<'a> {
     /// The base model's folder: tokenizer files are copied from it, and the licence is read from its card.
     pub base: &'a Path,
+    /// What the card says the adapter was trained on.
+    pub learned_from: LearnedFrom,
     /// What the card tells of the training: (name, value), in this order.
     pub facts: &'a [(String, String)],
     /// What [`RUN_FILE`] holds, if there is to be one.
@@ -43,8 +76,9 @@ pub(super) fn text(config: &AdapterConfig, surroundings: &Surroundings<'_>) -> S
         ("modules", config.target_modules.join(", ")),
     ];
     let given = surroundings.facts.iter().map(|(name, value)| (name.as_str(), value.clone()));
-    let mut card = front_matter(config, surroundings.base);
-    card.push_str("\n# LoRA adapter\n\nTrained by potstill from cached teacher distributions");
+    let mut card = front_matter(config, surroundings);
+    card.push_str("\n# LoRA adapter\n\nTrained by potstill ");
+    card.push_str(surroundings.learned_from.sentence());
     card.push_str(", the base held in 4 bits.\n\n## Use\n\n");
     card.push_str("```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, this_folder)\n```\n\n");
     card.push_str("## Training procedure\n\n| | |\n|---|---|\n");
@@ -68,9 +102,10 @@ pub(super) fn text(config: &AdapterConfig, surroundings: &Surroundings<'_>) -> S
 }
 
 /// The YAML that the hub reads.
-fn front_matter(config: &AdapterConfig, base: &Path) -> String {
+fn front_matter(config: &AdapterConfig, surroundings: &Surroundings<'_>) -> String {
     let mut lines = vec!["---".to_string(), "library_name: peft".into()];
-    let mut tags = vec!["lora".to_string(), "distillation".into()];
+    let mut tags = vec!["lora".to_string()];
+    tags.extend(surroundings.learned_from.tags().iter().map(|tag| (*tag).into()));
     if !config.base_model.is_empty() {
         lines.push(format!("base_model: {}", quoted(&config.base_model)));
         tags.insert(0, quoted(&format!("base_model:adapter:{}", config.base_model)));
@@ -78,7 +113,7 @@ fn front_matter(config: &AdapterConfig, base: &Path) -> String {
     lines.push("pipeline_tag: text-generation".into());
     lines.push("tags:".into());
     lines.extend(tags.into_iter().map(|tag| format!("- {tag}")));
-    lines.extend(licence(base));
+    lines.extend(licence(surroundings.base));
     lines.push("---\n".into());
     lines.join("\n")
 }

@@ -110,7 +110,8 @@ impl Batch<'_> {
                 return Err(LossError::TargetId { row, id, vocab }.into());
             }
             let stored = target.logprobs.iter().chain([&target.tail_logprob]);
-            if let Some(&found) = stored.into_iter().find(|l| l.is_nan() || **l == f32::INFINITY) {
+            // NaN is not at most 0; −∞, of a tail that is empty, is.
+            if let Some(&found) = stored.into_iter().find(|l| l.partial_cmp(&&0.0).is_none_or(std::cmp::Ordering::is_gt)) {
                 return Err(LossError::Logprob { row, found }.into());
             }
         }

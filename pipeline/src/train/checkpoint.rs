@@ -70,11 +70,12 @@ impl Progress {
         self.skipped_in_a_row += 1;
     }
 
-    /// Counts a step that was taken.
-    pub(super) fn advance(&mut self, loss: f64, tokens: u64) {
+    /// Counts a step that was taken; one of rows that were all left out has no loss.
+    pub(super) fn advance(&mut self, loss: Option<f64>, tokens: u64) {
         self.step += 1;
         self.tokens += tokens;
         self.skipped_in_a_row = 0;
+        let Some(loss) = loss else { return };
         if self.first_losses.len() < SMOOTHED as usize {
             self.first_losses.push(loss);
         }

@@ -133,7 +133,7 @@ pub struct TrainConfig {
     pub kd_alpha_end: Option<f64>,
     /// `kd_ce_alpha` of the last step, where it changes.
     pub kd_ce_alpha_end: Option<f64>,
-    /// `temperature` of the last step, where it changes. The tail is then one bucket at every step.
+    /// `temperature` of the last step, where it changes. The tails `auto` and `bucket` are then one bucket at every step.
     pub temperature_end: Option<f64>,
     /// How those three are reached.
     pub loss_schedule: LossSchedule,
@@ -187,7 +187,7 @@ pub struct TrainConfig {
     pub eps: f64,
     /// Largest L2 norm of the gradient; 0 turns clipping off.
     pub max_grad_norm: f64,
-    /// Seed of the order and of the adapter's start.
+    /// Seed of the order, the adapter's start, its dropout, and the rows held out.
     pub seed: u64,
     /// Whether rows come in seeded order (else in the cache's order).
     pub shuffle: bool,
@@ -203,7 +203,7 @@ pub struct TrainConfig {
     pub probe_cache: Option<PathBuf>,
     /// Whether TensorBoard event files are written.
     pub tensorboard: bool,
-    /// Steps between checkpoints; 0 writes only the last.
+    /// Steps between checkpoints; 0 writes only the last one. A stop, or a better evaluation, still writes one.
     pub checkpoint_every: u64,
     /// Checkpoints kept (at least 2).
     pub keep_checkpoints: u32,

@@ -31,6 +31,13 @@ pub enum DivergenceName {
     TotalVariation,
 }
 
+impl DivergenceName {
+    /// The name in settings.
+    pub(super) fn name(self) -> String {
+        setting(self)
+    }
+}
+
 /// What becomes of the probability outside the kept ids, by name; formulas at [`Tail`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
@@ -47,6 +54,18 @@ pub enum TailName {
     StudentFull,
     /// The unnormalised top-k loss: biased and perhaps below 0, forward KL alone.
     None,
+}
+
+impl TailName {
+    /// The name in settings.
+    pub(super) fn name(self) -> String {
+        setting(self)
+    }
+}
+
+/// A value's name in settings.
+fn setting(value: impl Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(String::from)).unwrap_or_default()
 }
 
 /// How weights and temperature go from their first values to those of the last step.
@@ -138,7 +157,12 @@ impl TrainConfig {
             let expected = "linear or cosine, for weights or temperature of the last step are not those of the first".into();
             return refuse("loss_schedule", "constant".into(), expected);
         }
-        Ok(LossPlan { start, end, schedule: self.loss_schedule })
+        let mut plan = LossPlan { start, end, schedule: self.loss_schedule };
+        if !plan.distils() {
+            // Without a distillation term the temperature is that of nothing, and its change no change.
+            plan.end.temperature = start.temperature;
+        }
+        Ok(plan)
     }
 }
 
@@ -165,6 +189,11 @@ impl LossPlan {
     /// The first step's loss.
     pub fn start(&self) -> &LossSettings {
         &self.start
+    }
+
+    /// The last step's loss.
+    pub fn end(&self) -> &LossSettings {
+        &self.end
     }
 
     /// Whether every step has the same loss.
@@ -207,13 +236,17 @@ impl LossPlan {
         self.end.tail = tail;
     }
 
-    /// What makes this another run than one with the same first step and everything else by default, as names and values.
+    /// What makes this another run than one with the same weights at the first step and everything else by default, as names and
+    /// values. What the loss of no step looks at is not among them.
     pub(super) fn identity(&self, config: &TrainConfig) -> Vec<(&'static str, String)> {
         let mut names = Vec::new();
-        if self.start.divergence != Divergence::ForwardKl {
+        if self.distils() {
+            names.push(("temperature", self.start.temperature.to_string()));
+        }
+        if self.distils() && self.start.divergence != Divergence::ForwardKl {
             names.push(("divergence", self.start.divergence.to_string()));
         }
-        if config.tail != TailName::Auto {
+        if self.distils() && config.tail != TailName::Auto {
             names.push(("tail", self.start.tail.name().to_string()));
         }
         if self.is_constant() {
@@ -237,6 +270,7 @@ impl LossPlan {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
+    use crate::train::Objective;
 
     #[test]
     fn schedules_go_from_end_to_end_and_stay_there() {
@@ -266,13 +300,34 @@ mod tests {
         assert_eq!([weights(0), weights(5), weights(10)], [(1.0, 0.0, 1.0), (0.5, 0.5, 1.0), (0.0, 1.0, 1.0)]);
         assert!(plan.distils() && !plan.is_constant() && plan.temperature() == Some(1.0));
         let names: Vec<&str> = plan.identity(&config).iter().map(|(name, _)| *name).collect();
-        assert_eq!(names, ["loss_schedule", "kd_alpha_end", "kd_ce_alpha_end"]);
+        assert_eq!(names, ["temperature", "loss_schedule", "kd_alpha_end", "kd_ce_alpha_end"]);
 
         let plain = TrainConfig { temperature: 2.0, temperature_end: Some(2.0), ..Default::default() };
         let plan = plain.loss_plan().unwrap();
-        assert!(plan.is_constant() && plan.identity(&plain).is_empty(), "an end that is the start changes nothing");
+        assert!(plan.is_constant(), "an end that is the start changes nothing");
+        assert_eq!(plan.identity(&plain), [("temperature", "2".to_string())]);
         let falling = TrainConfig { temperature: 4.0, temperature_end: Some(1.0), ..Default::default() }.loss_plan().unwrap();
         assert_eq!(falling.temperatures(4), [4.0, 3.0, 2.0, 1.0]);
+    }
+
+    #[test]
+    fn what_no_step_looks_at_makes_no_other_run() {
+        let plain = TrainConfig { objective: Objective::Sft, ..Default::default() };
+        let adorned = TrainConfig {
+            temperature: 2.0,
+            temperature_end: Some(1.0),
+            divergence: DivergenceName::Jsd,
+            beta: 0.1,
+            tail: TailName::Renorm,
+            ..plain.clone()
+        };
+        let plan = adorned.loss_plan().unwrap();
+        assert!(plan.is_constant());
+        assert_eq!(plan.identity(&adorned), plain.loss_plan().unwrap().identity(&plain));
+        // With a distillation term at either end they are seen.
+        let learning = TrainConfig { kd_alpha_end: Some(0.5), ..adorned };
+        let names: Vec<&str> = learning.loss_plan().unwrap().identity(&learning).iter().map(|(name, _)| *name).collect();
+        assert_eq!(names, ["temperature", "divergence", "tail", "loss_schedule", "temperature_end", "kd_alpha_end"]);
     }
 
     #[test]

@@ -133,6 +133,16 @@ pub enum TrainError {
         /// Temperatures it declares.
         found: Vec<f32>,
     },
+    /// A cache to evaluate on whose distributions are another teacher's.
+    #[error("{cache}: is of another teacher than the run's cache: expected {expected}, found {found}", cache = cache.display())]
+    OtherTeacher {
+        /// The cache to evaluate on.
+        cache: PathBuf,
+        /// The run's teacher.
+        expected: String,
+        /// This cache's.
+        found: String,
+    },
     /// Held-out rows that say nothing.
     #[error(
         "{cache}: none of the {rows} rows held out has a scored position; hold out more of them (--eval-rows)",
@@ -144,7 +154,7 @@ pub enum TrainError {
         /// Rows held out.
         rows: usize,
     },
-    /// A student whose figures on held-out rows are no numbers.
+    /// A student whose figures are no numbers on any held-out position, or beyond what f32 holds.
     #[error("step {step}: held-out loss {loss}, or a figure beside it: not finite; try a lower --lr")]
     EvaluationNotFinite {
         /// Steps done.
@@ -247,7 +257,8 @@ impl TrainError {
             | TrainError::Narrow { .. }
             | TrainError::OwnTokenizer { .. }
             | TrainError::Short { .. }
-            | TrainError::OtherTail { .. } => ErrorClass::Mismatch,
+            | TrainError::OtherTail { .. }
+            | TrainError::OtherTeacher { .. } => ErrorClass::Mismatch,
             TrainError::RowSource { .. }
             | TrainError::Occupied { .. }
             | TrainError::Incomplete { .. }

@@ -9,6 +9,7 @@ use super::rows::Rows;
 use super::schedule::Schedule;
 use super::{TrainConfig, TrainError};
 use crate::Result;
+use crate::kernel::{Isa, Precision};
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
 use crate::run::RunContext;
@@ -34,7 +35,6 @@ pub(super) fn of(
         ("objective", config.objective.to_string()),
         ("kd_alpha", plan.start().kd_alpha.to_string()),
         ("kd_ce_alpha", plan.start().kd_ce_alpha.to_string()),
-        ("temperature", config.temperature.to_string()),
         ("batch_size", config.batch_size.to_string()),
         // Sums over packs are added in the packs' order, so other packs give other last bits.
         ("pack_tokens", config.pack_tokens.to_string()),
@@ -60,8 +60,12 @@ pub(super) fn of(
     .chain(rows.identity(config)?)
     .map(|(name, value)| (name.to_string(), value))
     .collect();
-    if let Some(narrower) = reading.and_then(Reading::narrower) {
+    if let Some(narrower) = reading.filter(|_| plan.distils()).and_then(Reading::narrower) {
         identity.insert("selection".into(), narrower.to_string());
+    }
+    if config.compute == Precision::Bf16 {
+        // A processor that multiplies pairs adds up otherwise than one that multiplies the same values as f32.
+        identity.insert("bf16_products".into(), bf16_products(Isa::best()).into());
     }
     identity.extend(plan.identity(config).into_iter().map(|(name, value)| (name.to_string(), value)));
     // What is held out is not learned from, and decides which adapter is the best.
@@ -84,6 +88,11 @@ pub(super) fn of(
         identity.insert("decay_steps".into(), config.rates(total).decay_steps.to_string());
     }
     Ok(identity)
+}
+
+/// How products of values rounded to bf16 are formed.
+fn bf16_products(isa: Isa) -> &'static str {
+    if isa.multiplies_pairs() { "pairs" } else { "f32" }
 }
 
 /// BLAKE3 (hex) of a cache's manifest, which names everything in it by its digest.

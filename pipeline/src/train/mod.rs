@@ -62,15 +62,19 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
     let (mut saved, mut stopping) = (first_step, false);
     context.progress.begin_at("training", "steps", run.total, first_step);
     loop {
-        let evaluated = run.watch.evaluate(&run.student, &mut run.progress, run.total, context)?;
+        let evaluated = run.watch.evaluate(&run.student, &mut run.progress, run.total, context);
+        if evaluated.is_err() && run.progress.step > saved {
+            // What was trained is kept, whatever the evaluation of it came to.
+            run.save()?;
+        }
+        let evaluated = evaluated?;
         let step = run.progress.step;
         let over = step >= run.total || run.progress.standing.ends(config);
         stopping |= evaluated == Evaluated::Stopped || context.stopping() && !over;
         // A better student is saved at once, so that checkpoint and best/ speak of the same evaluation.
         let due = stopping || over || evaluated == Evaluated::Best || config.checkpoint_due(step);
         if due && (step > saved || evaluated.was_made()) {
-            run.watch.sync()?;
-            run.folder.save(config, run.watch.provenance(), &run.student, &run.adamw, &run.progress)?;
+            run.save()?;
             saved = step;
         }
         if evaluated == Evaluated::Best {
@@ -133,7 +137,7 @@ fn prepare<'a>(config: &'a TrainConfig, context: &RunContext) -> Result<(Run<'a>
         None => Progress::default(),
     };
     folder.write_settings(config)?;
-    let provenance = Provenance::of(config, (plan.start(), &targets), &rows, identity);
+    let provenance = Provenance::of(config, (&plan, &targets), &rows, identity);
     // A run that was killed after its last checkpoint appeared has not got as far.
     folder.prune(config.keep_checkpoints as usize)?;
     let watch = Watch::open(config, provenance, &folder, held_out, (&student, &progress))?;
@@ -159,12 +163,18 @@ impl Run<'_> {
         }
         let out = self.folder.path();
         match taken {
-            true => self.progress.advance(step.mean.total, step.tokens),
+            true => self.progress.advance((step.scored > 0).then_some(step.mean.total), step.tokens),
             false => bad_steps::skip(out, &mut self.progress, (&step, grad_norm), records, &self.student)?,
         }
         self.watch.step(&self.progress, (&step, &loss), lr, grad_norm, context)?;
         bad_steps::check(out, &self.progress, (&step, grad_norm))?;
         Ok(Walk::Done)
+    }
+
+    /// Writes a checkpoint of where the run is.
+    fn save(&self) -> Result<()> {
+        self.watch.sync()?;
+        self.folder.save(self.config, self.watch.provenance(), &self.student, &self.adamw, &self.progress)
     }
 
     /// Writes the finished adapter and says what the run did, which began at a step and with so many tokens.

@@ -67,8 +67,18 @@ impl Reading {
         }
         let drawn = narrower.unwrap_or(own).draws().is_some();
         let mut reading = Self { own, narrower, temperature: None, drawn, unknown: None };
-        // Without a distillation term the distributions are not looked at.
+        // Without a distillation term training does not look at the distributions: nothing is refused. Evaluations do.
         if !plan.distils() {
+            let declared = plan.temperature().and_then(|t| temperature(description, t)).filter(|_| !drawn);
+            match config.tail {
+                TailName::Auto if declared.is_some() => {
+                    plan.set_tail(Tail::ExactTail);
+                    reading.temperature = declared;
+                }
+                TailName::None if declared.is_some() => reading.temperature = declared,
+                TailName::None if plan.start().needs_lse_t() => plan.set_tail(Tail::Bucket),
+                _ => {}
+            }
             return Ok(reading);
         }
         if drawn {

@@ -1,7 +1,7 @@
 //! Where a run's conversations come from: a cache, or chats that are encoded at the start and held in memory. Both give the same
 //! records in the same order, so that a run of the cross entropy alone gives the same adapter from either.
 
-use super::{Objective, TrainConfig, TrainError, identity};
+use super::{DivergenceName, Objective, TailName, TrainConfig, TrainError, identity};
 use crate::data::{self, ChatTokenizer, DataOptions, Dataset, Example, Truncation};
 use crate::model::config::ModelConfig;
 use crate::run::RunContext;
@@ -151,11 +151,16 @@ impl TrainConfig {
         let expected = "no such setting with data, only with a cache".to_string();
         let asked = [
             of("kd_alpha", self.kd_alpha.filter(|weight| *weight != 0.0).map(|weight| weight.to_string())),
+            of("kd_alpha_end", self.kd_alpha_end.filter(|weight| *weight != 0.0).map(|weight| weight.to_string())),
+            of("temperature_end", self.temperature_end.map(|t| t.to_string())),
+            of("divergence", (self.divergence != DivergenceName::default()).then(|| self.divergence.name())),
+            of("tail", (self.tail != TailName::Auto).then(|| self.tail.name())),
             of("top_k", self.top_k.map(|k| k.to_string())),
             of("min_prob", self.min_prob.map(|p| p.to_string())),
             of("min_mass", self.min_mass.map(|mass| mass.to_string())),
             of("eval_rows", Some(self.eval_rows).filter(|rows| *rows > 0).map(|rows| rows.to_string())),
             of("eval_cache", self.eval_cache.as_ref().map(|path| path.display().to_string())),
+            of("patience", Some(self.patience).filter(|patience| *patience > 0).map(|patience| patience.to_string())),
             of("probe_cache", self.probe_cache.as_ref().map(|path| path.display().to_string())),
         ];
         if self.objective != Objective::Sft {
@@ -213,5 +218,30 @@ fn record(example: &Example) -> Record {
         positions: example.positions(),
         targets: SoftTargets::default(),
         codec: Default::default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use std::path::PathBuf;
+
+    #[test]
+    fn chats_alone_are_refused_what_needs_a_teacher_or_rows_held_out() {
+        let plain = || TrainConfig { objective: Objective::Sft, data: vec![PathBuf::from("chats")], ..TrainConfig::default() };
+        plain().check_rows().unwrap();
+        TrainConfig { kd_alpha_end: Some(0.0), kd_ce_alpha_end: Some(0.5), ..plain() }.check_rows().unwrap();
+        for (config, words) in [
+            (TrainConfig { kd_alpha: Some(0.5), ..plain() }, "kd_alpha = 0.5"),
+            (TrainConfig { kd_alpha_end: Some(0.5), ..plain() }, "kd_alpha_end = 0.5"),
+            (TrainConfig { temperature_end: Some(2.0), ..plain() }, "temperature_end = 2"),
+            (TrainConfig { divergence: DivergenceName::SkewedReverseKl, ..plain() }, "divergence = skewed-reverse-kl"),
+            (TrainConfig { tail: TailName::StudentFull, ..plain() }, "tail = studentfull"),
+            (TrainConfig { patience: 3, ..plain() }, "patience = 3"),
+        ] {
+            let error = config.check_rows().unwrap_err().to_string();
+            assert_eq!(error, format!("{words}: expected no such setting with data, only with a cache"));
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! What held-out positions say of the student: figures of one row of logits, and what they add up to.
 //!
 //! Every figure is a mean over scored positions, added in f64 in their order, row by row, so that it depends on no thread and on no
-//! chunk. q is the student's distribution at temperature 1, y the data's next token, p the teacher's.
+//! chunk. A position of which a value is not finite is left out of them all, and counted. q is the student's distribution at temperature 1, y the data's next token, p the teacher's.
 //!
 //! | figure | of a position |
 //! |---|---|
@@ -30,6 +30,9 @@ pub const BINS: usize = 15;
 pub struct Evaluation {
     /// Optimiser steps done before it.
     pub step: u64,
+    /// Positions that no figure counts, because one of their own is not finite.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub positions_not_finite: u64,
     /// The run's loss, nats a scored position.
     pub loss: f32,
     /// The divergence at the run's settings, nats a scored position; absent where there are no distributions to compare with, and
@@ -74,9 +77,14 @@ impl Evaluation {
             ("ece", Some(self.ece)),
             ("angle", self.angle),
             ("teacher_ece", self.teacher_ece),
+            ("positions_not_finite", Some(self.positions_not_finite as f32).filter(|positions| *positions > 0.0)),
         ];
         all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// What a position's row of logits is compared with.
@@ -128,6 +136,14 @@ impl Row {
     }
 }
 
+impl Row {
+    /// Whether every number is one.
+    fn is_finite(&self) -> bool {
+        let (student, teacher) = self.masses.unwrap_or_default();
+        [self.sums.total, self.sums.kd, self.sums.ce, self.confidence, student, teacher].iter().all(|x| x.is_finite())
+    }
+}
+
 /// Place and value of the first of the largest values; place 0 of none.
 fn top(values: impl Iterator<Item = f32>) -> (usize, f32) {
     values.enumerate().fold((0, f32::NEG_INFINITY), |best, (i, value)| if value > best.1 { (i, value) } else { best })
@@ -161,11 +177,16 @@ pub(super) struct Tally {
     masses: (Mean, Mean),
     /// Confidence of each position, and whether it was right.
     confidences: Vec<(f64, bool)>,
+    not_finite: u64,
 }
 
 impl Tally {
     /// Counts the next position.
     pub(super) fn add(&mut self, row: &Row) {
+        if !row.is_finite() {
+            self.not_finite += 1;
+            return;
+        }
         self.loss.add(row.sums.total);
         self.ce.add(row.sums.ce);
         if row.kd {
@@ -181,17 +202,18 @@ impl Tally {
         self.confidences.push((row.confidence, row.hit));
     }
 
-    /// Positions counted.
+    /// Positions seen, those left out among them.
     pub(super) fn positions(&self) -> u64 {
-        self.loss.count
+        self.loss.count + self.not_finite
     }
 
-    /// The means after `step` steps; `None` of no positions.
+    /// The means after `step` steps; `None` where no position has any.
     pub(super) fn close(self, step: u64) -> Option<Evaluation> {
         let ce = self.ce.value()?;
         let rounded = |mean: Mean| mean.value().map(|value| value as f32);
         Some(Evaluation {
             step,
+            positions_not_finite: self.not_finite,
             loss: rounded(self.loss)?,
             kd: rounded(self.kd),
             ce: ce as f32,

@@ -126,6 +126,30 @@ fn means_are_over_positions() {
 }
 
 #[test]
+fn a_position_that_is_not_finite_is_left_out_and_counted() {
+    let settings = LossSettings { kd_alpha: 0.0, kd_ce_alpha: 1.0, ..LossSettings::default() };
+    let row = |z: [f32; 4]| {
+        let bare = Expected { label: 1, read: None, drawn: false, lse_t: None, stored: None };
+        Row::of(&mut z.clone(), &bare, &settings).unwrap()
+    };
+    let of = |rows: &[Row]| {
+        let mut tally = Tally::default();
+        rows.iter().for_each(|row| tally.add(row));
+        (tally.positions(), tally.close(3))
+    };
+    let (good, nan, infinite) =
+        (row([0.5, 2.0, 1.0, -1.0]), row([0.5, f32::NAN, 1.0, -1.0]), row([f32::INFINITY, 2.0, 1.0, 0.0]));
+    let (positions, found) = of(&[nan, good, infinite]);
+    let found = found.unwrap();
+    assert_eq!((positions, found.positions_not_finite), (3, 2));
+    let whole = of(&[good]).1.unwrap();
+    assert_eq!(found, Evaluation { positions_not_finite: 2, ..whole.clone() });
+    assert!(found.figures().contains(&("positions_not_finite", 2.0)));
+    assert!(!serde_json::to_string(&whole).unwrap().contains("not_finite"));
+    assert_eq!(of(&[nan, infinite]), (2, None), "of nothing there is no mean");
+}
+
+#[test]
 fn calibration_is_measured_in_bins_of_equal_mass() {
     // 30 positions, two a bin: confidences i/30, of which each second one is right. A bin's gap is |1 − (c_even + c_odd)|.
     let positions: Vec<(f64, bool)> = (0..30).map(|i| (f64::from(i) / 30.0, i % 2 == 0)).collect();

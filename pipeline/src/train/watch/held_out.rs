@@ -59,18 +59,19 @@ pub(in crate::train) fn left_out(config: &TrainConfig, cache: &Cache) -> Result<
 }
 
 impl HeldOut {
-    /// What the settings say is held out; `None` where nothing is. `left_out` are the rows of the run's own cache.
+    /// What the settings say is held out; `None` where nothing is. `own` is the run's cache, `left_out` are the rows of the run's own cache.
     ///
     /// Errors: settings that contradict each other, another cache that does not fit the run, rows without a scored position.
     pub(in crate::train) fn open(
         config: &TrainConfig,
-        cache: &Arc<Cache>,
+        own: &Arc<Cache>,
         left_out: &[u64],
         (loss, reading): (&LossSettings, &Reading),
     ) -> Result<Option<Self>> {
         let refuse = |name, found: String, expected: &str| Err(Error::Setting { name, found, expected: expected.into() });
         let of_other = |path: &Path| -> Result<Sample> {
             let cache = open_cache(&TrainConfig { cache: path.to_path_buf(), ..config.clone() })?;
+            check_teacher(own, &cache)?;
             let reading = reading.of_other(&cache, path, loss)?;
             Ok(Sample { rows: (0..cache.len()).collect(), cache: Arc::new(cache), reading })
         };
@@ -85,7 +86,7 @@ impl HeldOut {
                     (None, patience) => refuse("patience", patience.to_string(), without),
                 };
             }
-            (None, rows) => Sample { cache: cache.clone(), rows: rows.to_vec(), reading: reading.clone() },
+            (None, rows) => Sample { cache: own.clone(), rows: rows.to_vec(), reading: reading.clone() },
         };
         if config.eval_every == 0 {
             return refuse("eval_every", "0".into(), "at least 1 step");
@@ -137,8 +138,10 @@ impl HeldOut {
             }
         }
         let positions = tally.positions();
-        let nothing =
-            || TrainError::NothingHeldOut { cache: self.sample.cache.dir().to_path_buf(), rows: self.sample.rows.len() };
+        let nothing = || match positions {
+            0 => TrainError::NothingHeldOut { cache: self.sample.cache.dir().to_path_buf(), rows: self.sample.rows.len() },
+            _ => TrainError::EvaluationNotFinite { step, loss: f32::NAN },
+        };
         let mut evaluation = tally.close(step).ok_or_else(nothing)?;
         let (angle, teacher_ece) = looks.close();
         (evaluation.angle, evaluation.teacher_ece) = (angle.map(|x| x as f32), teacher_ece.map(|x| x as f32));
@@ -146,6 +149,19 @@ impl HeldOut {
             true => Ok(Some((evaluation, positions))),
             false => Err(TrainError::EvaluationNotFinite { step, loss: evaluation.loss }.into()),
         }
+    }
+}
+
+/// Errors: distributions of another teacher than that of the run's own cache, which figures would take for its.
+fn check_teacher(own: &Cache, other: &Cache) -> Result<()> {
+    let teacher = |cache: &Cache| {
+        let teacher = &cache.manifest().description.teacher;
+        (format!("{}, weights BLAKE3 {}", teacher.name, teacher.weights_blake3), teacher.weights_blake3.clone())
+    };
+    let ((expected, ours), (found, theirs)) = (teacher(own), teacher(other));
+    match ours == theirs {
+        true => Ok(()),
+        false => Err(TrainError::OtherTeacher { cache: other.dir().to_path_buf(), expected, found }.into()),
     }
 }
 

@@ -42,7 +42,10 @@ pub(super) struct Standing {
     first: Option<Evaluation>,
     last: Option<Evaluation>,
     best: Option<Evaluation>,
-    /// Evaluations since the best one; that at a run's end counts only where one was due anyway, since the run may be made longer.
+    /// The lowest loss of an evaluation that was due by `eval_every`, as against one at a run's end.
+    lowest_due: Option<f32>,
+    /// Due evaluations since that one. One at a run's end may become the best, but patience does not see it: the run may be made
+    /// longer, and then ends where it would have ended without a stop there.
     without_improvement: u32,
 }
 
@@ -51,10 +54,12 @@ impl Standing {
     fn take(&mut self, evaluation: Evaluation, positions: u64, every: u64) -> bool {
         let better = self.best.as_ref().is_none_or(|best| evaluation.loss < best.loss);
         if better {
-            self.without_improvement = 0;
             self.best = Some(evaluation.clone());
-        } else if evaluation.step.is_multiple_of(every) {
-            self.without_improvement += 1;
+        }
+        if evaluation.step.is_multiple_of(every) {
+            let lower = self.lowest_due.is_none_or(|lowest| evaluation.loss < lowest);
+            self.without_improvement = if lower { 0 } else { self.without_improvement + 1 };
+            self.lowest_due = if lower { Some(evaluation.loss) } else { self.lowest_due };
         }
         self.positions = positions;
         self.first.get_or_insert_with(|| evaluation.clone());
@@ -235,7 +240,7 @@ impl<'a> Watch<'a> {
 
     /// What evaluations found; `None` where nothing was held out.
     pub(super) fn report(&self, progress: &Progress, total: u64) -> Option<HeldOutReport> {
-        let Standing { positions, first, last, best, without_improvement } = progress.standing.clone();
+        let Standing { positions, first, last, best, without_improvement, .. } = progress.standing.clone();
         let early = progress.standing.ends(self.config) && progress.step < total;
         let best = best?;
         let stopped_early = early.then(|| {
@@ -254,4 +259,45 @@ impl<'a> Watch<'a> {
 
 fn tagged(group: &str, figures: &[(&str, f64)]) -> Vec<(String, f64)> {
     figures.iter().map(|(name, value)| (format!("{group}/{name}"), *value)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn evaluation(step: u64, loss: f32) -> Evaluation {
+        Evaluation {
+            step,
+            positions_not_finite: 0,
+            loss,
+            kd: None,
+            ce: loss,
+            perplexity: loss.exp(),
+            agreement: None,
+            kept_mass: None,
+            teacher_kept_mass: None,
+            ece: 0.0,
+            angle: None,
+            teacher_ece: None,
+        }
+    }
+
+    #[test]
+    fn an_evaluation_that_was_not_due_moves_the_best_and_not_the_end() {
+        let config = TrainConfig { patience: 2, ..TrainConfig::default() };
+        let standing = |losses: &[(u64, f32)]| {
+            let mut standing = Standing::default();
+            let better = |(step, loss): &(u64, f32)| standing.take(evaluation(*step, *loss), 9, 100);
+            let better: Vec<bool> = losses.iter().map(better).collect();
+            (standing, better)
+        };
+        let (cut, better) = standing(&[(100, 2.0), (150, 1.5), (200, 1.8), (300, 1.6)]);
+        assert_eq!(better, [true, true, false, false]);
+        assert_eq!((cut.best.as_ref().map(|best| best.step), cut.ends(&config)), (Some(150), false));
+        let (whole, better) = standing(&[(100, 2.0), (200, 1.8), (300, 1.6)]);
+        assert_eq!(better, [true; 3]);
+        assert_eq!(whole.without_improvement, cut.without_improvement, "where it ends does not depend on a stop at 150");
+        let (worse, _) = standing(&[(100, 2.0), (150, 2.5), (200, 2.1), (250, 2.2), (300, 2.0)]);
+        assert!(worse.ends(&config), "two that were due and not lower");
+    }
 }

@@ -63,8 +63,11 @@ pub(super) struct Looks {
 }
 
 impl Looks {
-    /// Counts the next position.
+    /// Counts the next position, unless the student's distribution there is none: such a position is left out.
     pub(super) fn add(&mut self, look: &Look) {
+        if look.gaps.iter().any(|gap| !gap.is_finite()) {
+            return;
+        }
         self.positions += 1;
         self.gaps.iter_mut().zip(look.gaps).for_each(|(sum, gap)| *sum += gap);
         if let Some(angle) = look.angle {
