@@ -7,8 +7,9 @@
 //!       best/                         the adapter with the lowest held-out loss (PEFT), evaluation.json
 //!       metrics.jsonl  tensorboard/  config.resolved.toml  train.lock  bad-step-N.json
 //! ```
-//! A checkpoint is built under another name, made durable, renamed, and only then are older ones removed; two are always kept. It
-//! is read only when every file has the digest that was written; where the newest one does not, the run goes on from the one before
+//! A checkpoint is built under another name, made durable, renamed, and only then are older ones removed; two are always kept. (One of
+//! the same step is `.checkpoint-N.old` for the moment between the two names; the next run puts it back or removes it.) A checkpoint is
+//! read only when every file has the digest that was written; where the newest one does not, the run goes on from the one before
 //! it, and says so. A run that goes on from an earlier checkpoint moves the later ones to `set-aside/`, so that the newest one in the
 //! folder is always the run's own.
 
@@ -33,6 +34,8 @@ const SETTINGS_FILE: &str = "config.resolved.toml";
 const LOCK_FILE: &str = "train.lock";
 const SET_ASIDE: &str = "set-aside";
 const PREFIX: &str = "checkpoint-";
+/// How the hidden name of a checkpoint ends that gives way to another of its step.
+const OLD: &str = ".old";
 /// Fewest checkpoints kept, whatever the settings say.
 const FEWEST_KEPT: usize = 2;
 /// Steps whose mean stands for "at first" and "at last"; one step's loss says more about its conversations.
@@ -177,7 +180,24 @@ impl RunFolder {
                 fs::remove_dir_all(&path).map_err(io(&path))?;
             }
         }
+        folder.recover()?;
         Ok(folder)
+    }
+
+    /// Tidies what a run left that was killed while a checkpoint took the place of one of the same step: the older one goes back
+    /// where nothing took its place.
+    fn recover(&self) -> Result<()> {
+        for entry in fs::read_dir(&self.out).map_err(io(&self.out))? {
+            let old = entry.map_err(io(&self.out))?.path();
+            let name = old.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_prefix('.')?.strip_suffix(OLD));
+            let Some(path) = name.filter(|name| name.starts_with(PREFIX)).map(|name| self.out.join(name)) else { continue };
+            if path.exists() {
+                files::remove_folder(&old)?;
+            } else {
+                files::rename(&old, &path)?;
+            }
+        }
+        Ok(())
     }
 
     /// The folder.
@@ -254,10 +274,7 @@ impl RunFolder {
         files::write(&state_file, &serde_json::to_vec_pretty(&state).map_err(|e| io(&state_file)(e.into()))?)?;
         digests::write(&partial)?;
         files::sync(&partial)?;
-        if path.exists() {
-            self.set_aside(&path)?;
-        }
-        files::rename(&partial, &path)?;
+        publish(&partial, &path)?;
         self.prune(config.keep_checkpoints as usize)
     }
 
@@ -295,6 +312,18 @@ impl RunFolder {
         all.sort();
         Ok(all)
     }
+}
+
+/// Gives a finished checkpoint its name. One of the same step that stands there waits under another name until its successor does,
+/// then goes.
+fn publish(partial: &Path, path: &Path) -> Result<()> {
+    let old = path.with_file_name(format!(".{}{OLD}", path.file_name().unwrap_or_default().to_string_lossy()));
+    let replaces = path.exists();
+    if replaces {
+        files::rename(path, &old)?;
+    }
+    files::rename(partial, path)?;
+    if replaces { files::remove_folder(&old) } else { Ok(()) }
 }
 
 /// The newest of these (by rising step) that is whole. Errors: there are some, and none is.

@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::checkpoint::RunFolder;
-use super::{Objective, Resume, TrainConfig, TrainError, digests, files::kill, run};
+use super::{Objective, Resume, TrainConfig, TrainError, digests, files::kill, prepare, run};
 use crate::run::RunContext;
 use crate::{Error, Result};
 use potstill_cache::ErrorClass;
@@ -92,6 +92,40 @@ fn killed_before_any_call_a_run_keeps_whole_checkpoints_and_ends_the_same() {
         assert!(!fs::read_dir(dir.path()).unwrap().any(|e| hidden(e.unwrap().file_name().to_str().unwrap())), "call {last}");
     }
     assert_eq!(most, 3, "a third one is there before the first goes");
+}
+
+#[test]
+fn killed_while_a_step_is_saved_again_a_run_keeps_a_whole_checkpoint_of_it() {
+    let dir = scratch();
+    let config = TrainConfig { steps: Some(2), ..config(dir.path()) };
+    train(&config).unwrap();
+    let names = |dir: &Path| -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    };
+    let checkpoint = dir.path().join("checkpoint-2");
+    let (left, whole) = (names(dir.path()), files(&checkpoint));
+    let context = RunContext::default();
+    let save = |last: u64| {
+        let (run, _) = prepare(&config, &context).unwrap();
+        assert_eq!(run.progress.step, 2, "call {last}");
+        kill::after(last, || run.folder.save(&config, run.watch.provenance(), &run.student, &run.adamw, &run.progress))
+    };
+    let (result, calls) = save(u64::MAX);
+    result.unwrap();
+    assert_eq!((names(dir.path()), files(&checkpoint)), (left.clone(), whole.clone()), "the old one goes");
+    let mut put_back = 0;
+    for last in 0..calls {
+        let (result, _) = save(last);
+        assert!(result.unwrap_err().to_string().contains("killed"), "call {last}");
+        put_back += u64::from(!checkpoint.exists());
+        drop(RunFolder::open(&config).unwrap());
+        assert_eq!(whole_checkpoints(dir.path()), [1, 2], "call {last}");
+        assert_eq!((names(dir.path()), files(&checkpoint)), (left.clone(), whole.clone()), "call {last}");
+    }
+    // The one name is gone and the other not there yet: before the folder's sync, and before the second name.
+    assert_eq!(put_back, 2);
 }
 
 /// One random change of a checkpoint in `dir`, in words. Never none.
