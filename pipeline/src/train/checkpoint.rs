@@ -21,7 +21,7 @@ use super::watch::Standing;
 use super::{Resume, TrainConfig, TrainError, digests};
 use crate::ops::with_f32;
 use crate::student::Student;
-use crate::{Error, Result, adapter, bounded};
+use crate::{Error, Result, adapter};
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -118,7 +118,7 @@ pub(super) struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Reads a checkpoint whose every byte is what was written. Errors: it is not, or there is none.
+    /// Reads a checkpoint whose every byte is what was written. Errors: it is not, or cannot be read, or there is none.
     fn open(path: &Path) -> Result<Self> {
         digests::check(path, &[STATE_FILE, OPTIMIZER_FILE])?;
         Ok(Self { path: path.to_path_buf(), state: read_json(&path.join(STATE_FILE))? })
@@ -144,7 +144,7 @@ impl Checkpoint {
 pub(super) struct Found {
     /// The checkpoint.
     pub checkpoint: Option<Checkpoint>,
-    /// Newer checkpoints that are damaged, a sentence each.
+    /// Newer checkpoints that are damaged or cannot be read, a sentence each.
     pub passed_over: Vec<String>,
 }
 
@@ -336,7 +336,7 @@ fn newest_whole(mut checkpoints: Vec<(u64, PathBuf)>) -> Result<Found> {
                 let passed_over = passed_over.into_iter().map(|why: String| format!("{why}; {instead}")).collect();
                 return Ok(Found { checkpoint: Some(checkpoint), passed_over });
             }
-            Err(Error::Train(e @ (TrainError::Damaged { .. } | TrainError::NoCheckpoint { .. }))) => {
+            Err(Error::Train(e)) if speaks_of(&e, &path) => {
                 passed_over.push(e.to_string());
                 newest.get_or_insert(e);
             }
@@ -344,6 +344,15 @@ fn newest_whole(mut checkpoints: Vec<(u64, PathBuf)>) -> Result<Found> {
         }
     }
     newest.map_or(Ok(Found::default()), |e| Err(e.into()))
+}
+
+/// Whether it is this checkpoint that is wrong: not what was written, of another version, or not to be read.
+fn speaks_of(error: &TrainError, checkpoint: &Path) -> bool {
+    match error {
+        TrainError::Damaged { .. } | TrainError::NoCheckpoint { .. } | TrainError::OtherVersion { .. } => true,
+        TrainError::Io { path, .. } => path.starts_with(checkpoint),
+        _ => false,
+    }
 }
 
 /// Errors: an adapter or a state that holds a value that is not finite, which must not replace one that does not.
@@ -357,7 +366,7 @@ fn refuse_not_finite<'a>(step: u64, tensors: impl Iterator<Item = &'a (String, T
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = bounded::read(path, MAX_JSON_BYTES).map_err(io(path))?;
+    let text = digests::read(path, MAX_JSON_BYTES)?;
     serde_json::from_slice(&text).map_err(|e| {
         let (expected, found) = ("valid JSON of this version".into(), e.to_string());
         TrainError::Damaged { path: path.to_path_buf(), expected, found }.into()

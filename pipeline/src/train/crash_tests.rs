@@ -201,3 +201,43 @@ fn no_change_of_a_checkpoint_goes_unseen() {
     let error = folder.find(&latest, 9).unwrap_err();
     assert!(error.class() == ErrorClass::Integrity && error.to_string().contains("checkpoint-2"), "{error}");
 }
+
+/// The newest of two checkpoints is there and cannot be read, or not by this version: the run goes on from the one before it.
+#[test]
+fn a_checkpoint_that_cannot_be_read_gives_way_to_the_one_before() {
+    let dir = scratch();
+    train(&TrainConfig { steps: Some(2), ..config(dir.path()) }).unwrap();
+    let latest = config(dir.path());
+    let folder = RunFolder::open(&latest).unwrap();
+    let checkpoint = dir.path().join("checkpoint-2");
+    let named = TrainConfig { resume: Resume::Path(checkpoint.clone()), ..latest.clone() };
+    let refused = |class: ErrorClass, words: &str| {
+        let error = folder.find(&named, 9).unwrap_err();
+        assert!(error.class() == class && error.to_string().contains(words), "{error}");
+        let found = folder.find(&latest, 9).unwrap();
+        let said = found.passed_over.join(" ");
+        assert!(said.contains(words) && said.ends_with("checkpoint-1"), "{said}");
+        assert_eq!(found.checkpoint.unwrap().step(), 1, "{words}");
+    };
+    let list = checkpoint.join("digests.json");
+    let good = fs::read(&list).unwrap();
+    fs::write(&list, vec![b' '; (1 << 20) + 1]).unwrap();
+    refused(ErrorClass::Integrity, "digests.json: damaged checkpoint: expected at most 1048576 bytes, found more");
+    // As earlier builds wrote it: digests by name alone.
+    let digests: serde_json::Value = serde_json::from_slice(&good).unwrap();
+    fs::write(&list, digests["files"].to_string()).unwrap();
+    refused(ErrorClass::Mismatch, "checkpoint-2: was written by an earlier version");
+    fs::write(&list, &good).unwrap();
+    assert_eq!(folder.find(&latest, 9).unwrap().checkpoint.unwrap().step(), 2);
+    // What a failing disk gives: a file whose first byte cannot be read (address 0 of the process is none).
+    #[cfg(target_os = "linux")]
+    {
+        fs::remove_file(checkpoint.join("optimizer.safetensors")).unwrap();
+        std::os::unix::fs::symlink("/proc/self/mem", checkpoint.join("optimizer.safetensors")).unwrap();
+        refused(ErrorClass::Runtime, "optimizer.safetensors: Input/output error");
+        // Where no other is left, that is what stops the run.
+        fs::remove_dir_all(dir.path().join("checkpoint-1")).unwrap();
+        let error = folder.find(&latest, 9).unwrap_err().to_string();
+        assert!(error.contains("optimizer.safetensors: Input/output error"), "{error}");
+    }
+}
