@@ -51,9 +51,9 @@ pub(super) struct Progress {
     pub step: u64,
     /// Tokens that went through the model.
     pub tokens: u64,
-    /// Losses of the first [`SMOOTHED`] steps.
+    /// Losses of the first [`SMOOTHED`] steps that had one.
     first_losses: Vec<f64>,
-    /// Losses of the last [`SMOOTHED`] steps.
+    /// Losses of the last [`SMOOTHED`] steps that had one.
     last_losses: Vec<f64>,
     /// Steps of these that were skipped, because they were not finite.
     pub skipped: u64,
@@ -73,11 +73,12 @@ impl Progress {
         self.skipped_in_a_row += 1;
     }
 
-    /// Counts a step that was taken.
-    pub(super) fn advance(&mut self, loss: f64, tokens: u64) {
+    /// Counts a step that was taken; one without a scored position has no loss.
+    pub(super) fn advance(&mut self, loss: Option<f64>, tokens: u64) {
         self.step += 1;
         self.tokens += tokens;
         self.skipped_in_a_row = 0;
+        let Some(loss) = loss else { return };
         if self.first_losses.len() < SMOOTHED as usize {
             self.first_losses.push(loss);
         }
@@ -87,19 +88,19 @@ impl Progress {
         }
     }
 
-    /// Mean loss of the run's first steps.
+    /// Mean loss of the run's first steps; not a number where none had one.
     pub(super) fn first_loss(&self) -> f64 {
         mean(&self.first_losses)
     }
 
-    /// Mean loss of the last steps done.
+    /// Mean loss of the last steps done; not a number where none had one.
     pub(super) fn last_loss(&self) -> f64 {
         mean(&self.last_losses)
     }
 }
 
 fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
+    values.iter().sum::<f64>() / values.len() as f64
 }
 
 /// What `trainer_state.json` holds.

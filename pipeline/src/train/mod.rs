@@ -159,7 +159,7 @@ impl Run<'_> {
         }
         let out = self.folder.path();
         match taken {
-            true => self.progress.advance(step.mean.total, step.tokens),
+            true => self.progress.advance((step.scored > 0).then_some(step.mean.total), step.tokens),
             false => bad_steps::skip(out, &mut self.progress, (&step, grad_norm), records, &self.student)?,
         }
         self.watch.step(&self.progress, (&step, &loss), lr, grad_norm, context)?;
