@@ -303,7 +303,8 @@ fn chunks_do_not_change_a_bit() {
             assert_eq!(bits(&part), bits(&gradient), "chunk {chunk}");
         }
         let alone = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-        let (sums, part) = alone.install(|| fused_batch(&p.hidden, p.head(), &batch, 7, &RunContext::default())).unwrap().unwrap();
+        let (sums, part) =
+            alone.install(|| fused_batch(&p.hidden, p.head(), &batch, 7, &RunContext::default())).unwrap().unwrap();
         assert_eq!((sums, bits(&part)), (whole, bits(&gradient)));
     }
 }

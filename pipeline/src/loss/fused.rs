@@ -19,7 +19,7 @@ use candle_core::{DType, Tensor};
 use potstill_cache::SoftTargets;
 
 /// Vocabulary entries whose gradients are packed at once for the way back to the hidden states.
-const VOCABULARY_STRETCH: usize = 8192;
+pub(crate) const VOCABULARY_STRETCH: usize = 8192;
 
 /// The loss of N scored positions from their hidden states `[N, H]` (f32) and the head, and d(total · scale) / d(hidden) `[N, H]` (f32).
 ///

@@ -19,6 +19,7 @@ mod row;
 mod settings;
 mod unknown;
 
+pub(crate) use fused::VOCABULARY_STRETCH;
 pub use fused::{fused, fused_batch};
 pub use settings::{DEFAULT_BETA, DEFAULT_SKEW, Divergence, LossError, LossSettings, Tail};
 pub use unknown::TailBounds;

@@ -116,12 +116,12 @@ struct FedGradients {
 
 /// Bytes of a row part's widest tensors that exist at once: rows go through the MLP in as many parts as that takes, for a model of
 /// 27,392 intermediate features would need 330 KB a token on the way there and 770 KB on the way back.
-const MLP_BYTES: usize = 512 << 20;
+pub(crate) const MLP_BYTES: usize = 512 << 20;
 /// Fewest rows of such a part: fewer would unpack weights too often.
-const LEAST_MLP_ROWS: usize = 512;
+pub(crate) const LEAST_MLP_ROWS: usize = 512;
 /// Tensors [rows, intermediate] that exist at once, there (gate, up, product) and back (those, their gradients, one packed).
 const WIDE_THERE: usize = 3;
-const WIDE_BACK: usize = 7;
+pub(crate) const WIDE_BACK: usize = 7;
 
 impl Layer {
     /// The linear layers in the order of [`PROJECTIONS`].

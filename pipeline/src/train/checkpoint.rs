@@ -7,8 +7,9 @@
 //!       best/                         the adapter with the lowest held-out loss (PEFT), evaluation.json
 //!       metrics.jsonl  tensorboard/  config.resolved.toml  train.lock  bad-step-N.json
 //! ```
-//! A checkpoint is built under another name, made durable, renamed, and only then are older ones removed; two are always kept. It
-//! is read only when every file has the digest that was written; where the newest one does not, the run goes on from the one before
+//! A checkpoint is built under another name, made durable, renamed, and only then are older ones removed; two are always kept. (One of
+//! the same step is `.checkpoint-N.old` for the moment between the two names; the next run puts it back or removes it.) A checkpoint is
+//! read only when every file has the digest that was written; where the newest one does not, the run goes on from the one before
 //! it, and says so. A run that goes on from an earlier checkpoint moves the later ones to `set-aside/`, so that the newest one in the
 //! folder is always the run's own.
 
@@ -20,7 +21,7 @@ use super::watch::Standing;
 use super::{Resume, TrainConfig, TrainError, digests};
 use crate::ops::with_f32;
 use crate::student::Student;
-use crate::{Error, Result, adapter, bounded};
+use crate::{Error, Result, adapter};
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -33,6 +34,8 @@ const SETTINGS_FILE: &str = "config.resolved.toml";
 const LOCK_FILE: &str = "train.lock";
 const SET_ASIDE: &str = "set-aside";
 const PREFIX: &str = "checkpoint-";
+/// How the hidden name of a checkpoint ends that gives way to another of its step.
+const OLD: &str = ".old";
 /// Fewest checkpoints kept, whatever the settings say.
 const FEWEST_KEPT: usize = 2;
 /// Steps whose mean stands for "at first" and "at last"; one step's loss says more about its conversations.
@@ -48,9 +51,9 @@ pub(super) struct Progress {
     pub step: u64,
     /// Tokens that went through the model.
     pub tokens: u64,
-    /// Losses of the first [`SMOOTHED`] steps.
+    /// Losses of the first [`SMOOTHED`] steps that had one.
     first_losses: Vec<f64>,
-    /// Losses of the last [`SMOOTHED`] steps.
+    /// Losses of the last [`SMOOTHED`] steps that had one.
     last_losses: Vec<f64>,
     /// Steps of these that were skipped, because they were not finite.
     pub skipped: u64,
@@ -70,7 +73,7 @@ impl Progress {
         self.skipped_in_a_row += 1;
     }
 
-    /// Counts a step that was taken; one of rows that were all left out has no loss.
+    /// Counts a step that was taken; one without a scored position has no loss.
     pub(super) fn advance(&mut self, loss: Option<f64>, tokens: u64) {
         self.step += 1;
         self.tokens += tokens;
@@ -85,19 +88,19 @@ impl Progress {
         }
     }
 
-    /// Mean loss of the run's first steps.
+    /// Mean loss of the run's first steps; not a number where none had one.
     pub(super) fn first_loss(&self) -> f64 {
         mean(&self.first_losses)
     }
 
-    /// Mean loss of the last steps done.
+    /// Mean loss of the last steps done; not a number where none had one.
     pub(super) fn last_loss(&self) -> f64 {
         mean(&self.last_losses)
     }
 }
 
 fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
+    values.iter().sum::<f64>() / values.len() as f64
 }
 
 /// What `trainer_state.json` holds.
@@ -116,7 +119,7 @@ pub(super) struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Reads a checkpoint whose every byte is what was written. Errors: it is not, or there is none.
+    /// Reads a checkpoint whose every byte is what was written. Errors: it is not, or cannot be read, or there is none.
     fn open(path: &Path) -> Result<Self> {
         digests::check(path, &[STATE_FILE, OPTIMIZER_FILE])?;
         Ok(Self { path: path.to_path_buf(), state: read_json(&path.join(STATE_FILE))? })
@@ -142,7 +145,7 @@ impl Checkpoint {
 pub(super) struct Found {
     /// The checkpoint.
     pub checkpoint: Option<Checkpoint>,
-    /// Newer checkpoints that are damaged, a sentence each.
+    /// Newer checkpoints that are damaged or cannot be read, a sentence each.
     pub passed_over: Vec<String>,
 }
 
@@ -178,7 +181,24 @@ impl RunFolder {
                 fs::remove_dir_all(&path).map_err(io(&path))?;
             }
         }
+        folder.recover()?;
         Ok(folder)
+    }
+
+    /// Tidies what a run left that was killed while a checkpoint took the place of one of the same step: the older one goes back
+    /// where nothing took its place.
+    fn recover(&self) -> Result<()> {
+        for entry in fs::read_dir(&self.out).map_err(io(&self.out))? {
+            let old = entry.map_err(io(&self.out))?.path();
+            let name = old.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_prefix('.')?.strip_suffix(OLD));
+            let Some(path) = name.filter(|name| name.starts_with(PREFIX)).map(|name| self.out.join(name)) else { continue };
+            if path.exists() {
+                files::remove_folder(&old)?;
+            } else {
+                files::rename(&old, &path)?;
+            }
+        }
+        Ok(())
     }
 
     /// The folder.
@@ -255,10 +275,7 @@ impl RunFolder {
         files::write(&state_file, &serde_json::to_vec_pretty(&state).map_err(|e| io(&state_file)(e.into()))?)?;
         digests::write(&partial)?;
         files::sync(&partial)?;
-        if path.exists() {
-            self.set_aside(&path)?;
-        }
-        files::rename(&partial, &path)?;
+        publish(&partial, &path)?;
         self.prune(config.keep_checkpoints as usize)
     }
 
@@ -298,6 +315,18 @@ impl RunFolder {
     }
 }
 
+/// Gives a finished checkpoint its name. One of the same step that stands there waits under another name until its successor does,
+/// then goes.
+fn publish(partial: &Path, path: &Path) -> Result<()> {
+    let old = path.with_file_name(format!(".{}{OLD}", path.file_name().unwrap_or_default().to_string_lossy()));
+    let replaces = path.exists();
+    if replaces {
+        files::rename(path, &old)?;
+    }
+    files::rename(partial, path)?;
+    if replaces { files::remove_folder(&old) } else { Ok(()) }
+}
+
 /// The newest of these (by rising step) that is whole. Errors: there are some, and none is.
 fn newest_whole(mut checkpoints: Vec<(u64, PathBuf)>) -> Result<Found> {
     let (mut passed_over, mut newest) = (Vec::new(), None);
@@ -308,7 +337,7 @@ fn newest_whole(mut checkpoints: Vec<(u64, PathBuf)>) -> Result<Found> {
                 let passed_over = passed_over.into_iter().map(|why: String| format!("{why}; {instead}")).collect();
                 return Ok(Found { checkpoint: Some(checkpoint), passed_over });
             }
-            Err(Error::Train(e @ (TrainError::Damaged { .. } | TrainError::NoCheckpoint { .. }))) => {
+            Err(Error::Train(e)) if speaks_of(&e, &path) => {
                 passed_over.push(e.to_string());
                 newest.get_or_insert(e);
             }
@@ -316,6 +345,15 @@ fn newest_whole(mut checkpoints: Vec<(u64, PathBuf)>) -> Result<Found> {
         }
     }
     newest.map_or(Ok(Found::default()), |e| Err(e.into()))
+}
+
+/// Whether it is this checkpoint that is wrong: not what was written, of another version, or not to be read.
+fn speaks_of(error: &TrainError, checkpoint: &Path) -> bool {
+    match error {
+        TrainError::Damaged { .. } | TrainError::NoCheckpoint { .. } | TrainError::OtherVersion { .. } => true,
+        TrainError::Io { path, .. } => path.starts_with(checkpoint),
+        _ => false,
+    }
 }
 
 /// Errors: an adapter or a state that holds a value that is not finite, which must not replace one that does not.
@@ -329,7 +367,7 @@ fn refuse_not_finite<'a>(step: u64, tensors: impl Iterator<Item = &'a (String, T
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = bounded::read(path, MAX_JSON_BYTES).map_err(io(path))?;
+    let text = digests::read(path, MAX_JSON_BYTES)?;
     serde_json::from_slice(&text).map_err(|e| {
         let (expected, found) = ("valid JSON of this version".into(), e.to_string());
         TrainError::Damaged { path: path.to_path_buf(), expected, found }.into()

@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::checkpoint::RunFolder;
-use super::{Objective, Resume, TrainConfig, TrainError, digests, files::kill, run};
+use super::{Objective, Resume, TrainConfig, TrainError, digests, files::kill, prepare, run};
 use crate::run::RunContext;
 use crate::{Error, Result};
 use potstill_cache::ErrorClass;
@@ -94,6 +94,40 @@ fn killed_before_any_call_a_run_keeps_whole_checkpoints_and_ends_the_same() {
     assert_eq!(most, 3, "a third one is there before the first goes");
 }
 
+#[test]
+fn killed_while_a_step_is_saved_again_a_run_keeps_a_whole_checkpoint_of_it() {
+    let dir = scratch();
+    let config = TrainConfig { steps: Some(2), ..config(dir.path()) };
+    train(&config).unwrap();
+    let names = |dir: &Path| -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    };
+    let checkpoint = dir.path().join("checkpoint-2");
+    let (left, whole) = (names(dir.path()), files(&checkpoint));
+    let context = RunContext::default();
+    let save = |last: u64| {
+        let (run, _) = prepare(&config, &context).unwrap();
+        assert_eq!(run.progress.step, 2, "call {last}");
+        kill::after(last, || run.folder.save(&config, run.watch.provenance(), &run.student, &run.adamw, &run.progress))
+    };
+    let (result, calls) = save(u64::MAX);
+    result.unwrap();
+    assert_eq!((names(dir.path()), files(&checkpoint)), (left.clone(), whole.clone()), "the old one goes");
+    let mut put_back = 0;
+    for last in 0..calls {
+        let (result, _) = save(last);
+        assert!(result.unwrap_err().to_string().contains("killed"), "call {last}");
+        put_back += u64::from(!checkpoint.exists());
+        drop(RunFolder::open(&config).unwrap());
+        assert_eq!(whole_checkpoints(dir.path()), [1, 2], "call {last}");
+        assert_eq!((names(dir.path()), files(&checkpoint)), (left.clone(), whole.clone()), "call {last}");
+    }
+    // The one name is gone and the other not there yet: before the folder's sync, and before the second name.
+    assert_eq!(put_back, 2);
+}
+
 /// One random change of a checkpoint in `dir`, in words. Never none.
 fn change(dir: &Path, random: &mut ChaCha8Rng) -> String {
     let mut all: Vec<PathBuf> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -166,4 +200,44 @@ fn no_change_of_a_checkpoint_goes_unseen() {
     }
     let error = folder.find(&latest, 9).unwrap_err();
     assert!(error.class() == ErrorClass::Integrity && error.to_string().contains("checkpoint-2"), "{error}");
+}
+
+/// The newest of two checkpoints is there and cannot be read, or not by this version: the run goes on from the one before it.
+#[test]
+fn a_checkpoint_that_cannot_be_read_gives_way_to_the_one_before() {
+    let dir = scratch();
+    train(&TrainConfig { steps: Some(2), ..config(dir.path()) }).unwrap();
+    let latest = config(dir.path());
+    let folder = RunFolder::open(&latest).unwrap();
+    let checkpoint = dir.path().join("checkpoint-2");
+    let named = TrainConfig { resume: Resume::Path(checkpoint.clone()), ..latest.clone() };
+    let refused = |class: ErrorClass, words: &str| {
+        let error = folder.find(&named, 9).unwrap_err();
+        assert!(error.class() == class && error.to_string().contains(words), "{error}");
+        let found = folder.find(&latest, 9).unwrap();
+        let said = found.passed_over.join(" ");
+        assert!(said.contains(words) && said.ends_with("checkpoint-1"), "{said}");
+        assert_eq!(found.checkpoint.unwrap().step(), 1, "{words}");
+    };
+    let list = checkpoint.join("digests.json");
+    let good = fs::read(&list).unwrap();
+    fs::write(&list, vec![b' '; (1 << 20) + 1]).unwrap();
+    refused(ErrorClass::Integrity, "digests.json: damaged checkpoint: expected at most 1048576 bytes, found more");
+    // As earlier builds wrote it: digests by name alone.
+    let digests: serde_json::Value = serde_json::from_slice(&good).unwrap();
+    fs::write(&list, digests["files"].to_string()).unwrap();
+    refused(ErrorClass::Mismatch, "checkpoint-2: was written by an earlier version");
+    fs::write(&list, &good).unwrap();
+    assert_eq!(folder.find(&latest, 9).unwrap().checkpoint.unwrap().step(), 2);
+    // What a failing disk gives: a file whose first byte cannot be read (address 0 of the process is none).
+    #[cfg(target_os = "linux")]
+    {
+        fs::remove_file(checkpoint.join("optimizer.safetensors")).unwrap();
+        std::os::unix::fs::symlink("/proc/self/mem", checkpoint.join("optimizer.safetensors")).unwrap();
+        refused(ErrorClass::Runtime, "optimizer.safetensors: Input/output error");
+        // Where no other is left, that is what stops the run.
+        fs::remove_dir_all(dir.path().join("checkpoint-1")).unwrap();
+        let error = folder.find(&latest, 9).unwrap_err().to_string();
+        assert!(error.contains("optimizer.safetensors: Input/output error"), "{error}");
+    }
 }

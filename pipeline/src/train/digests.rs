@@ -11,6 +11,7 @@ use crate::{Result, bounded};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::Path;
 
 /// Name of the list.
@@ -50,7 +51,8 @@ pub(super) fn write(folder: &Path) -> Result<()> {
 
 /// Proves that the folder holds what was written, `needed` among it.
 ///
-/// Errors: no such folder or no list in it; a list or a file that is not what was written.
+/// Errors: no such folder or no list in it; a list or a file that is not what was written, or cannot be read; a list of an earlier
+/// version.
 pub(super) fn check(folder: &Path, needed: &[&str]) -> Result<()> {
     let path = folder.join(DIGESTS_FILE);
     if !path.is_file() {
@@ -71,11 +73,32 @@ pub(super) fn check(folder: &Path, needed: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// A file of a checkpoint. Errors: it cannot be read; one with more bytes than any that was written, which is damage.
+pub(super) fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
+    bounded::read(path, most).map_err(|source| match source.kind() {
+        ErrorKind::FileTooLarge => {
+            let (expected, found) = (format!("at most {most} bytes"), "more".into());
+            TrainError::Damaged { path: path.to_path_buf(), expected, found }.into()
+        }
+        _ => io(path)(source),
+    })
+}
+
+/// Whether this is a list as versions before this one wrote it: digests by name, and none of the list itself.
+fn is_of_earlier_version(text: &[u8]) -> bool {
+    let is_digest = |digest: &String| digest.len() == 2 * blake3::OUT_LEN && digest.bytes().all(|b| b.is_ascii_hexdigit());
+    serde_json::from_slice::<Digests>(text).is_ok_and(|files| !files.is_empty() && files.values().all(is_digest))
+}
+
 /// What the list says, its own digest checked.
 fn listed(path: &Path) -> Result<Digests> {
     let damaged =
         |expected: &str, found: String| TrainError::Damaged { path: path.to_path_buf(), expected: expected.into(), found };
-    let text = bounded::read(path, MAX_LIST_BYTES).map_err(io(path))?;
+    let text = read(path, MAX_LIST_BYTES)?;
+    if is_of_earlier_version(&text) {
+        let folder = path.parent().unwrap_or(path).to_path_buf();
+        return Err(TrainError::OtherVersion { path: folder }.into());
+    }
     let list: List = serde_json::from_slice(&text).map_err(|e| damaged("a list of digests", e.to_string()))?;
     let again = List::of(list.files.clone()).map_err(|e| io(path)(e.into()))?;
     if again.blake3 != list.blake3 {

@@ -194,6 +194,16 @@ pub enum TrainError {
         /// What is there.
         found: String,
     },
+    /// A checkpoint in a form that this version does not read.
+    #[error(
+        "{path}: was written by an earlier version of the program, whose checkpoints this one does not read; begin anew with another \
+         --out, or finish the run with that version",
+        path = path.display()
+    )]
+    OtherVersion {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A checkpoint of a run with other settings.
     #[error("{checkpoint}: was written by a run with other settings: {differences}; give the same settings, or another --out", checkpoint = checkpoint.display())]
     OtherRun {
@@ -254,6 +264,7 @@ impl TrainError {
             TrainError::Locked { .. } => ErrorClass::Locked,
             TrainError::OtherTokenizer { .. }
             | TrainError::OtherRun { .. }
+            | TrainError::OtherVersion { .. }
             | TrainError::Narrow { .. }
             | TrainError::OwnTokenizer { .. }
             | TrainError::Short { .. }

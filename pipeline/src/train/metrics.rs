@@ -1,5 +1,6 @@
 //! `metrics.jsonl`: one object a step, and one an evaluation (`{"step": N, "eval": {…}}`, after the line of step N), appended and
-//! flushed, in rising steps. After a resume, lines beyond the checkpoint are dropped first, so that none stands there twice.
+//! flushed, in rising steps. After a resume, lines beyond the checkpoint are dropped first, so that none stands there twice; so is
+//! everything from the first line on that a crash tore.
 
 use super::checkpoint::Progress;
 use super::watch::Evaluation;
@@ -23,7 +24,8 @@ const METRICS_FILE: &str = "metrics.jsonl";
 pub(super) struct StepMetrics {
     /// Counted from 1.
     step: u64,
-    /// Nats a scored position: kd_alpha · T² · kd + kd_ce_alpha · ce. Null where it is not finite.
+    /// Nats a scored position: kd_alpha · T² · kd + kd_ce_alpha · ce. Null where it is not finite, and of a step
+    /// without a scored position, as are both terms.
     loss: f64,
     /// The divergence, absent without a distillation term.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -69,11 +71,12 @@ impl StepMetrics {
         grad_norm: f64,
         (tokens_per_second, elapsed): (f64, Duration),
     ) -> Self {
+        let mean = |sum: f64| if step.scored > 0 { sum } else { f64::NAN };
         Self {
             step: progress.step,
-            loss: step.mean.total,
-            kd: (settings.kd_alpha > 0.0).then_some(step.mean.kd),
-            ce: step.mean.ce,
+            loss: mean(step.mean.total),
+            kd: (settings.kd_alpha > 0.0).then_some(mean(step.mean.kd)),
+            ce: mean(step.mean.ce),
             lr,
             grad_norm,
             tokens: step.tokens,
@@ -86,9 +89,11 @@ impl StepMetrics {
 
     /// Every figure that is worth a curve, by its name.
     pub(super) fn figures(&self) -> Vec<(&'static str, f64)> {
-        let mut all = vec![("loss", self.loss), ("ce", self.ce), ("lr", self.lr), ("grad_norm", self.grad_norm)];
-        all.extend(self.kd.map(|kd| ("kd", kd)));
-        all.push(("tokens_per_second", self.tokens_per_second));
+        let mut all = vec![("lr", self.lr), ("grad_norm", self.grad_norm), ("tokens_per_second", self.tokens_per_second)];
+        if self.scored > 0 {
+            all.extend([("loss", self.loss), ("ce", self.ce)]);
+            all.extend(self.kd.map(|kd| ("kd", kd)));
+        }
         all
     }
 
@@ -97,7 +102,8 @@ impl StepMetrics {
         let both = self.kd.filter(|_| settings.kd_ce_alpha > 0.0);
         let terms = both.map(|kd| format!(" (kd {kd:.4}, ce {:.4})", self.ce)).unwrap_or_default();
         let digits = usize::from(self.tokens_per_second < 10.0);
-        format!("loss {:.4}{terms}, {:.digits$} tokens/s", self.loss, self.tokens_per_second)
+        let loss = if self.scored > 0 { format!("loss {:.4}{terms}", self.loss) } else { "no scored position".into() };
+        format!("{loss}, {:.digits$} tokens/s", self.tokens_per_second)
     }
 }
 
@@ -148,13 +154,15 @@ impl Metrics {
         }
         let path = out.join(METRICS_FILE);
         let io = |source| TrainError::Io { path: path.clone(), source };
-        let old = match std::fs::read_to_string(&path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+        let old = match std::fs::read(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             read => read.map_err(io)?,
         };
         let last = |line: &Line| if line.eval.is_some() { evaluated } else { step };
-        let kept = |line: &&str| serde_json::from_str::<Line>(line).is_ok_and(|line| line.step <= last(&line));
-        let text: String = old.lines().take_while(kept).flat_map(|line| [line, "\n"]).collect();
+        // As text first: what is no UTF-8 is torn, wherever in the line it stands.
+        let parsed = |line: &[u8]| serde_json::from_str::<Line>(std::str::from_utf8(line).ok()?).ok();
+        let kept = |line: &&[u8]| parsed(line).is_some_and(|line| line.step <= last(&line));
+        let text = old.split(|byte| *byte == b'\n').take_while(kept).flat_map(|line| [line, b"\n"]).collect::<Vec<_>>().concat();
         if text != old {
             let partial = out.join(format!(".{METRICS_FILE}.partial"));
             std::fs::write(&partial, text).map_err(io)?;
@@ -228,6 +236,40 @@ mod tests {
         assert_eq!(line.remark(&mixed), "loss 1.5000 (kd 1.0000, ce 2.0000), 1234568 tokens/s");
         line.tokens_per_second = 9.94;
         assert_eq!(line.remark(&LossSettings::default()), "loss 1.5000, 9.9 tokens/s");
+    }
+
+    #[test]
+    fn a_step_without_a_scored_position_has_no_loss() {
+        let mut progress = Progress::default();
+        assert!(progress.first_loss().is_nan() && progress.last_loss().is_nan());
+        progress.advance(Some(2.0), 10);
+        progress.advance(None, 0);
+        assert_eq!((progress.step, progress.tokens, progress.first_loss(), progress.last_loss()), (2, 10, 2.0, 2.0));
+
+        let line = |step: &Step| {
+            let settings = LossSettings { kd_alpha: 1.0, ..LossSettings::default() };
+            StepMetrics::new(&progress, step, &settings, 1e-4, 0.0, (100.0, Duration::from_secs(1)))
+        };
+        let none = line(&Step::default());
+        let json = serde_json::to_value(&none).unwrap();
+        assert!(["loss", "kd", "ce"].iter().all(|name| json.get(name).is_some_and(|value| value.is_null())), "{json}");
+        assert_eq!(none.remark(&LossSettings::default()), "no scored position, 100 tokens/s");
+        let names = |line: &StepMetrics| line.figures().into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+        assert_eq!(names(&none), ["lr", "grad_norm", "tokens_per_second"]);
+        let some = line(&Step { scored: 1, ..Step::default() });
+        assert_eq!(serde_json::to_value(&some).unwrap()["loss"], 0.0);
+        assert_eq!(names(&some), ["lr", "grad_norm", "tokens_per_second", "loss", "ce", "kd"]);
+    }
+
+    #[test]
+    fn what_a_crash_tore_is_dropped_with_all_that_follows() {
+        let out = tempfile::tempdir().unwrap();
+        let path = out.path().join(METRICS_FILE);
+        for torn in [&b"{\"step\":2,\"lo\xff\xfe"[..], b"{\"step\":2,\"\xff\":1}", b"\0\0\0\0", b""] {
+            std::fs::write(&path, [b"{\"step\":1}\n", torn, b"\n{\"step\":2}\n"].concat()).unwrap();
+            Metrics::open(out.path(), 9, 9).unwrap();
+            assert_eq!(std::fs::read(&path).unwrap(), b"{\"step\":1}\n", "{torn:?}");
+        }
     }
 
     #[test]

@@ -12,30 +12,22 @@
 //! | always | embedding [V, H] as stored, bf16 (2): rows are read of it, so it stays in its file | host |
 //! | loss, backward | input of each layer [T, H] (4); scored hidden states [N, H] (4) | device |
 //! | loss | their norms and gradients [N, H] (3 · 4); logits of a chunk [n, V] (4); a stretch of them packed [n, 8192] (4) | device |
-//! | backward | one layer's gradients beside the sums over packs (4); one layer's tensors ([`layer_backward`]) | device |
+//! | backward | one layer's gradients beside the sums over packs (4); one layer's tensors (`layer_backward`) | device |
 //!
 //! The optimiser changes A and B where they lie.
 
 use super::TrainConfig;
-use super::optimizer::OptimizerKind;
+use super::optimizer::{BLOCK, OptimizerKind};
+use crate::Result;
 use crate::adapter::TargetModules;
 use crate::linear::nf4;
+use crate::loss::VOCABULARY_STRETCH;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{features, has_bias};
-use crate::model::layer::PROJECTIONS;
-use crate::{Error, Result};
+use crate::model::layer::{LEAST_MLP_ROWS, MLP_BYTES, PROJECTIONS, WIDE_BACK};
 use potstill_cache::Manifest;
 use serde::Serialize;
 
-/// Bytes of the widest tensors of the MLP that exist at once, and fewest rows of a part, as `model/layer.rs` has them.
-const MLP_BYTES: u64 = 512 << 20;
-const LEAST_MLP_ROWS: u64 = 512;
-/// Tensors [rows, intermediate] at once on the way back: gate, up, their product, the three gradients, one packed.
-const WIDE_BACK: u64 = 7;
-/// Vocabulary entries packed at once on the way back from logits, as `loss/fused.rs` has them.
-const VOCABULARY_STRETCH: u64 = 8192;
-/// Numbers that share a scale in an 8-bit optimiser's state.
-const STATE_BLOCK: u64 = 256;
 /// Bytes of an f32, and of a bf16.
 const F32: u64 = 4;
 const BF16: u64 = 2;
@@ -137,7 +129,7 @@ pub struct Run {
     pub rows: u64,
     /// Optimiser steps.
     pub steps: u64,
-    /// Passes over the cache that these are.
+    /// Passes over the rows that are trained on (all but those held out) that these are.
     pub epochs: f64,
     /// Tokens of a step, on average.
     pub tokens_per_step: f64,
@@ -165,13 +157,14 @@ pub struct Outlook {
 }
 
 /// Looks at a run's settings: `config.json` of the student, which may be all that its folder holds, and the manifest of the cache if one
-/// is named. Nothing is written. Errors: settings out of their ranges, a config or manifest that cannot be read, a student that is
-/// quantised already.
+/// is named. Nothing is written. Errors: settings that a run refuses before it reads its rows (naming neither cache nor data is allowed
+/// here), a config or manifest that cannot be read, a student that is quantised already.
 pub fn look(config: &TrainConfig) -> Result<Outlook> {
-    config.loss_settings()?;
+    config.loss_plan()?;
+    config.check_schedule()?;
     config.lora().check()?;
-    if config.batch_size == 0 {
-        return Err(Error::Setting { name: "batch_size", found: "0".into(), expected: "at least 1".into() });
+    if !(config.cache.as_os_str().is_empty() && config.data.is_empty()) {
+        config.check_rows()?;
     }
     let model = ModelConfig::from_folder(&config.student)?;
     model.check_dense(&config.student)?;
@@ -199,7 +192,7 @@ pub fn memory(model: &ModelConfig, s: &MemorySettings) -> Memory {
         StateWidth::Blocks8 => 2 * (trainable + F32 * blocks),
     };
     let chunk = s.head_chunk.min(s.scored) * model.vocab_size as u64 * F32;
-    let stretch = s.head_chunk.min(s.scored) * VOCABULARY_STRETCH.min(model.vocab_size as u64) * F32;
+    let stretch = s.head_chunk.min(s.scored) * (VOCABULARY_STRETCH as u64).min(model.vocab_size as u64) * F32;
     let of_layer = if s.packs == Packs::Several { F32 * trainable / model.layers.max(1) as u64 } else { 0 };
     let (device, always) = (Place::Device, When::Always);
     let part = |name, when, bytes| Part { name, place: device, when, bytes };
@@ -268,52 +261,66 @@ fn adapters(model: &ModelConfig, s: &MemorySettings) -> (u64, u64) {
     for projection in (0..PROJECTIONS.len()).filter(|projection| s.targets.contains(*projection)) {
         let (outputs, inputs) = features(model, projection);
         let (a, b) = (s.rank * inputs as u64, s.rank * outputs as u64);
-        sum = (sum.0 + a + b, sum.1 + a.div_ceil(STATE_BLOCK) + b.div_ceil(STATE_BLOCK));
+        sum = (sum.0 + a + b, sum.1 + a.div_ceil(BLOCK as u64) + b.div_ceil(BLOCK as u64));
     }
     (sum.0 * model.layers as u64, sum.1 * model.layers as u64)
 }
 
-/// Bytes of what exists in the backward of one layer at its peak, its input (kept) aside: the larger of its two halves. All f32.
+/// Bytes of what exists in the backward of one layer at its peak, its input (kept) aside: the largest of three moments. All f32.
 ///
 /// | in | [T, ·] | [rows, ·] of the MLP's part |
 /// |---|---|---|
-/// | both | normed, h, dL/dy (H each), q, attended (heads · d), k, v (kv · d), log-sum-exp (heads), A x of q, k, v, o (r) | |
-/// | both, with norms of q and k | q and k before them | |
+/// | each | normed, h, dL/dy (H each), q, attended (heads · d), k, v (kv · d), log-sum-exp (heads), A x of q, k, v, o (r) | |
+/// | each, with norms of q and k | q and k before them | |
 /// | MLP | dL/dh (H; twice while parts are joined) | gate, up, product, their gradients, one packed; three of H; A x of the three |
-/// | attention | dL/dh, d normed, dL/dx (H), d attended, dq (heads · d), dk, dv (kv · d), one packed | |
+/// | attention's own way back | dL/dh (H), d attended, dq (heads · d), dk, dv (kv · d); dq, dk, dv of each query head (heads · d each); panels of keys, of keys turned, of values (kv · d each) | |
+/// | its projections' | dL/dh, d normed, dL/dx (H), d attended, dq before and after rope (heads · d each), dk likewise, dv (kv · d), one packed | |
 fn layer_backward(model: &ModelConfig, s: &MemorySettings) -> u64 {
     let (h, i, heads) = (model.hidden_size as u64, model.intermediate_size as u64, model.heads as u64);
     let (q, kv) = (heads * model.head_dim as u64, (model.kv_heads * model.head_dim) as u64);
     let low = |projections: std::ops::Range<usize>| s.rank * projections.filter(|p| s.targets.contains(*p)).count() as u64;
     let unnormed = if model.head_norms { q + kv } else { 0 };
     let both = 3 * h + 2 * q + 2 * kv + heads + low(0..4) + unnormed;
-    let rows = (MLP_BYTES / (WIDE_BACK * F32 * i)).max(LEAST_MLP_ROWS).min(s.tokens);
+    let wide = WIDE_BACK as u64;
+    let rows = (MLP_BYTES as u64 / (wide * F32 * i)).max(LEAST_MLP_ROWS as u64).min(s.tokens);
     let joined = if rows < s.tokens { 2 * h } else { h };
-    let mlp = s.tokens * (both + joined) + rows * (WIDE_BACK * i + 3 * h + low(4..PROJECTIONS.len()));
-    let attention = s.tokens * (both + 3 * h + 2 * q + 2 * kv + h.max(q));
-    F32 * mlp.max(attention)
+    let mlp = s.tokens * (both + joined) + rows * (wide * i + 3 * h + low(4..PROJECTIONS.len()));
+    let attention = s.tokens * (both + h + 2 * q + 2 * kv + 3 * q + 3 * kv);
+    let projections = s.tokens * (both + 3 * h + 3 * q + 3 * kv + h.max(q));
+    F32 * mlp.max(attention).max(projections)
 }
 
 /// Steps and tokens over this cache. Of a cache that is not finished, what is there stands for the whole.
 fn steps(config: &TrainConfig, manifest: &Manifest) -> Run {
     let rows = manifest.description.expected_rows;
-    let steps = config.total_steps(rows.saturating_sub(u64::from(config.eval_rows)).max(1));
+    let (steps, epochs) = passes(config, rows);
     let (there, batch) = (manifest.rows().max(1) as f64, f64::from(config.batch_size));
     Run {
         rows,
         steps,
-        epochs: steps as f64 * batch / rows.max(1) as f64,
+        epochs,
         tokens_per_step: manifest.tokens() as f64 / there * batch,
         scored_per_step: manifest.scored() as f64 / there * batch,
         max_length: u64::from(manifest.description.encoding.max_length),
     }
 }
 
+/// Steps over a cache of `rows` rows, and how often each row that is not held out comes in them.
+fn passes(config: &TrainConfig, rows: u64) -> (u64, f64) {
+    let trained = rows.saturating_sub(u64::from(config.eval_rows)).max(1);
+    let steps = config.total_steps(trained);
+    (steps, steps as f64 * f64::from(config.batch_size) / trained as f64)
+}
+
 /// The largest pack that may come: `pack_tokens`, or one longer conversation, but never more than a step has.
 fn memory_settings(config: &TrainConfig, run: Option<&Run>) -> MemorySettings {
     let pack_tokens = u64::from(config.pack_tokens);
     let batch = u64::from(config.batch_size);
-    let longest = run.map_or(pack_tokens, |run| run.max_length);
+    let longest = match run {
+        Some(run) => run.max_length,
+        None if !config.data.is_empty() => u64::from(config.max_length),
+        None => pack_tokens,
+    };
     let tokens = pack_tokens.max(longest).min(batch * longest);
     MemorySettings {
         tokens,

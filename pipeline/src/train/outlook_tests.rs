@@ -8,6 +8,7 @@ use crate::model::config::{Biases, Quantization};
 use crate::model::decoder::{Decoder, Holding};
 use crate::run::RunContext;
 use crate::student::{LoraSettings, Student};
+use crate::train::Objective;
 use candle_core::Device;
 use std::path::{Path, PathBuf};
 
@@ -108,10 +109,27 @@ fn the_mlp_of_a_wide_student_goes_back_in_parts() {
     let token = 3 * 5120 + 2 * 5120 + 2 * 5120 + 40 + 4 * 64 + 2 * 5120;
     let row = 7 * 13_696 + 3 * 5120 + 3 * 64;
     assert_eq!(bytes(&memory(&fourteen_b(), &settings()), "one layer's backward"), (2048 * token + 1399 * row) * 4);
-    // With few tokens the attention's half is the larger where the MLP is narrow.
-    let narrow = ModelConfig { intermediate_size: 64, ..half_b() };
-    let token = 3 * 896 + 2 * 896 + 2 * 128 + 14 + 4 * 64 + 3 * 896 + 2 * 896 + 2 * 128 + 896;
-    assert_eq!(bytes(&memory(&narrow, &settings()), "one layer's backward"), 2048 * token * 4);
+}
+
+#[test]
+fn where_the_mlp_is_narrow_attention_is_the_peak_of_a_layer() {
+    // Keys and values of two heads: its projections' way back. Beside what each moment has: dh, d normed, dx (896 each), d attended, dq
+    // twice (896 each), dk twice, dv (128 each), one packed (896).
+    let narrow = |model: ModelConfig| memory(&ModelConfig { intermediate_size: 64, ..model }, &settings());
+    let token = 3 * 896 + 2 * 896 + 2 * 128 + 14 + 4 * 64 + 3 * 896 + 3 * 896 + 3 * 128 + 896;
+    assert_eq!(bytes(&narrow(half_b()), "one layer's backward"), 2048 * token * 4);
+    // As many heads of keys and values as of queries: its own. dh, d attended, dq, dk, dv of all heads; dq, dk, dv of each head; three
+    // panels: eleven of 4096.
+    let token = 3 * 4096 + 2 * 4096 + 2 * 4096 + 32 + 4 * 64 + 11 * 4096;
+    assert_eq!(bytes(&narrow(seven_b()), "one layer's backward"), 2048 * token * 4);
+}
+
+#[test]
+fn rows_held_out_are_not_passed_over() {
+    let config = TrainConfig { batch_size: 16, eval_rows: 20, ..TrainConfig::default() };
+    assert_eq!(passes(&config, 100), (5, 1.0));
+    assert_eq!(passes(&TrainConfig { steps: Some(15), ..config.clone() }, 100), (15, 3.0));
+    assert_eq!(passes(&TrainConfig { eval_rows: 0, steps: Some(25), ..config }, 100), (25, 4.0));
 }
 
 #[test]
@@ -182,9 +200,21 @@ fn a_config_alone_is_enough_and_nothing_else_is_read() {
     assert!(bytes(&several.memory, "gradients of a layer") > 0);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing was written");
 
+    // Of chats the longest may be as long as the settings allow, and a step of one is no longer than that.
+    let chats = TrainConfig { data: vec!["none".into()], objective: Objective::Sft, max_length: 300, ..config.clone() };
+    assert_eq!(look(&chats).unwrap().pack_tokens, 300);
+    assert_eq!(look(&TrainConfig { max_length: 600, batch_size: 16, ..chats.clone() }).unwrap().pack_tokens, 600);
+
     let error = |config: TrainConfig| look(&config).unwrap_err().to_string();
     assert!(error(TrainConfig { cache: dir.path().into(), ..config.clone() }).contains("manifest.json"));
     assert!(error(TrainConfig { batch_size: 0, ..config.clone() }).contains("batch_size"));
     assert!(error(TrainConfig { dropout: 1.0, ..config.clone() }).contains("dropout"));
+    // What a run refuses before it reads its rows is refused here too.
+    assert!(error(TrainConfig { cache: "cache".into(), ..chats.clone() }).contains("both cache and data are given"));
+    assert!(
+        error(TrainConfig { objective: Objective::Distill, ..chats }).contains("objective = distill: expected sft with data")
+    );
+    assert!(error(TrainConfig { kd_alpha_end: Some(0.5), ..config.clone() }).contains("loss_schedule = constant"));
+    assert!(error(TrainConfig { min_lr_ratio: 0.1, ..config.clone() }).contains("min_lr_ratio = 0.1"));
     assert!(error(TrainConfig { student: golden("teacher-awq"), ..config }).contains("quantised"));
 }

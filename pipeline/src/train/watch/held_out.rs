@@ -11,7 +11,7 @@ use super::probe::{self, Look, Looks};
 use crate::data::pack::{self, Pack, Sequence};
 use crate::loss::LossSettings;
 use crate::run::RunContext;
-use crate::student::Student;
+use crate::student::{Student, Walk};
 use crate::{Error, Result};
 use potstill_cache::{Cache, Order, Record, Sampler, SoftTargets};
 use rayon::prelude::*;
@@ -165,15 +165,6 @@ fn check_teacher(own: &Cache, other: &Cache) -> Result<()> {
     }
 }
 
-/// How a walk ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Walk {
-    /// At its end, or where the visitor had enough.
-    Done,
-    /// Because a stop was asked for.
-    Stopped,
-}
-
 impl Sample {
     fn vocabulary(&self) -> u32 {
         self.cache.manifest().description.vocab_size
@@ -219,11 +210,9 @@ impl Sample {
             let records = rows.par_iter().map(|row| Ok(self.cache.row(*row)?)).collect::<Result<Vec<Record>>>()?;
             let records: Vec<Record> = records.into_iter().filter(|r| !r.positions.is_empty()).collect();
             for range in pack::plan(records.iter().map(|r| r.input_ids.len()), config.pack_tokens as usize) {
-                if context.stopping() {
-                    return Ok(Walk::Stopped);
-                }
-                if self.pack(student, &records[range], config.head_chunk as usize, &mut visit)?.is_break() {
-                    return Ok(Walk::Done);
+                let records = &records[range];
+                if let ControlFlow::Break(end) = self.pack(student, records, config.head_chunk as usize, context, &mut visit)? {
+                    return Ok(end);
                 }
             }
             done += rows.len();
@@ -243,26 +232,32 @@ impl Sample {
         all.then(|| Targets { lse_t: reading.lse_t(&read), drawn: reading.drawn(), stored, read })
     }
 
-    /// One pack of a walk.
+    /// One pack of a walk; breaks off with how the walk ends.
     fn pack(
         &self,
         student: &Student,
         records: &[Record],
         head_chunk: usize,
+        context: &RunContext,
         visit: &mut impl FnMut(Chunk<'_>) -> Result<ControlFlow<()>>,
-    ) -> Result<ControlFlow<()>> {
+    ) -> Result<ControlFlow<Walk>> {
         let pack = Pack::new(records.iter().map(|r| Sequence { input_ids: &r.input_ids, positions: &r.positions }));
         let targets = self.targets(records);
-        let (hidden, _) = student.forward(&pack)?;
+        let stopped = Ok(ControlFlow::Break(Walk::Stopped));
+        let Some(hidden) = student.hidden(&pack, context)? else { return stopped };
         for first in (0..pack.labels().len()).step_by(head_chunk.max(1)) {
+            if context.stopping() {
+                return stopped;
+            }
             let n = head_chunk.max(1).min(pack.labels().len() - first);
-            let logits = student.decoder().logits(&hidden.narrow(0, first, n)?)?;
-            let vocab = logits.dim(1)?;
-            let logits = logits.flatten_all()?.to_vec1::<f32>()?;
+            let (logits, vocab) = {
+                let logits = student.decoder().logits(&hidden.narrow(0, first, n)?)?;
+                (logits.flatten_all()?.to_vec1::<f32>()?, logits.dim(1)?)
+            };
             let labels = &pack.labels()[first..first + n];
             let chunk = Chunk { logits, vocab, labels, first, targets: targets.as_ref() };
             if visit(chunk)?.is_break() {
-                return Ok(ControlFlow::Break(()));
+                return Ok(ControlFlow::Break(Walk::Done));
             }
         }
         Ok(ControlFlow::Continue(()))
