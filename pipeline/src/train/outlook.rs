@@ -18,12 +18,12 @@
 
 use super::TrainConfig;
 use super::optimizer::OptimizerKind;
+use crate::Result;
 use crate::adapter::TargetModules;
 use crate::linear::nf4;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{features, has_bias};
 use crate::model::layer::PROJECTIONS;
-use crate::Result;
 use potstill_cache::Manifest;
 use serde::Serialize;
 
