@@ -2,15 +2,20 @@
 # Kills stage two at random moments and lets it go on, over and over: each finished adapter must equal, byte for byte, that of a run that
 # was never interrupted, and so must the optimiser's last state.
 #
-#   scripts/kill_train.sh [KILLS] [POTSTILL]        50 kills of target/release/potstill unless said otherwise
+#   scripts/kill_train.sh [KILLS [POTSTILL [FLAGS]]]        50 kills of target/release/potstill unless said otherwise
 #
 # Works on the models of `potstill demo`, with a new checkpoint after every second step. The state is kept in f32 and in 8 bits by turns,
-# rows come from the cache and from chats by turns. Exit 1 at the first difference; the folders are kept then and named.
+# rows come from the cache and from chats by turns. FLAGS, in one word, are given to the runs from the cache besides:
+#
+#   scripts/kill_train.sh 20 target/release/potstill "--eval-rows 8 --eval-every 5 --dropout 0.1"
+#
+# The best adapter is compared too where there is one. Exit 1 at the first difference; the folders are kept then and named.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 kills=${1:-50}
 potstill=${2:-target/release/potstill}
+read -ra flags <<< "${3:-}"
 [ -x "$potstill" ] || { echo "kill_train.sh: $potstill: expected the program (cargo build --release)" >&2; exit 2; }
 work=$(mktemp -d)
 wrong() { echo "kill_train.sh: $* ($work)" >&2; exit 1; }
@@ -20,7 +25,7 @@ steps=24
 fixed=(--quiet --config pipeline/recipes/tiny.toml --student "$work/demo/miniature/student" --steps "$steps" --batch-size 8
     --checkpoint-every 2)
 arms=(cache chats)
-rows_cache=(--cache "$work/demo/cache" --optimizer adamw)
+rows_cache=(--cache "$work/demo/cache" --optimizer adamw "${flags[@]}")
 rows_chats=(--objective sft --data "$work/demo/miniature/chats.jsonl" --max-length 256 --optimizer adamw-8bit --schedule wsd)
 
 now() { date +%s%N; }
@@ -41,8 +46,9 @@ for arm in "${arms[@]}"; do
 done
 
 compare() { # ARM
-    local file
-    for file in adapter/adapter_model.safetensors adapter/adapter_config.json "checkpoint-$steps/optimizer.safetensors"; do
+    local file files=(adapter/adapter_model.safetensors adapter/adapter_config.json "checkpoint-$steps/optimizer.safetensors")
+    [ ! -e "$work/reference-$1/best" ] || files+=(best/adapter_model.safetensors best/evaluation.json)
+    for file in "${files[@]}"; do
         cmp "$work/reference-$1/$file" "$work/run-$1/$file" || wrong "$file of $1 differs after $killed kills"
     done
     rm -rf "$work/run-$1"

@@ -51,10 +51,10 @@ pub(super) struct Progress {
     pub step: u64,
     /// Tokens that went through the model.
     pub tokens: u64,
-    /// Losses of the first [`SMOOTHED`] steps that had one.
-    first_losses: Vec<f64>,
+    /// Losses of the first [`SMOOTHED`] steps that had one; f32, which JSON gives back to the bit.
+    first_losses: Vec<f32>,
     /// Losses of the last [`SMOOTHED`] steps that had one.
-    last_losses: Vec<f64>,
+    last_losses: Vec<f32>,
     /// Steps of these that were skipped, because they were not finite.
     pub skipped: u64,
     /// How many of them came last, without another between.
@@ -78,7 +78,7 @@ impl Progress {
         self.step += 1;
         self.tokens += tokens;
         self.skipped_in_a_row = 0;
-        let Some(loss) = loss else { return };
+        let Some(loss) = loss.map(|loss| loss as f32) else { return };
         if self.first_losses.len() < SMOOTHED as usize {
             self.first_losses.push(loss);
         }
@@ -99,8 +99,8 @@ impl Progress {
     }
 }
 
-fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len() as f64
+fn mean(values: &[f32]) -> f64 {
+    values.iter().map(|value| f64::from(*value)).sum::<f64>() / values.len() as f64
 }
 
 /// What `trainer_state.json` holds.

@@ -1,12 +1,13 @@
 //! What a run leaves behind however it ends: killed before any of its operations on files, or with a checkpoint that was changed
 //! afterwards.
 //!
-//! Killed before every second operation by default, before each with `POTSTILL_CAMPAIGN_FAULTS=all`; changed as often as
+//! Killed before every second or third operation by default, before each with `POTSTILL_CAMPAIGN_FAULTS=all`; changed as often as
 //! `POTSTILL_CAMPAIGN_MUTATIONS` says (1,000).
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::checkpoint::RunFolder;
 use super::{Objective, Resume, TrainConfig, TrainError, digests, files::kill, prepare, run};
+use crate::precompute::{self, PrecomputeConfig};
 use crate::run::RunContext;
 use crate::{Error, Result};
 use potstill_cache::ErrorClass;
@@ -65,15 +66,18 @@ fn whole_checkpoints(out: &Path) -> Vec<u64> {
     steps
 }
 
-#[test]
-fn killed_before_any_call_a_run_keeps_whole_checkpoints_and_ends_the_same() {
+/// Kills a run before its operations on files, every `every`-th of them, and lets it go on: it keeps whole checkpoints, and ends with
+/// the bytes of one that was never killed.
+fn killed_and_gone_on(every: usize, config: impl Fn(&Path) -> TrainConfig) {
     let whole = scratch();
     let (result, calls) = kill::after(u64::MAX, || train(&config(whole.path())));
     result.unwrap();
-    let expected = files(&whole.path().join("adapter"));
+    let ends = ["adapter", "best"].map(|name| (name, whole.path().join(name))).into_iter().filter(|(_, path)| path.exists());
+    let expected: Vec<_> = ends.map(|(name, path)| (name, files(&path))).collect();
+    assert_eq!(expected.len(), 1 + usize::from(config(whole.path()).evaluates()));
     digests::check(&whole.path().join("adapter"), &["adapter_model.safetensors"]).unwrap();
     assert_eq!(whole_checkpoints(whole.path()), [STEPS - 1, STEPS]);
-    let every = if std::env::var("POTSTILL_CAMPAIGN_FAULTS").is_ok_and(|all| all == "all") { 1 } else { 2 };
+    let every = if std::env::var("POTSTILL_CAMPAIGN_FAULTS").is_ok_and(|all| all == "all") { 1 } else { every };
     println!("{calls} calls, killed before every {every}");
     let mut most = 0;
     for last in (0..calls).step_by(every) {
@@ -86,12 +90,47 @@ fn killed_before_any_call_a_run_keeps_whole_checkpoints_and_ends_the_same() {
         most = most.max(left.len());
         assert!(left.windows(2).all(|pair| pair[1] == pair[0] + 1), "call {last}: {left:?}");
         train(&config(dir.path())).unwrap_or_else(|error| panic!("after call {last}: {error}"));
-        assert_eq!(files(&dir.path().join("adapter")), expected, "killed before call {}", last + 1);
+        for (name, expected) in &expected {
+            let found = files(&dir.path().join(name));
+            let files = found.keys().chain(expected.keys());
+            // Of `best` the adapter and its evaluation; a kill may leave it without a list of digests.
+            let compared = files.filter(|file| *name == "adapter" || !file.contains("digests.json"));
+            let other: Vec<_> = compared.filter(|file| found.get(*file) != expected.get(*file)).collect();
+            assert!(other.is_empty(), "{name}: {other:?}, killed before call {}", last + 1);
+        }
         assert_eq!(whole_checkpoints(dir.path()), [STEPS - 1, STEPS]);
         let hidden = |name: &str| name.starts_with('.');
         assert!(!fs::read_dir(dir.path()).unwrap().any(|e| hidden(e.unwrap().file_name().to_str().unwrap())), "call {last}");
     }
     assert_eq!(most, 3, "a third one is there before the first goes");
+}
+
+#[test]
+fn killed_before_any_call_a_run_keeps_whole_checkpoints_and_ends_the_same() {
+    killed_and_gone_on(2, config);
+}
+
+#[test]
+fn killed_before_any_call_a_run_that_evaluates_ends_the_same_and_has_the_same_best() {
+    let dir = scratch();
+    let cache = PrecomputeConfig {
+        teacher: Path::new(GOLDEN).join("teacher-awq"),
+        data: vec![Path::new(GOLDEN).join("chats.jsonl")],
+        cache: dir.path().join("cache"),
+        max_length: 32,
+        top_k: Some(4),
+        ..PrecomputeConfig::default()
+    };
+    precompute::run(&cache, &RunContext::default()).unwrap();
+    killed_and_gone_on(3, |out| TrainConfig {
+        objective: Objective::Distill,
+        data: Vec::new(),
+        cache: cache.cache.clone(),
+        eval_rows: 1,
+        eval_every: 1,
+        dropout: 0.1,
+        ..config(out)
+    });
 }
 
 #[test]

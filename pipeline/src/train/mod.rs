@@ -18,6 +18,7 @@ pub mod optimizer;
 pub mod outlook;
 mod provenance;
 mod reading;
+mod report;
 mod rows;
 pub mod schedule;
 mod watch;
@@ -27,6 +28,7 @@ pub use checkpoint::SMOOTHED;
 pub use config::*;
 pub use distillation::{DEFAULT_MAX_UNKNOWN_MASS, DivergenceName, LossPlan, LossSchedule, TailName};
 pub use error::TrainError;
+pub use report::{Objective, Resume, TrainReport};
 pub use watch::{BINS, DEFAULT_EVAL_EVERY, Evaluation, HeldOutReport};
 
 use crate::data::ChatTokenizer;

@@ -214,7 +214,7 @@ fn a_config_alone_is_enough_and_nothing_else_is_read() {
     assert!(
         error(TrainConfig { objective: Objective::Distill, ..chats }).contains("objective = distill: expected sft with data")
     );
-    assert!(error(TrainConfig { kd_alpha_end: Some(0.5), ..config.clone() }).contains("loss_schedule = constant"));
+    assert!(error(TrainConfig { max_unknown_mass: 2.0, ..config.clone() }).contains("max_unknown_mass = 2"));
     assert!(error(TrainConfig { min_lr_ratio: 0.1, ..config.clone() }).contains("min_lr_ratio = 0.1"));
     assert!(error(TrainConfig { student: golden("teacher-awq"), ..config }).contains("quantised"));
 }
