@@ -228,12 +228,14 @@ impl<'a> Watch<'a> {
         &self.provenance
     }
 
-    /// Which step's adapter `best/` holds.
+    /// Which step's adapter `best/` holds whole.
     fn best_step(&self) -> Option<u64> {
         #[derive(Deserialize)]
         struct Best {
             step: u64,
         }
+        // A folder without its digests was being written when a kill came.
+        digests::check(&self.best, &[EVALUATION_FILE]).ok()?;
         let text = crate::bounded::read(&self.best.join(EVALUATION_FILE), MAX_EVALUATION_BYTES).ok()?;
         serde_json::from_slice::<Best>(&text).ok().map(|best| best.step)
     }
