@@ -120,7 +120,8 @@ fn spoiled_conversations_are_left_out_and_nothing_else_changes() {
     assert_eq!(steps[0]["scored"], 0);
     for (key, ten) in [("first_loss", &losses[..10]), ("last_loss", &losses[losses.len() - 10..])] {
         let mean = ten.iter().sum::<f64>() / 10.0;
-        assert!((report[key].as_f64().unwrap() - mean).abs() < 1e-9, "{key}: {mean}, {report}");
+        // A run's progress keeps losses below 1 in f32: half a unit of 2^-24 each.
+        assert!((report[key].as_f64().unwrap() - mean).abs() < 6e-8, "{key}: {mean}, {report}");
     }
 }
 
