@@ -56,7 +56,7 @@ pub enum Verb {
     Repack(Repack),
     /// Join caches: parts of the same data, interrupted runs, other data
     Combine(Combine),
-    /// Stage two: train a LoRA adapter on an NF4 student from a cache
+    /// Stage two: train a LoRA adapter on an NF4 student from a cache, or on plain chats
     Train(Box<Train>),
     /// Merge an adapter into its base model and write a plain model folder
     Merge(Merge),

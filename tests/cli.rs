@@ -82,6 +82,7 @@ fn help_names_the_defaults() {
         for default in defaults {
             assert!(out.contains(default), "{verb}: {default} is not in {out}");
         }
+        assert!(!out.contains("] [default:"), "{verb}: a default is named twice in {out}");
     }
 }
 

@@ -228,13 +228,13 @@ pub struct Train {
     /// Chats instead of a cache, for --objective sft: files, folders, globs or names, as for precompute
     #[arg(long, value_name = "PATH|NAME", num_args = 1..)]
     pub data: Option<Vec<PathBuf>>,
-    /// Longest conversation of --data, in tokens [default: 1024]
+    /// Longest conversation of --data, in tokens
     #[arg(long, value_name = "TOKENS")]
     pub max_length: Option<i64>,
-    /// Longer ones of --data lose whole trailing `turns`, or tokens on the `right` [default: turns]
+    /// Longer ones of --data lose whole trailing `turns`, or tokens on the `right`
     #[arg(long, value_name = "HOW")]
     pub truncate: Option<String>,
-    /// Conversations of --data whose roles cannot be trained on: `skip` or `error` [default: skip]
+    /// Conversations of --data whose roles cannot be trained on: `skip` or `error`
     #[arg(long, value_name = "WHAT")]
     pub on_bad_roles: Option<String>,
     /// Folder for adapter, checkpoints and metrics
@@ -318,10 +318,10 @@ pub struct Train {
     /// Steps of wsd's fall [default: the last tenth of the run]
     #[arg(long, value_name = "N")]
     pub decay_steps: Option<i64>,
-    /// What cosine, linear and wsd fall to, as a share of --lr, from 0 to below 1 [default: 0]
+    /// What cosine, linear and wsd fall to, as a share of --lr, from 0 to below 1
     #[arg(long, value_name = "X")]
     pub min_lr_ratio: Option<f64>,
-    /// adamw (state in f32, 8 bytes a trainable number) or adamw-8bit (2 bytes) [default: adamw]
+    /// adamw (state in f32, 8 bytes a trainable number) or adamw-8bit (2 bytes)
     #[arg(long, value_name = "KIND")]
     pub optimizer: Option<String>,
     /// LoRA rank, 1 to 1024
