@@ -8,6 +8,7 @@ pub mod adapter;
 mod bounded;
 pub mod data;
 pub mod device;
+pub mod dynamic_map;
 mod error;
 pub mod hub;
 pub mod kernel;

@@ -3,8 +3,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use potstill_cache::ErrorClass;
+use potstill_pipeline::dynamic_map::{self, Sign};
 use potstill_pipeline::model::weights::Weights;
-use potstill_pipeline::train::optimizer::{AdamW, AdamWConfig, OptimizerKind, Sign, clip, map_values};
+use potstill_pipeline::train::optimizer::{AdamW, AdamWConfig, OptimizerKind, clip};
 use std::collections::HashMap;
 
 fn tensor(values: &[f32], shape: &[usize]) -> Tensor {
@@ -112,9 +113,8 @@ const EIGHT_BIT: AdamWConfig = AdamWConfig { kind: OptimizerKind::AdamW8bit, ..C
 fn the_maps_are_those_of_bitsandbytes() {
     let theirs = bitsandbytes();
     for (sign, name) in [(Sign::Signed, "map.signed"), (Sign::Unsigned, "map.unsigned")] {
-        for (i, (ours, theirs)) in map_values(sign).iter().zip(flat(&theirs[name])).enumerate() {
-            // An entry is made with three roundings; the order of one of them is the library's vector unit's affair.
-            assert!((ours - theirs).abs() <= 2.0 * f32::EPSILON * theirs.abs(), "{name} {i}: {ours} {theirs}");
+        for (i, (ours, theirs)) in dynamic_map::values(sign).iter().zip(flat(&theirs[name])).enumerate() {
+            assert_eq!(ours.to_bits(), theirs.to_bits(), "{name} {i}: {ours} {theirs}");
         }
     }
 }

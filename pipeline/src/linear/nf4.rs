@@ -11,6 +11,7 @@
 //! ```
 //! Source of the formulas: QLoRA (arXiv 2305.14314) and the stored format of bitsandbytes; compared with its files in the tests.
 
+use crate::dynamic_map::{self, Sign, midpoints, nearest};
 use crate::kernel::Isa;
 use rayon::prelude::*;
 use std::sync::OnceLock;
@@ -162,7 +163,7 @@ fn quantize_block(block: &[f32], maximum: f32, codes: &mut [u8]) {
         return;
     }
     for (pair, byte) in block.chunks(2).zip(codes.iter_mut()) {
-        let code = |v: Option<&f32>| v.map_or(ZERO_CODE, |v| nearest_below(level_midpoints(), v * inverse));
+        let code = |v: Option<&f32>| v.map_or(ZERO_CODE, |v| nearest(level_midpoints(), v * inverse));
         *byte = (code(pair.first()) << 4) | code(pair.get(1));
     }
 }
@@ -177,16 +178,11 @@ fn quantize_maxima(maxima: &[f32]) -> (Vec<u8>, Vec<f32>, f32) {
         let scale = block.iter().fold(0f32, |m, v| m.max((v - offset).abs()));
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
         for (value, code) in block.iter().zip(codes) {
-            *code = nearest_below(thresholds, (value - offset) * inverse);
+            *code = nearest(thresholds, (value - offset) * inverse);
         }
         scales.push(scale);
     }
     (codes, scales, offset)
-}
-
-/// How many thresholds lie strictly below `v`: an exact midpoint goes to the lower code.
-fn nearest_below(thresholds: &[f32], v: f32) -> u8 {
-    thresholds.partition_point(|t| *t < v) as u8
 }
 
 fn level_midpoints() -> &'static [f32] {
@@ -199,34 +195,9 @@ fn dynamic_midpoints() -> &'static [f32] {
     MIDPOINTS.get_or_init(|| midpoints(dynamic_map()))
 }
 
-fn midpoints(levels: &[f32]) -> Vec<f32> {
-    levels.windows(2).map(|w| (w[0] + w[1]) / 2.0).collect()
-}
-
-/// bitsandbytes' signed dynamic map: for i = 0..=6, the 2^i means of neighbours of linspace(0.1, 1, 2^i + 1), times 10^(i-6), of
-/// both signs; and 0 and 1. 256 rising values.
+/// The map of the absolute maxima, 256 rising values.
 pub fn dynamic_map() -> &'static [f32] {
-    static MAP: OnceLock<Vec<f32>> = OnceLock::new();
-    MAP.get_or_init(|| {
-        let mut map = vec![0f32, 1f32];
-        for i in 0..7 {
-            let steps = 1usize << i;
-            // torch's f32 linspace: from the start in the first half, from the end in the second, one rounding each.
-            let (start, end) = (0.1f32, 1f32);
-            let step = (end - start) / steps as f32;
-            let edge = |j: usize| match j < steps.div_ceil(2) {
-                true => step.mul_add(j as f32, start),
-                false => (-step).mul_add((steps - j) as f32, end),
-            };
-            let power = 10f64.powi(i - 6) as f32;
-            for j in 0..steps {
-                let value = power * ((edge(j) + edge(j + 1)) / 2.0);
-                map.extend([value, -value]);
-            }
-        }
-        map.sort_by(f32::total_cmp);
-        map
-    })
+    dynamic_map::values(Sign::Signed)
 }
 
 #[cfg(target_arch = "x86_64")]

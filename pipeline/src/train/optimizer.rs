@@ -8,7 +8,7 @@
 mod blocks;
 mod moments;
 
-pub use blocks::{BLOCK, Sign, values as map_values};
+pub use blocks::BLOCK;
 
 use crate::Error;
 use crate::model::ModelError;

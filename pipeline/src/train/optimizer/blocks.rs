@@ -4,38 +4,23 @@
 //! The one idea (Dettmers, Lewis, Shleifer and Zettlemoyer, "8-bit optimizers via block-wise quantization", 2022): a map whose entries
 //! lie densely where they are large and reach down by decades, so that a value is kept to a few parts in a hundred near its block's
 //! largest and still to its magnitude far below, and an outlier spoils no block but its own.
-//!
-//! ```text
-//! decade i of 7, 10^(i-7) to 10^(i-6):   2^i steps (signed) or 2^(i+1) (unsigned), each entry the middle of its step
-//! and beside these                       0 and 1;  signed also the negatives
-//! ```
 
+use crate::dynamic_map::{self, Sign, midpoints, nearest};
 use rayon::prelude::*;
 use std::sync::LazyLock;
 
 /// Values that share a scale, as in bitsandbytes.
 pub const BLOCK: usize = 256;
-/// Decades that a map reaches down.
-const DECADES: i32 = 7;
 /// Smallest scale divided by, so that a block of zeros stays one.
 const SMALLEST: f32 = 1e-38;
-
-/// Whether a map has negative entries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sign {
-    /// For values of either sign: the gradient's mean.
-    Signed,
-    /// For values from 0 up: the squared gradient's mean.
-    Unsigned,
-}
 
 /// A map from codes to values in [-1, 1].
 #[derive(Debug)]
 struct Map {
     /// By code, rising.
-    values: [f32; 256],
+    values: &'static [f32],
     /// Middles between neighbours.
-    borders: [f32; 255],
+    borders: Vec<f32>,
     /// The code of 0.
     zero: u8,
     /// The smallest code of a value that is above 0, where 0 stands for nothing but 0.
@@ -44,11 +29,6 @@ struct Map {
 
 static SIGNED: LazyLock<Map> = LazyLock::new(|| Map::new(Sign::Signed));
 static UNSIGNED: LazyLock<Map> = LazyLock::new(|| Map::new(Sign::Unsigned));
-
-/// The 256 values of a map, rising.
-pub fn values(sign: Sign) -> [f32; 256] {
-    Map::of(sign).values
-}
 
 impl Map {
     fn of(sign: Sign) -> &'static Map {
@@ -59,23 +39,10 @@ impl Map {
     }
 
     fn new(sign: Sign) -> Map {
-        let mut all = vec![0.0, 1.0];
-        for decade in 0..DECADES {
-            let scale = 10f64.powi(decade - DECADES + 1) as f32;
-            let steps = 1usize << if sign == Sign::Signed { decade } else { decade + 1 };
-            let middles = (0..steps).map(|i| (border(i, steps) + border(i + 1, steps)) / 2.0);
-            all.extend(middles.flat_map(|middle| match sign {
-                Sign::Signed => vec![scale * middle, -scale * middle],
-                Sign::Unsigned => vec![scale * middle],
-            }));
-        }
-        all.sort_by(f32::total_cmp);
-        let (mut values, mut borders) = ([0.0; 256], [0.0; 255]);
-        values.iter_mut().zip(&all).for_each(|(to, value)| *to = *value);
-        borders.iter_mut().zip(all.windows(2)).for_each(|(to, pair)| *to = pair.iter().sum::<f32>() / 2.0);
+        let values = dynamic_map::values(sign);
         let zero = values.partition_point(|value| *value < 0.0) as u8;
         let least = if sign == Sign::Signed { zero } else { zero + 1 };
-        Map { values, borders, zero, least }
+        Map { values, borders: midpoints(values), zero, least }
     }
 
     /// The code of the nearest entry, the lower one of two as near.
@@ -83,15 +50,9 @@ impl Map {
     /// A value of the unsigned map that is above 0 never becomes 0: it is a denominator, and a step divided by next to nothing has no
     /// bound.
     fn code(&self, value: f32) -> u8 {
-        let nearest = self.borders.partition_point(|border| *border < value) as u8;
+        let nearest = nearest(&self.borders, value);
         if nearest == self.zero && value > 0.0 { self.least } else { nearest }
     }
-}
-
-/// Border `i` of `steps` equal steps from 0.1 to 1, counted from the nearer end, which is how the originals' rounding comes about.
-fn border(i: usize, steps: usize) -> f32 {
-    let step = (1.0f32 - 0.1) / steps as f32;
-    if i < steps.div_ceil(2) { 0.1 + step * i as f32 } else { 1.0 - step * (steps - i) as f32 }
 }
 
 /// A tensor's values in 8 bits.
@@ -185,7 +146,7 @@ mod tests {
     #[test]
     fn what_is_divided_by_never_becomes_zero() {
         let (codes, back) = through(Sign::Unsigned, &[1.0, 1e-12, 0.0]);
-        assert_eq!((codes, back), (vec![255, 1, 0], vec![1.0, values(Sign::Unsigned)[1], 0.0]));
+        assert_eq!((codes, back), (vec![255, 1, 0], vec![1.0, dynamic_map::values(Sign::Unsigned)[1], 0.0]));
         assert_eq!(through(Sign::Signed, &[1.0, 1e-12]).1, [1.0, 0.0]);
     }
 }

@@ -1,7 +1,8 @@
 //! Owns the two moments of each tensor: kept in f32 or in 8-bit blocks, updated, written for a checkpoint and read back.
 
-use super::blocks::{BLOCK, Blocks, Sign};
+use super::blocks::{BLOCK, Blocks};
 use super::{OptimizerError, OptimizerKind, Update};
+use crate::dynamic_map::Sign;
 use crate::model::weights::Weights;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
