@@ -30,6 +30,14 @@ fn close(found: f32, terms: impl Iterator<Item = f64>, what: &str) {
     assert!((sum - f64::from(found)).abs() <= bound, "{what}: {found} against {sum}, {bound:e} allowed");
 }
 
+/// What a product at this precision takes a factor for.
+fn rounded(v: f32, precision: Precision) -> f64 {
+    match precision {
+        Precision::F32 => f64::from(v),
+        Precision::Bf16 => f64::from(bf16::from_f32(v).to_f32()),
+    }
+}
+
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
 }
@@ -191,10 +199,7 @@ fn products_of_every_encoding_equal_their_float64_twins() {
         for (name, weight) in encodings(outputs, inputs) {
             let w: Vec<f32> = support::floats(&weight.to_tensor().unwrap().contiguous().unwrap());
             for precision in [Precision::F32, Precision::Bf16] {
-                let round = |v: f32| match precision {
-                    Precision::F32 => f64::from(v),
-                    Precision::Bf16 => f64::from(bf16::from_f32(v).to_f32()),
-                };
+                let round = |v| rounded(v, precision);
                 let found = product(&x, &weight, Some(&bias), precision);
                 assert_eq!(found.len(), t * outputs);
                 for (i, found) in found.iter().enumerate() {
@@ -299,10 +304,7 @@ fn products_the_other_way_and_sums_of_them_equal_their_float64_twins() {
         for (name, weight) in encodings(outputs, inputs) {
             let w: Vec<f32> = support::floats(&weight.to_tensor().unwrap().contiguous().unwrap());
             for precision in [Precision::F32, Precision::Bf16] {
-                let round = |v: f32| match precision {
-                    Precision::F32 => f64::from(v),
-                    Precision::Bf16 => f64::from(bf16::from_f32(v).to_f32()),
-                };
+                let round = |v| rounded(v, precision);
                 let (rows, low) = (Rows::pack(&dy, outputs, precision), Rows::pack(&du, rank, Precision::F32));
                 let adapter = Factor { matrix: Matrix::Values { values: &a, columns: inputs }, way: Way::Backward };
                 let one = Product::of(&rows, Factor::backward(&weight));

@@ -17,7 +17,7 @@ mod tile;
 mod transpose;
 mod vectors;
 
-pub use rows::{Block, Rows, pair_panel, round_all, round_to_pairs};
+pub use rows::{Block, Rows, add_row, pair_panel, panels, round_all, round_to_pairs};
 pub use transpose::transpose;
 pub(crate) use vectors::vectorised;
 

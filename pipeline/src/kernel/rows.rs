@@ -98,6 +98,29 @@ impl Rows {
     }
 }
 
+/// Some columns of rows, in panels of 32, the last one filled up with zeros: `[panel][row][32]`. Row r is `width` values from
+/// `r · step` on.
+pub fn panels((rows, step): (&[f32], usize), (count, width): (usize, usize)) -> Vec<f32> {
+    let mut panels = vec![0f32; width.div_ceil(TILE_COLUMNS) * count * TILE_COLUMNS];
+    panels.par_chunks_mut((count * TILE_COLUMNS).max(1)).enumerate().for_each(|(panel, out)| {
+        let first = panel * TILE_COLUMNS;
+        let here = TILE_COLUMNS.min(width - first);
+        for (row, out) in out.chunks_exact_mut(TILE_COLUMNS).enumerate() {
+            out[..here].copy_from_slice(&rows[row * step + first..][..here]);
+        }
+    });
+    panels
+}
+
+vectorised! {
+    /// Adds a row to sums as long.
+    pub fn add_row(sums: &mut [f32], row: &[f32]) {
+        for (sum, value) in sums.iter_mut().zip(row) {
+            *sum += value;
+        }
+    }
+}
+
 vectorised! {
     /// Rounds f32 to pairs of bf16 (to nearest, ties to even; NaN stays NaN), the first of each in the low half. An odd last value is
     /// paired with 0.

@@ -6,7 +6,7 @@
 //! Twelve columns of x and 32 of y make a tile, the token is the step: 512 tokens, in order, are a stretch, stretches are added in order.
 //! So a value depends on its two columns alone, not on threads.
 
-use crate::kernel::{Isa, TILE_COLUMNS, TILE_ROWS};
+use crate::kernel::{Isa, TILE_COLUMNS, TILE_ROWS, add_row, panels};
 use rayon::prelude::*;
 use std::cell::RefCell;
 
@@ -61,26 +61,13 @@ pub fn add_outer((x, m): (&[f32], usize), (y, n): (&[f32], usize), lies: Lies, o
     }
     let tokens = x.len() / m;
     assert_eq!((x.len(), y.len()), (tokens * m, tokens * n), "outer product: factors of other sizes");
-    let panels = pack(y, n, tokens);
+    let panels = panels((y, n), (tokens, n));
     let (target, blocks) = (Target { start: out.as_mut_ptr(), m, n, lies }, m.div_ceil(TILE_ROWS));
     let group = (blocks / (PIECES_A_THREAD * rayon::current_num_threads())).clamp(1, MOST_BLOCKS);
     (0..blocks.div_ceil(group)).into_par_iter().with_max_len(1).for_each(|piece| {
         let columns = piece * group * TILE_ROWS..m.min((piece + 1) * group * TILE_ROWS);
         SCRATCH.with_borrow_mut(|scratch| work(x, &panels, columns, tokens, &target, scratch));
     });
-}
-
-/// y in panels of 32 columns, [panel][token][32], zeros beyond the last one.
-fn pack(y: &[f32], n: usize, tokens: usize) -> Vec<f32> {
-    let mut panels = vec![0f32; n.div_ceil(TILE_COLUMNS) * tokens * TILE_COLUMNS];
-    panels.par_chunks_mut((tokens * TILE_COLUMNS).max(1)).enumerate().for_each(|(panel, out)| {
-        let first = panel * TILE_COLUMNS;
-        let width = TILE_COLUMNS.min(n - first);
-        for (row, out) in y.chunks_exact(n).zip(out.chunks_exact_mut(TILE_COLUMNS)) {
-            out[..width].copy_from_slice(&row[first..first + width]);
-        }
-    });
-    panels
 }
 
 fn work(x: &[f32], panels: &[f32], columns: std::ops::Range<usize>, tokens: usize, target: &Target, scratch: &mut Scratch) {
@@ -114,7 +101,7 @@ fn work(x: &[f32], panels: &[f32], columns: std::ops::Range<usize>, tokens: usiz
             for (block, a) in packed.chunks_exact(STRETCH * TILE_ROWS).enumerate().take(blocks) {
                 isa.tile(length, (a, TILE_ROWS), (b, TILE_COLUMNS), &mut tile);
                 let sums = &mut sums[(block * count + panel) * TILE..][..TILE];
-                sums.iter_mut().zip(&tile).for_each(|(sum, tile)| *sum += tile);
+                add_row(sums, &tile);
             }
         }
     }

@@ -14,7 +14,7 @@
 //! row and the matrices' column, not on how many rows there are, nor on threads.
 
 use super::panel::Factor;
-use crate::kernel::{Block, Isa, Precision, Rows, TILE_COLUMNS, TILE_ROWS, pair_panel, round_all, vectorised};
+use crate::kernel::{Block, Isa, Precision, Rows, TILE_COLUMNS, TILE_ROWS, add_row, pair_panel, round_all};
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -239,14 +239,6 @@ impl Target {
             if let Some(bias) = bias {
                 add_row(values, bias);
             }
-        }
-    }
-}
-
-vectorised! {
-    fn add_row(values: &mut [f32], row: &[f32]) {
-        for (value, row) in values.iter_mut().zip(row) {
-            *value += row;
         }
     }
 }

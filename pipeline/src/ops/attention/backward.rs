@@ -10,7 +10,7 @@
 
 use super::forward::{QUERIES, blocks_of_rows, panels_of_columns};
 use super::{Attended, Shape, pairs};
-use crate::kernel::{Isa, TILE_COLUMNS, TILE_ROWS, transpose, vectorised};
+use crate::kernel::{Isa, TILE_COLUMNS, TILE_ROWS, add_row, transpose, vectorised};
 use crate::ops::exponential::exp;
 use crate::ops::floats;
 use candle_core::{Result, Tensor, bail};
@@ -92,8 +92,8 @@ pub fn backward(
     for (piece, made) in pieces.iter().zip(&made) {
         let (begin, _) = piece.segment;
         scatter(&made.dq, &mut dq, (begin, shape.heads, piece.head), shape.d, set);
-        scatter(&made.dk, &mut dk, (begin, shape.kv_heads, piece.head / group), shape.d, add);
-        scatter(&made.dv, &mut dv, (begin, shape.kv_heads, piece.head / group), shape.d, add);
+        scatter(&made.dk, &mut dk, (begin, shape.kv_heads, piece.head / group), shape.d, add_row);
+        scatter(&made.dv, &mut dv, (begin, shape.kv_heads, piece.head / group), shape.d, add_row);
     }
     let tensor = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.dims(), like.device());
     Ok((tensor(dq, q)?, tensor(dk, k)?, tensor(dv, v)?))
@@ -107,10 +107,6 @@ fn scatter(rows: &[f32], all: &mut [f32], (begin, heads, head): (usize, usize, u
 
 fn set(place: &mut [f32], row: &[f32]) {
     place.copy_from_slice(row);
-}
-
-fn add(place: &mut [f32], row: &[f32]) {
-    place.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
 }
 
 impl Panels {
@@ -252,7 +248,7 @@ impl Piece {
                     let (start, width) = (panel * TILE_COLUMNS, TILE_COLUMNS.min(d - panel * TILE_COLUMNS));
                     isa.tile(queries.count, (&turned, TILE_ROWS), (factors, TILE_COLUMNS), &mut tile);
                     for (key, tile) in (block * TILE_ROWS..).zip(tile.chunks_exact(TILE_COLUMNS)) {
-                        add(&mut sums[key * d + start..][..width], &tile[..width]);
+                        add_row(&mut sums[key * d + start..][..width], &tile[..width]);
                     }
                 }
             }

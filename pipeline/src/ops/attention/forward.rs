@@ -8,7 +8,7 @@
 //! Queries are cut into groups of 32 from the conversation's first on, so a conversation's bits do not depend on the pack.
 
 use super::{Attended, Shape, pairs};
-use crate::kernel::{Isa, TILE_COLUMNS, TILE_ROWS, transpose, vectorised};
+use crate::kernel::{Isa, TILE_COLUMNS, TILE_ROWS, panels, transpose, vectorised};
 use crate::ops::exponential::exp;
 use crate::ops::with_f32;
 use candle_core::{Result, Tensor};
@@ -111,15 +111,8 @@ pub(super) fn blocks_of_rows(x: &[f32], ((begin, end), head, heads, d): Place) -
 
 /// The part's dimensions in panels of 32, the last one filled up with zeros: [panel][row][32].
 pub(super) fn panels_of_columns(x: &[f32], ((begin, end), head, heads, d): Place) -> Vec<f32> {
-    let (count, step) = (end - begin, heads * d);
-    let mut panels = vec![0f32; d.div_ceil(TILE_COLUMNS) * count * TILE_COLUMNS];
-    for (panel, out) in panels.chunks_exact_mut(count * TILE_COLUMNS).enumerate() {
-        let width = TILE_COLUMNS.min(d - panel * TILE_COLUMNS);
-        for (row, out) in out.chunks_exact_mut(TILE_COLUMNS).enumerate() {
-            out[..width].copy_from_slice(&x[(begin + row) * step + head * d + panel * TILE_COLUMNS..][..width]);
-        }
-    }
-    panels
+    let step = heads * d;
+    panels((&x[begin * step + head * d..], step), (end - begin, d))
 }
 
 thread_local! {

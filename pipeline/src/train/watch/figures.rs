@@ -128,8 +128,7 @@ impl Row {
             stored.ids.get(at).is_some_and(|id| *id as usize == top)
         });
         let vocab = z.len();
-        let lse_t = expected.lse_t.map(|lse_t| [lse_t]);
-        let lse_t = lse_t.as_ref().map(<[f32; 1]>::as_slice);
+        let lse_t = expected.lse_t.as_ref().map(std::slice::from_ref);
         let sums = loss::rows(z, vocab, &[expected.label], expected.read, lse_t, settings, 0.0)?;
         let (kd, hit) = (expected.read.is_some(), top == expected.label as usize);
         Ok(Self { sums, kd, confidence: (f64::from(largest) - lse).exp(), hit, agrees, masses })

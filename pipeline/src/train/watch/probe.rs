@@ -42,8 +42,8 @@ impl Look {
         p.iter().zip(&q).for_each(|(p, q)| gaps[bin(*q)] += p - q);
         let full: Vec<f64> = q.iter().zip(&p).map(|(q, p)| q - p).collect();
         let mut gradient = z.to_vec();
-        let lse_t = lse_t.map(|lse_t| [lse_t]);
-        loss::rows(&mut gradient, z.len(), &[label], read, lse_t.as_ref().map(<[f32; 1]>::as_slice), settings, 1.0)?;
+        let lse_t = lse_t.as_ref().map(std::slice::from_ref);
+        loss::rows(&mut gradient, z.len(), &[label], read, lse_t, settings, 1.0)?;
         let gradient: Vec<f64> = gradient.into_iter().map(f64::from).collect();
         Ok(Self { angle: degrees_between(&gradient, &full), gaps })
     }
