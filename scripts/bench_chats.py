@@ -20,6 +20,16 @@ POTSTILL = ROOT / "target/release/potstill"
 MAKER = ROOT / "target/release/examples/random_teacher"
 HOW_TO_BUILD = "cargo build --release && cargo build --release -p potstill-pipeline --example random_teacher"
 
+# What is compared: types of products, and shapes of models as flags of random_teacher.
+DTYPES = ("f32", "bf16")
+SHAPES = {
+    "small": dict(hidden=512, layers=8, heads=8, intermediate=1408, vocab=8192, **{"kv-heads": 2}),
+    "half": dict(hidden=896, layers=24, heads=14, intermediate=4864, vocab=151936, ids=151646, tied=True, **{"kv-heads": 2}),
+    "tiny": dict(hidden=256, layers=2, heads=4, intermediate=512, vocab=4096, ids=4000, tied=True, **{"kv-heads": 2}),
+}
+NAMES = {"small": "small (8 x 512, 8k ids)", "half": "0.5B shape (24 x 896, 152k ids)", "tiny": "tiny (2 x 256, 4k ids)"}
+MAX_LENGTH = 1024
+
 # Lengths of conversations in tokens: log-normal, cut to what fits with room for the template.
 MEDIAN_TOKENS, SPREAD, FEWEST, MOST = 500, 0.6, 48, 960
 GOLDEN_RATIO = (5**0.5 - 1) / 2

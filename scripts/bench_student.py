@@ -28,21 +28,14 @@ from statistics import median
 
 try:
     import bench_chats as chats
+    from bench_chats import DTYPES, MAX_LENGTH, NAMES, SHAPES
     from bench_process import BUSY_CORES, Failed, measured
 except ImportError as missing:
     sys.exit(f"bench_student: {missing.name} is not installed; needs torch, transformers, peft, bitsandbytes and pyarrow")
 
 PEER = Path(__file__).resolve().parent / "bench_peft.py"
-DTYPES = ("f32", "bf16")
-SHAPES = {
-    "small": dict(hidden=512, layers=8, heads=8, intermediate=1408, vocab=8192, dense=True, **{"kv-heads": 2}),
-    "half": dict(hidden=896, layers=24, heads=14, intermediate=4864, vocab=151936, ids=151646, tied=True, dense=True, **{"kv-heads": 2}),
-    "tiny": dict(hidden=256, layers=2, heads=4, intermediate=512, vocab=4096, ids=4000, tied=True, dense=True, **{"kv-heads": 2}),
-}
-NAMES = {"small": "small (8 x 512, 8k ids)", "half": "0.5B shape (24 x 896, 152k ids)", "tiny": "tiny (2 x 256, 4k ids)"}
 STEPS = {"small": 6, "half": 3, "tiny": 4}
 BATCH = {"small": 8, "half": 2, "tiny": 4}
-MAX_LENGTH = 1024
 # Of the loss, and of the first gradient's norm. A few in a thousand of bitsandbytes' nested codes are their neighbours, 0.7 % of a block's
 # scale; in bf16 both sides round every product by up to 2^-8, at other places.
 TOLERANCE = {"f32": (2e-4, 2e-3), "bf16": (2e-2, 5e-2)}
@@ -57,7 +50,7 @@ class Comparison:
     """One student: its folder, its cache, its rows."""
 
     def __init__(self, name, options, folder):
-        self.name, self.options, self.shape = name, options, SHAPES[name]
+        self.name, self.options, self.shape = name, options, SHAPES[name] | {"dense": True}
         self.steps, self.batch = options.steps or STEPS[name], BATCH[name]
         self.home, self.scratch = (options.keep or folder) / name, folder / name
         self.scratch.mkdir(parents=True, exist_ok=True)

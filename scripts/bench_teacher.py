@@ -30,20 +30,13 @@ from statistics import median
 
 try:
     import bench_chats as chats
+    from bench_chats import DTYPES, MAX_LENGTH, NAMES, SHAPES
     from bench_process import BUSY_CORES, Failed, measured
 except ImportError as missing:
     sys.exit(f"bench_teacher: {missing.name} is not installed; needs torch, transformers, numpy, safetensors and pyarrow")
 
 PEER = Path(__file__).resolve().parent / "bench_transformers.py"
-DTYPES = ("f32", "bf16")
-SHAPES = {
-    "small": dict(hidden=512, layers=8, heads=8, intermediate=1408, vocab=8192, **{"kv-heads": 2}),
-    "half": dict(hidden=896, layers=24, heads=14, intermediate=4864, vocab=151936, ids=151646, tied=True, **{"kv-heads": 2}),
-    "tiny": dict(hidden=256, layers=2, heads=4, intermediate=512, vocab=4096, ids=4000, tied=True, **{"kv-heads": 2}),
-}
-NAMES = {"small": "small (8 x 512, 8k ids)", "half": "0.5B shape (24 x 896, 152k ids)", "tiny": "tiny (2 x 256, 4k ids)"}
 TOKENS = {"small": 16384, "half": 8192, "tiny": 2048}
-MAX_LENGTH = 1024
 CHECKED = 4  # conversations
 F32_TOLERANCE = {"mean": 1e-5, "max": 1e-4}
 ROUNDINGS = 12  # in a layer: two norms, q, k and v, scores, attention, o, gate, up, their product, down and both sums, about
