@@ -12,7 +12,8 @@ small random teacher with the same ids fills a cache of 64 entries a position. P
 adapter, see the same rows in the same order, and are timed over steps 2 and later, from what they write a step (the first one sets things
 up on either side). What bitsandbytes and PEFT may do is in bench_peft.py; of its ways (packed or one conversation at a time, weights held
 in 4 bits or dequantised once) each is tried for one step, the fastest one is measured in every round, and the leanest one's memory is
-shown beside it.
+shown beside it. Potstill is measured twice: computing all activations again on the way back, and keeping those of as many layers as fit
+into the goal's share of PEFT's memory (`--keep-layers`); both give the same adapter, which is checked too.
 
 Before anything is timed, losses of all steps and the norm of the first gradient must agree, or the comparison is void and the exit
 code 1. Ratios are medians over rounds of the ratio within a round, the order of a round turned round in every second one.
@@ -39,6 +40,8 @@ BATCH = {"small": 8, "half": 2, "tiny": 4}
 # Of the loss, and of the first gradient's norm. A few in a thousand of bitsandbytes' nested codes are their neighbours, 0.7 % of a block's
 # scale; in bf16 both sides round every product by up to 2^-8, at other places.
 TOLERANCE = {"f32": (2e-4, 2e-3), "bf16": (2e-2, 5e-2)}
+# The goal: this share of PEFT's memory.
+SHARE = 0.6
 WAYS = [(holding, way) for holding in ("dense", "bnb") for way in ("packed", "alone")]
 
 
@@ -72,9 +75,15 @@ class Comparison:
         lines = (out / "metrics.jsonl").read_text().splitlines()
         return figures | {"steps": [json.loads(line) for line in lines], "way": ("NF4", "packed")}
 
-    def potstill(self, dtype, objective):
-        flags = ("--lr", self.options.lr, "--steps", self.steps, "--objective", objective, "--compute", dtype)
-        return self.train(self.scratch / "run", *flags)
+    def potstill(self, dtype, objective, keep, steps=None):
+        flags = ("--lr", self.options.lr, "--steps", steps or self.steps, "--objective", objective, "--compute", dtype, "--keep-layers", keep)
+        return self.train(self.scratch / "run", *flags) | {"way": ("NF4", "packed", f"{keep} of {self.shape['layers']} layers kept")}
+
+    def layers_that_fit(self, dtype, allowed):
+        """As many as may be kept within `allowed` bytes: memory is linear in them."""
+        layers = self.shape["layers"]
+        none, every = (self.potstill(dtype, "distill", keep, 2)["peak"] for keep in (0, layers))
+        return max(0, min(layers, int((allowed - none) / max(every - none, 1) * layers)))
 
     def peer(self, dtype, objective, way, steps=None):
         o, path = self.options, self.scratch / "settings.json"
@@ -114,25 +123,31 @@ class Comparison:
                          f"{norm:.0e} and the same tokens, found {worst:.1e} and {first:.1e}")
 
     def measure(self):
-        self.best, self.leanest = {}, {}
+        self.best, self.leanest, self.keep = {}, {}, {}
         for dtype in self.options.dtypes:
             tried = {way: self.peer(dtype, "distill", way, 2) for way in WAYS}
             self.best[dtype] = max(tried, key=lambda way: speed(tried[way]))
             self.leanest[dtype] = min(run["peak"] for run in tried.values())
             said = ", ".join(f"{' '.join(way)} {speed(run):.1f} ({run['peak'] / 2**20:,.0f} MiB)" for way, run in tried.items())
-            say(f"{self.name} {dtype}: PEFT, tokens/s (peak): {said}")
-        turns = [(who, d, objective) for d in self.options.dtypes for objective in ("distill", "sft") for who in ("potstill", "PEFT")]
+            self.keep[dtype] = self.layers_that_fit(dtype, SHARE * tried[self.best[dtype]]["peak"])
+            say(f"{self.name} {dtype}: PEFT, tokens/s (peak): {said}; {self.keep[dtype]} layers fit into {SHARE} of its fastest way's memory")
+        who_all = ("potstill", "potstill keeping", "PEFT")
+        turns = [(one, d, objective) for d in self.options.dtypes for objective in self.options.objectives for one in who_all]
         for number in range(self.options.rounds):
             for who, dtype, objective in turns[:: -1 if number % 2 else 1]:
-                run = self.potstill(dtype, objective) if who == "potstill" else self.peer(dtype, objective, self.best[dtype])
+                keep = {"potstill": 0, "potstill keeping": self.keep[dtype]}
+                run = self.potstill(dtype, objective, keep[who]) if who in keep else self.peer(dtype, objective, self.best[dtype])
                 self.runs.setdefault((who, dtype, objective), []).append(run)
                 say(f"{self.name} round {number + 1}: {who} {dtype} {objective} {speed(run):.1f} tokens/s, peak "
                     f"{run['peak'] / 2**20:,.0f} MiB (others {run['others']:.2f} cores)")
                 if run["others"] > BUSY_CORES:
                     say("warning: others were at work meanwhile; this figure means little")
             for dtype in self.options.dtypes:
-                for objective in ("distill", "sft"):
-                    self.check(dtype, objective, *(self.runs[who, dtype, objective][number] for who in ("potstill", "PEFT")))
+                for objective in self.options.objectives:
+                    ours, keeping, theirs = (self.runs[one, dtype, objective][number] for one in who_all)
+                    self.check(dtype, objective, ours, theirs)
+                    if any(a["loss"] != b["loss"] or a["grad_norm"] != b["grad_norm"] for a, b in zip(ours["steps"], keeping["steps"])):
+                        raise Failed(f"{self.name} {dtype} {objective}: keeping layers changed a loss or a gradient")
 
     def ratio(self, figure, above, below):
         return median(figure(a) / figure(b) for a, b in zip(self.runs[above], self.runs[below]))
@@ -140,21 +155,21 @@ class Comparison:
     def summary(self):
         lines = []
         for dtype in self.options.dtypes:
-            for objective in ("distill", "sft"):
-                for who in ("PEFT", "potstill"):
+            for objective in self.options.objectives:
+                for who in ("PEFT", "potstill", "potstill keeping"):
                     runs, other = self.runs[who, dtype, objective], ("PEFT", dtype, objective)
                     lines.append({
                         "who": who, "dtype": dtype, "objective": objective, "way": " ".join(runs[0]["way"]),
                         "tokens_per_s": median(map(speed, runs)), "speed_ratio": self.ratio(speed, (who, dtype, objective), other),
                         "peak": median(run["peak"] for run in runs), "leanest": self.leanest[dtype],
                         "anon": median(run["anon"] for run in runs), "file": median(run["file"] for run in runs),
-                        "step_ratio": 1 / self.ratio(speed, (who, dtype, objective), (who, dtype, "sft")),
+                        "step_ratio": 1 / self.ratio(speed, (who, dtype, objective), (who, dtype, self.options.objectives[-1])),
                     })
         return lines
 
     def everything(self):
         return {
-            "model": self.name, "shape": self.shape, "steps": self.steps, "tokens": sum(len(row["input_ids"]) for row in self.rows),
+            "model": self.name, "objectives": self.options.objectives, "shape": self.shape, "steps": self.steps, "tokens": sum(len(row["input_ids"]) for row in self.rows),
             "scored": sum(len(row["positions"]) for row in self.rows), "summary": self.summary(),
             "runs": {" ".join(key): runs for key, runs in self.runs.items()},
         }
@@ -169,7 +184,7 @@ def speed(run):
 def table(models):
     for one in models:
         yield f"\n{NAMES[one['model']]}: {one['steps']} steps, {one['tokens']:,} tokens, {one['scored']:,} scored.\n"
-        yield "| | tokens/s | x PEFT | a step / of sft | peak MiB | x PEFT's leanest | own + files |\n| --- |" + " ---: |" * 6
+        yield f"| | tokens/s | x PEFT | a step / of {one['objectives'][-1]} | peak MiB | x PEFT's leanest | own + files |\n| --- |" + " ---: |" * 6
         for line in one["summary"]:
             mebi = {name: f"{line[name] / 2**20:,.0f}" for name in ("peak", "anon", "file")}
             cells = [f"{line['who']} {line['dtype']} {line['objective']}, {line['way']}", f"{line['tokens_per_s']:,.1f}",
@@ -182,6 +197,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SHAPES, help="one model (default: small and half; tiny is for trying this script out)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="what products are computed in (default: both)")
+    parser.add_argument("--objectives", nargs="+", choices=("distill", "sft"), default=["distill", "sft"], help="losses (default: both)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each (default: all cores)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, for medians (default 3)")
     parser.add_argument("--steps", type=int, help="optimiser steps of a run, two or more (default: 6 for small, 3 for half)")

@@ -143,6 +143,7 @@ pub const TRAIN: Section = Section {
         Setting { key: "batch_size", rule: Rule::Whole(1, 1 << 20) },
         Setting { key: "pack_tokens", rule: Rule::Whole(1, MOST_TOKENS) },
         Setting { key: "head_chunk", rule: Rule::Whole(1, MOST_TOKENS) },
+        Setting { key: "keep_layers", rule: Rule::Whole(0, 1 << 20) },
         Setting { key: "compute", rule: Rule::OneOf(&["f32", "bf16"]) },
         Setting { key: "lr", rule: Rule::Positive },
         Setting { key: "schedule", rule: Rule::OneOf(&["constant", "cosine", "linear", "wsd"]) },

@@ -1,7 +1,8 @@
 //! The student: a frozen NF4 base and trainable LoRA factors on some or all of the seven projections.
 //!
-//! Owns the walk down and up the layers and the list of trainable tensors; knows nothing of losses, caches or optimisers. Only
-//! layer inputs are kept between the two walks ([`Tape`]); everything else is computed again on the way back.
+//! Owns the walk up and down the layers and the list of trainable tensors; knows nothing of losses, caches or optimisers. Only
+//! layer inputs are kept between the two walks ([`Tape`]), and everything else is computed again on the way back, but for the last
+//! layers if memory is given for them ([`Student::keep_layers`]).
 //!
 //! ```text
 //! forward     embed ─ x0 ─ layer 0 ─ x1 ─ … ─ xL ─ scored rows ─ norm ─► [N, H]  ─► head and loss (not here)
@@ -14,7 +15,7 @@ use crate::kernel::Precision;
 use crate::linear::dropout::Dropout;
 use crate::linear::{Head, Lora};
 use crate::model::decoder::{Decoder, Holding, features};
-use crate::model::layer::{Geometry, PROJECTIONS};
+use crate::model::layer::{Activations, Geometry, PROJECTIONS};
 use crate::ops::add;
 use crate::run::RunContext;
 use crate::{Error, Result};
@@ -75,6 +76,8 @@ pub struct Student {
     decoder: Decoder,
     /// Share of A's inputs that training leaves out, and the seed of which.
     dropout: (f64, u64),
+    /// How many layers' activations a forward pass keeps.
+    keep: usize,
 }
 
 /// Which rows a training pass is for: what dropout leaves out depends on nothing else.
@@ -92,6 +95,8 @@ pub struct Tape {
     geometry: Geometry,
     /// Each layer's input, f32 [T, H].
     inputs: Vec<Tensor>,
+    /// Activations of the last layers.
+    kept: Vec<Activations>,
     /// Hidden states of the scored places before the final norm, f32 [N, H].
     scored: Tensor,
     /// The scored places, u32 `[N]`.
@@ -133,7 +138,13 @@ impl Student {
                 linear.lora = Some(Lora { a, b, scale });
             }
         }
-        Ok(Self { decoder, dropout: (lora.dropout, lora.seed) })
+        Ok(Self { decoder, dropout: (lora.dropout, lora.seed), keep: 0 })
+    }
+
+    /// From now on the forward pass of [`backward`](Self::backward) keeps the activations of the last `layers` layers, which are then
+    /// not computed again; of all of them where there are fewer. Decides memory and time, and no bit of a result.
+    pub fn keep_layers(&mut self, layers: usize) {
+        self.keep = layers;
     }
 
     /// The model.
@@ -197,38 +208,46 @@ impl Student {
     }
 
     fn up(&self, pack: &Pack, dropout: Option<Dropout>, context: &RunContext) -> Result<Option<(Tensor, Tape)>> {
-        let mut inputs = Vec::with_capacity(self.decoder.layers.len());
-        let Some((scored, rows, geometry)) = self.climb(pack, dropout, context, |x| inputs.push(x.clone()))? else {
-            return Ok(None);
+        let layers = self.decoder.layers.len();
+        let (mut inputs, mut kept) = (Vec::with_capacity(layers), Vec::new());
+        let through = |i: usize, x: &Tensor, geometry: &Geometry| {
+            inputs.push(x.clone());
+            let (layer, dropout) = (&self.decoder.layers[i], of_layer(dropout, i));
+            if i + self.keep < layers {
+                return layer.forward(x, geometry, dropout);
+            }
+            let (y, activations) = layer.forward_keeping(x, geometry, dropout)?;
+            kept.push(activations);
+            Ok(y)
         };
+        let Some((scored, rows, geometry)) = self.climb(pack, context, through)? else { return Ok(None) };
         let tokens = pack.input_ids().len();
         let normed = self.decoder.final_norm(&scored)?;
-        Ok(Some((normed, Tape { geometry, inputs, scored, rows, tokens, dropout })))
+        Ok(Some((normed, Tape { geometry, inputs, kept, scored, rows, tokens, dropout })))
     }
 
     /// Hidden states of the pack's scored places after the final norm, f32 [N, H], with nothing left out and nothing kept. `None` when a
     /// stop was asked for.
     pub fn hidden(&self, pack: &Pack, context: &RunContext) -> Result<Option<Tensor>> {
-        let Some((scored, ..)) = self.climb(pack, None, context, |_| {})? else { return Ok(None) };
+        let through = |i: usize, x: &Tensor, geometry: &Geometry| self.decoder.layers[i].forward(x, geometry, None);
+        let Some((scored, ..)) = self.climb(pack, context, through)? else { return Ok(None) };
         Ok(Some(self.decoder.final_norm(&scored)?))
     }
 
-    /// Through all layers: hidden states of the scored places, those places, and the geometry. `below` sees each layer's input.
+    /// Through all layers, each by its number: hidden states of the scored places, those places, and the geometry.
     fn climb(
         &self,
         pack: &Pack,
-        dropout: Option<Dropout>,
         context: &RunContext,
-        mut below: impl FnMut(&Tensor),
+        mut through: impl FnMut(usize, &Tensor, &Geometry) -> candle_core::Result<Tensor>,
     ) -> Result<Option<(Tensor, Tensor, Geometry)>> {
         let geometry = Geometry::new(pack, &self.decoder.config);
         let mut x = self.decoder.embed(pack.input_ids())?;
-        for (i, layer) in self.decoder.layers.iter().enumerate() {
+        for i in 0..self.decoder.layers.len() {
             if context.stopping() {
                 return Ok(None);
             }
-            below(&x);
-            x = layer.forward(&x, &geometry, of_layer(dropout, i))?;
+            x = through(i, &x, &geometry)?;
         }
         let rows = Tensor::new(pack.scored(), self.decoder.device())?;
         Ok(Some((x.index_select(&rows, 0)?, rows, geometry)))
@@ -246,7 +265,7 @@ impl Student {
 
     /// Adds the same to `sums`, which is empty at a step's first pack. Sums mean nothing after a stop.
     pub fn backward_training(&self, tape: Tape, d_normed: &Tensor, sums: &mut Vec<Tensor>, context: &RunContext) -> Result<Walk> {
-        let Tape { geometry, mut inputs, scored, rows, tokens, dropout } = tape;
+        let Tape { geometry, mut inputs, mut kept, scored, rows, tokens, dropout } = tape;
         let d_scored = self.decoder.final_norm_backward(&scored, d_normed)?;
         let zeros = Tensor::zeros((tokens, self.decoder.config.hidden_size), d_scored.dtype(), d_scored.device())?;
         let mut dx = zeros.index_add(&rows, &d_scored, 0)?;
@@ -257,7 +276,7 @@ impl Student {
                 return Ok(Walk::Stopped);
             }
             let Some(x) = inputs.pop() else { break };
-            let (below, gradients) = layer.backward(&x, &dx, &geometry, of_layer(dropout, i))?;
+            let (below, gradients) = layer.backward(&x, kept.pop(), &dx, &geometry, of_layer(dropout, i))?;
             dx = below;
             let gradients: Vec<Tensor> = gradients.into_iter().flatten().flat_map(|g| [g.a, g.b]).collect();
             if sums.is_empty() {

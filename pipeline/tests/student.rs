@@ -398,6 +398,27 @@ fn parts_of_the_mlp_change_no_output_and_only_last_bits_of_gradients() {
     }
 }
 
+/// Whatever is kept, whether the MLP is taken in parts or not, and with dropout.
+#[test]
+fn kept_activations_change_no_bit() {
+    let batch = load("expected/loss_batch.safetensors");
+    let (reference, settings) = (reference(&batch, "", true), settings(Tail::Bucket, 1.0, 0.7, 0.3));
+    for mlp_rows in [None, Some(7)] {
+        let of = |keep: usize| {
+            let mut decoder = decoder(Holding::Nf4);
+            decoder.layers.iter_mut().for_each(|layer| layer.mlp_rows = mlp_rows);
+            let mut student = with_dropout(decoder, 0.3);
+            student.keep_layers(keep);
+            let (sums, gradients) = step_at(&student, &reference, &settings, 1);
+            (sums, gradients.iter().flat_map(floats).collect::<Vec<f32>>())
+        };
+        let again = of(0);
+        for keep in [1, 2, 3] {
+            assert_eq!(of(keep), again, "{keep} layers kept, parts of {mlp_rows:?}");
+        }
+    }
+}
+
 #[test]
 fn a_stop_is_seen_on_every_way() {
     let student = with_adapter(decoder(Holding::Nf4));

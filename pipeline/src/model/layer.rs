@@ -1,5 +1,6 @@
 //! One decoder layer, forward and backward side by side. The backward starts from the layer's input and computes everything in
-//! between once more, so that a run keeps only one tensor a layer (activation recomputation).
+//! between once more, so that a run keeps only one tensor a layer (activation recomputation); or from what the forward kept
+//! ([`Activations`]), which costs memory and saves a third of the products. Either way the same bits come out.
 //!
 //! ```text
 //! x ─ input_layernorm ─ q,k,v ─ (q,k norm) ─ rope ─ attention ─ o ─(+x)─ h ─ post_attention_layernorm ─ gate,up ─ SwiGLU ─ down ─(+h)─ y
@@ -79,9 +80,18 @@ pub struct Layer {
     pub(super) precision: Precision,
 }
 
+/// What a backward pass needs of a layer beside its input and its output's gradient, except what takes no product to compute again
+/// (normed inputs, gate · up).
+#[derive(Debug)]
+pub struct Activations {
+    attended: Attended,
+    /// Of each part of the rows.
+    fed: Vec<Fed>,
+}
+
 /// What lies between a layer's input and the sum after attention.
+#[derive(Debug)]
 struct Attended {
-    normed: Tensor,
     /// q and k [T · heads, d] as they were before their norms; `None` without norms.
     q_unnormed: Option<Tensor>,
     k_unnormed: Option<Tensor>,
@@ -96,14 +106,21 @@ struct Attended {
     low_o: [Low; 1],
 }
 
-/// What lies between that sum and the layer's output.
-struct Fed {
-    h_normed: Tensor,
+/// What lies between that sum and SwiGLU.
+#[derive(Debug)]
+struct Gated {
     gate: Tensor,
     up: Tensor,
-    product: Tensor,
     /// A x of gate and up.
     low: [Low; 2],
+}
+
+/// What lies between that sum and the layer's output.
+#[derive(Debug)]
+struct Fed {
+    gated: Gated,
+    /// A x of down.
+    low: [Low; 1],
 }
 
 /// What a part of the rows adds to the MLP's backward.
@@ -143,27 +160,49 @@ impl Layer {
             let h = h.narrow(0, start, rows)?;
             // Everything else is let go before the widest product.
             let dropout = dropout.map(|dropout| dropout.later(start));
-            let Fed { product, .. } = self.feed(&h, dropout)?;
+            let (_, product) = self.feed(&h, dropout)?;
             let ([down], _) = forward_kept([&self.down_proj], &product, self.pass(dropout, DOWN))?;
             parts.push(add(&h, &down)?);
         }
         joined(parts)
     }
 
+    /// The same, and what [`backward`](Self::backward) would otherwise compute again.
+    pub fn forward_keeping(&self, x: &Tensor, geometry: &Geometry, dropout: Option<Dropout>) -> Result<(Tensor, Activations)> {
+        let attended = self.attend(x, geometry, dropout)?;
+        let (mut parts, mut fed) = (Vec::new(), Vec::new());
+        // The parts of the way back, which may be shorter.
+        for (start, rows) in self.row_parts(x.dim(0)?, WIDE_BACK) {
+            let h = attended.h.narrow(0, start, rows)?;
+            let dropout = dropout.map(|dropout| dropout.later(start));
+            let (gated, product) = self.feed(&h, dropout)?;
+            let ([down], low) = forward_kept([&self.down_proj], &product, self.pass(dropout, DOWN))?;
+            parts.push(add(&h, &down)?);
+            fed.push(Fed { gated, low });
+        }
+        Ok((joined(parts)?, Activations { attended, fed }))
+    }
+
     /// From the layer's input x and dL/dy, both [T, H]: dL/dx, and the LoRA gradients in the order of [`PROJECTIONS`]. `dropout` is what
-    /// [`forward`](Self::forward) was given.
+    /// the forward was given, `kept` what it kept; without it everything is computed again.
     pub fn backward(
         &self,
         x: &Tensor,
+        kept: Option<Activations>,
         dy: &Tensor,
         geometry: &Geometry,
         dropout: Option<Dropout>,
     ) -> Result<(Tensor, [Option<LoraGradient>; 7])> {
-        let s = self.attend(x, geometry, dropout)?;
+        let (s, fed) = match kept {
+            Some(Activations { attended, fed }) => (attended, fed),
+            None => (self.attend(x, geometry, dropout)?, Vec::new()),
+        };
+        let mut fed = fed.into_iter();
         let (mut parts, mut mlp) = (Vec::new(), [None, None, None]);
         for (start, rows) in self.row_parts(x.dim(0)?, WIDE_BACK) {
             let (h, dy) = (s.h.narrow(0, start, rows)?, dy.narrow(0, start, rows)?);
-            let FedGradients { dh, gate, up, down } = self.feed_backward(&h, &dy, dropout.map(|dropout| dropout.later(start)))?;
+            let dropout = dropout.map(|dropout| dropout.later(start));
+            let FedGradients { dh, gate, up, down } = self.feed_backward(&h, fed.next(), &dy, dropout)?;
             parts.push(dh);
             for (sum, part) in mlp.iter_mut().zip([gate, up, down]) {
                 *sum = summed(sum.take(), part)?;
@@ -190,21 +229,31 @@ impl Layer {
         let dq = flat(self.head_norm_backward(&s.q_unnormed, &self.q_norm, geometry.rope.apply(&dq, Turn::Backward)?)?)?;
         let dk = flat(self.head_norm_backward(&s.k_unnormed, &self.k_norm, geometry.rope.apply(&dk, Turn::Backward)?)?)?;
         let layers = [&self.q_proj, &self.k_proj, &self.v_proj];
-        let (d_normed, [q, k, v]) = backward_all(layers, &s.normed, &s.low, [&dq, &dk, &flat(dv)?], self.pass(dropout, Q))?;
+        let normed = rms_norm::forward(x, &self.input_layernorm, self.eps)?;
+        let (d_normed, [q, k, v]) = backward_all(layers, &normed, &s.low, [&dq, &dk, &flat(dv)?], self.pass(dropout, Q))?;
         let dx = add(&dh, &rms_norm::backward(x, &self.input_layernorm, self.eps, &d_normed)?)?;
         Ok((dx, [q, k, v, o]))
     }
 
     /// dL/dh and the gradients of gate, up and down from dL/dy of the rows of h [n, H].
-    fn feed_backward(&self, h: &Tensor, dy: &Tensor, dropout: Option<Dropout>) -> Result<FedGradients> {
-        let fed = self.feed(h, dropout)?;
-        // What down keeps of its input is a product of it alone, so its output is not made again.
+    fn feed_backward(&self, h: &Tensor, fed: Option<Fed>, dy: &Tensor, dropout: Option<Dropout>) -> Result<FedGradients> {
         let pass = self.pass(dropout, DOWN);
-        let low = [self.down_proj.low(&fed.product, pass)?];
-        let (d_product, [down]) = backward_all([&self.down_proj], &fed.product, &low, [dy], pass)?;
-        let (d_gate, d_up) = swiglu::backward(&fed.gate, &fed.up, &d_product)?;
-        let Fed { h_normed, low, .. } = fed;
+        let (Gated { gate, up, low }, product, low_down) = match fed {
+            Some(Fed { gated, low }) => {
+                let product = swiglu::forward(&gated.gate, &gated.up)?;
+                (gated, product, low)
+            }
+            None => {
+                let (gated, product) = self.feed(h, dropout)?;
+                // What down keeps of its input is a product of it alone, so its output is not made again.
+                let low = [self.down_proj.low(&product, pass)?];
+                (gated, product, low)
+            }
+        };
+        let (d_product, [down]) = backward_all([&self.down_proj], &product, &low_down, [dy], pass)?;
+        let (d_gate, d_up) = swiglu::backward(&gate, &up, &d_product)?;
         let layers = [&self.gate_proj, &self.up_proj];
+        let h_normed = rms_norm::forward(h, &self.post_attention_layernorm, self.eps)?;
         let (d_normed, [gate, up]) = backward_all(layers, &h_normed, &low, [&d_gate, &d_up], self.pass(dropout, GATE))?;
         let dh = add(dy, &rms_norm::backward(h, &self.post_attention_layernorm, self.eps, &d_normed)?)?;
         Ok(FedGradients { dh, gate, up, down })
@@ -236,14 +285,15 @@ impl Layer {
         let attended_flat = attended.output.flatten_from(1)?;
         let ([o], low_o) = forward_kept([&self.o_proj], &attended_flat, self.pass(dropout, O))?;
         let h = add(x, &o)?;
-        Ok(Attended { normed, q_unnormed, k_unnormed, q, k, v, attended, attended_flat, h, low, low_o })
+        Ok(Attended { q_unnormed, k_unnormed, q, k, v, attended, attended_flat, h, low, low_o })
     }
 
-    fn feed(&self, h: &Tensor, dropout: Option<Dropout>) -> Result<Fed> {
+    /// What gate and up make of h [n, H], and SwiGLU of that.
+    fn feed(&self, h: &Tensor, dropout: Option<Dropout>) -> Result<(Gated, Tensor)> {
         let h_normed = rms_norm::forward(h, &self.post_attention_layernorm, self.eps)?;
         let ([gate, up], low) = forward_kept([&self.gate_proj, &self.up_proj], &h_normed, self.pass(dropout, GATE))?;
         let product = swiglu::forward(&gate, &up)?;
-        Ok(Fed { h_normed, gate, up, product, low })
+        Ok((Gated { gate, up, low }, product))
     }
 
     /// x [T, heads, d] under its norm, and as [T · heads, d] without; x as it is where there is no norm.

@@ -126,6 +126,9 @@ pub struct TrainConfig {
     pub pack_tokens: u32,
     /// Scored positions whose logits exist at once.
     pub head_chunk: u32,
+    /// Last layers whose activations a pass keeps instead of computing them again on its way back; at most the student's layers. Decides
+    /// memory and time, and no bit of the adapter.
+    pub keep_layers: u32,
     /// What the factors of products are rounded to; sums, norms, softmax, losses and the optimiser are f32 in any case.
     pub compute: Precision,
     /// Peak learning rate.
@@ -217,6 +220,7 @@ impl Default for TrainConfig {
             batch_size: DEFAULT_BATCH_SIZE,
             pack_tokens: DEFAULT_PACK_TOKENS,
             head_chunk: DEFAULT_HEAD_CHUNK,
+            keep_layers: 0,
             compute: Precision::F32,
             lr: DEFAULT_LR,
             schedule: Schedule::default(),
@@ -295,6 +299,15 @@ impl TrainConfig {
             }
         }
         Ok(settings)
+    }
+
+    /// Errors: more layers are to be kept than the student has.
+    pub fn check_layers(&self, layers: usize) -> Result<()> {
+        if self.keep_layers as usize > layers {
+            let expected = format!("at most {layers}, the student's layers");
+            return Err(Error::Setting { name: "keep_layers", found: self.keep_layers.to_string(), expected });
+        }
+        Ok(())
     }
 
     /// AdamW's constants.

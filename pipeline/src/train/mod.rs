@@ -118,6 +118,7 @@ fn prepare<'a>(config: &'a TrainConfig, context: &RunContext) -> Result<(Run<'a>
     config.check_schedule()?;
     let device = device::pick(&config.device)?;
     let rows = Rows::open(config, context)?;
+    config.check_layers(ModelConfig::from_folder(&config.student)?.layers)?;
     let reading = rows.cache().map(|cache| Reading::of(config, cache, &mut plan)).transpose()?;
     let (mut left_out, mut held_out, mut targets) = (Vec::new(), None, "the data's tokens".to_string());
     if let Some((cache, reading)) = rows.cache().zip(reading.as_ref()) {
@@ -133,6 +134,7 @@ fn prepare<'a>(config: &'a TrainConfig, context: &RunContext) -> Result<(Run<'a>
     found.as_ref().map_or(Ok(()), |checkpoint| checkpoint.check_identity(&identity))?;
     passed_over.iter().for_each(|sentence| context.warn(sentence));
     let mut student = Student::from_folder(&config.student, &config.lora(), config.compute, &device, context)?;
+    student.keep_layers(config.keep_layers as usize);
     let mut adamw = AdamW::new(config.optimizer(), &student.parameters())?;
     let progress = match found {
         Some(checkpoint) => folder.restore(checkpoint, &mut student, &mut adamw)?,

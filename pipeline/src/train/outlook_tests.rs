@@ -62,7 +62,7 @@ fn fourteen_b() -> ModelConfig {
 /// r = 64 on everything, one pack of several with 2,048 tokens that are all scored, the default chunk.
 fn settings() -> MemorySettings {
     let (tokens, rank, targets, optimizer) = (2048, 64, TargetModules::ALL, StateWidth::F32);
-    MemorySettings { tokens, scored: 2048, head_chunk: 256, rank, targets, optimizer, packs: Packs::Several }
+    MemorySettings { tokens, scored: 2048, head_chunk: 256, keep_layers: 0, rank, targets, optimizer, packs: Packs::Several }
 }
 
 fn bytes(memory: &Memory, name: &str) -> u64 {
@@ -97,31 +97,45 @@ fn small_parts_are_those_worked_out_by_hand() {
     // Two norms of 896, biases of 896 + 128 + 128, in each layer, and the last norm.
     assert_eq!(bytes(&memory, "norms and biases"), 4 * (24 * (2 * 896 + 1152) + 896));
     assert_eq!(bytes(&memory, "scored hidden states"), 2048 * 896 * 4);
-    // The MLP's half, all rows at once (512 MiB / (28 · 4864) are 3,942). A token holds normed, h, dy, dh (896 each), q and attended
+    // The MLP's half, all rows at once (512 MiB / (28 · 4864) are 3,942). A token holds h, dy, dh (896 each), q and attended
     // (896 each), k and v (128 each), 14 log-sum-exps, 4 · 64 of A x; and 7 · 4864, 3 · 896 and 3 · 64 of the part.
-    let token = 4 * 896 + 2 * 896 + 2 * 128 + 14 + 4 * 64 + 7 * 4864 + 3 * 896 + 3 * 64;
+    let token = 3 * 896 + 2 * 896 + 2 * 128 + 14 + 4 * 64 + 7 * 4864 + 3 * 896 + 3 * 64;
     assert_eq!(bytes(&memory, "one layer's backward"), 2048 * token * 4);
 }
 
 #[test]
 fn the_mlp_of_a_wide_student_goes_back_in_parts() {
     // 512 MiB / (28 · 13,696) are 1,399 rows; dL/dh exists twice while parts are joined.
-    let token = 3 * 5120 + 2 * 5120 + 2 * 5120 + 40 + 4 * 64 + 2 * 5120;
+    let token = 2 * 5120 + 2 * 5120 + 2 * 5120 + 40 + 4 * 64 + 2 * 5120;
     let row = 7 * 13_696 + 3 * 5120 + 3 * 64;
     assert_eq!(bytes(&memory(&fourteen_b(), &settings()), "one layer's backward"), (2048 * token + 1399 * row) * 4);
 }
 
 #[test]
 fn where_the_mlp_is_narrow_attention_is_the_peak_of_a_layer() {
-    // Keys and values of two heads: its projections' way back. Beside what each moment has: dh, d normed, dx (896 each), d attended, dq
+    // Keys and values of two heads: its projections' way back. Beside what each moment has: dh, normed, d normed, dx (896 each), d attended, dq
     // twice (896 each), dk twice, dv (128 each), one packed (896).
     let narrow = |model: ModelConfig| memory(&ModelConfig { intermediate_size: 64, ..model }, &settings());
-    let token = 3 * 896 + 2 * 896 + 2 * 128 + 14 + 4 * 64 + 3 * 896 + 3 * 896 + 3 * 128 + 896;
+    let token = 2 * 896 + 2 * 896 + 2 * 128 + 14 + 4 * 64 + 4 * 896 + 3 * 896 + 3 * 128 + 896;
     assert_eq!(bytes(&narrow(half_b()), "one layer's backward"), 2048 * token * 4);
     // As many heads of keys and values as of queries: its own. dh, d attended, dq, dk, dv of all heads; dq, dk, dv of each head; three
     // panels: eleven of 4096.
-    let token = 3 * 4096 + 2 * 4096 + 2 * 4096 + 32 + 4 * 64 + 11 * 4096;
+    let token = 2 * 4096 + 2 * 4096 + 2 * 4096 + 32 + 4 * 64 + 11 * 4096;
     assert_eq!(bytes(&narrow(seven_b()), "one layer's backward"), 2048 * token * 4);
+}
+
+#[test]
+fn kept_layers_hold_what_their_way_back_reads() {
+    let of = |keep_layers: u64| memory(&half_b(), &MemorySettings { keep_layers, ..settings() });
+    // h, q, attended (896 each), k, v (128 each), 14 log-sum-exps, gate, up (4864 each), seven A x of 64.
+    let layer = 2048 * 4 * (3 * 896 + 2 * 128 + 14 + 2 * 4864 + 7 * 64);
+    assert_eq!([0, 1, 24].map(|n| bytes(&of(n), "activations of kept layers")), [0, layer, 24 * layer]);
+    // All rows go back at once, so a kept layer's own way back takes no more than another's.
+    assert_eq!(of(1).device, of(0).device);
+    assert_eq!(of(24).device - of(0).device, 23 * layer);
+    // The 14B's go back in two parts, so keeping holds gate, up and A x of the other rows too.
+    let of = |keep_layers: u64| memory(&fourteen_b(), &MemorySettings { keep_layers, ..settings() });
+    assert_eq!(of(1).device - of(0).device, (2048 - 1399) * (2 * 13_696 + 3 * 64) * 4);
 }
 
 #[test]
@@ -135,7 +149,7 @@ fn rows_held_out_are_not_passed_over() {
 #[test]
 fn fourteen_b_at_2048_tokens_and_rank_64_fits_16_gb() {
     let whole = memory(&fourteen_b(), &settings());
-    assert_eq!((whole.peak, whole.device), (When::Backward, 14_803_785_824));
+    assert_eq!((whole.peak, whole.device), (When::Backward, 14_761_842_784));
     assert!(whole.device < 16_000_000_000);
     let eight = memory(&fourteen_b(), &MemorySettings { optimizer: StateWidth::Blocks8, ..settings() });
     // Two bytes a number and two scales a block: A and B of 64 · 5120 have 1,280 blocks, of 64 · 13,696 3,424.
@@ -208,6 +222,10 @@ fn a_config_alone_is_enough_and_nothing_else_is_read() {
     let error = |config: TrainConfig| look(&config).unwrap_err().to_string();
     assert!(error(TrainConfig { cache: dir.path().into(), ..config.clone() }).contains("manifest.json"));
     assert!(error(TrainConfig { batch_size: 0, ..config.clone() }).contains("batch_size"));
+    assert!(
+        error(TrainConfig { keep_layers: 3, ..config.clone() })
+            .contains("keep_layers = 3: expected at most 2, the student's layers")
+    );
     assert!(error(TrainConfig { dropout: 1.0, ..config.clone() }).contains("dropout"));
     // What a run refuses before it reads its rows is refused here too.
     assert!(error(TrainConfig { cache: "cache".into(), ..chats.clone() }).contains("both cache and data are given"));
