@@ -42,6 +42,7 @@ forbid "student knows teacher" '(crate|super)::(\{[^}]*)?teacher' "$NOTHING" $P/
 forbid "precompute knows train" 'crate::(\{[^}]*)?train\b' "$NOTHING" $P/precompute $P/precompute.rs
 forbid "train knows precompute (its tests apart)" 'crate::(\{[^}]*)?precompute\b' '_tests\.rs:' $P/train $P/train.rs
 forbid "loss knows the model" 'crate::(\{[^}]*)?model\b' "$NOTHING" $P/loss $P/loss.rs
+forbid "evaluate knows train or precompute" 'crate::(\{[^}]*)?(train|precompute)\b' "$NOTHING" $P/evaluate
 forbid "the libraries know the command line" '\bclap\b|\bindicatif\b|\banyhow\b' "$NOTHING" $P cache/src
 forbid "a library prints" '\be?print(ln)?!' '_tests\.rs:' $P cache/src
 

@@ -6,9 +6,11 @@
 #![allow(rustdoc::broken_intra_doc_links)]
 
 mod caches;
+mod evaluate;
 mod stages;
 
 pub use caches::{Combine, Inspect, Repack, Storing, Verify};
+pub use evaluate::{Evaluate, HeldOut};
 pub use stages::{Demo, Merge, Precompute, Train};
 
 use crate::settings::{self, Section};
@@ -60,6 +62,9 @@ pub enum Verb {
     Train(Box<Train>),
     /// Merge an adapter into its base model and write a plain model folder
     Merge(Merge),
+    /// Say how good a student is: beside its teacher on a held-out cache
+    #[command(subcommand)]
+    Evaluate(Evaluate),
     /// Make tiny models and run everything on them, with no network, in minutes
     Demo(Demo),
 }
@@ -98,6 +103,11 @@ fn command() -> clap::Command {
         with_defaults(Invocation::command(), &settings::PRECOMPUTE, toml::Table::try_from(PrecomputeConfig::default()).ok());
     let command = with_defaults(command, &settings::TRAIN, toml::Table::try_from(TrainConfig::default()).ok());
     with_defaults(command, &settings::MERGE, toml::Table::try_from(MergeConfig::default()).ok())
+}
+
+/// Reads one of the words that name a value.
+fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    T::deserialize(toml::Value::String(text.to_string())).map_err(|e: toml::de::Error| e.message().to_string())
 }
 
 /// A default as help shows it; empty where there is none.

@@ -1,9 +1,10 @@
-//! Owns PEFT adapter folders, in and out, and the merge of an adapter into a plain model folder. Refuses adapters that
+//! Owns PEFT adapter folders, in and out, what puts one on a model, and the merge of an adapter into a plain model folder. Refuses adapters that
 //! mean more than y = W x + b + factor · B (A x), because a part left out in silence gives a wrong model.
 //!
 //! The one idea: inside the program a tensor is named as in the checkpoint (`model.layers.0.self_attn.q_proj.lora_A.weight`);
 //! PEFT's prefix `base_model.model.` exists only in the file. Every folder is built beside its place and renamed into it.
 
+mod attach;
 mod card;
 mod config;
 mod folder;
@@ -13,6 +14,7 @@ mod module;
 mod staging;
 mod targets;
 
+pub use attach::FittedAdapter;
 pub use card::{LearnedFrom, RUN_FILE, Surroundings};
 pub(crate) use config::is_dropout;
 pub use config::{AdapterConfig, MAX_RANK, Scaling};

@@ -23,12 +23,18 @@ pub enum Error {
     /// Inputs of a loss.
     #[error(transparent)]
     Loss(#[from] crate::loss::LossError),
+    /// A cache and a student that do not go together.
+    #[error(transparent)]
+    Pairing(#[from] crate::pairing::PairingError),
     /// An optimizer's update or state.
     #[error(transparent)]
     Optimizer(#[from] crate::train::optimizer::OptimizerError),
     /// Training settings, checkpoints or a failed step.
     #[error(transparent)]
     Train(#[from] crate::train::TrainError),
+    /// An evaluation.
+    #[error(transparent)]
+    Evaluate(#[from] crate::evaluate::EvaluateError),
     /// The miniature models that are made on the spot.
     #[error(transparent)]
     Miniature(#[from] crate::miniature::MiniatureError),
@@ -116,8 +122,10 @@ impl Error {
             Error::Hub(e) => e.class(),
             Error::Adapter(e) => e.class(),
             Error::Loss(e) => e.class(),
+            Error::Pairing(e) => e.class(),
             Error::Optimizer(e) => e.class(),
             Error::Train(e) => e.class(),
+            Error::Evaluate(e) => e.class(),
             Error::Miniature(e) => e.class(),
             Error::Cache(e) => e.class(),
             Error::Tensor(_) | Error::TooManyBad { .. } => ErrorClass::Runtime,

@@ -147,6 +147,11 @@ impl Student {
         self.keep = layers;
     }
 
+    /// A decoder as it stands, with whatever adapters its layers carry, to compute with.
+    pub fn of(decoder: Decoder) -> Self {
+        Self { decoder, dropout: (0.0, 0) }
+    }
+
     /// The model.
     pub fn decoder(&self) -> &Decoder {
         &self.decoder

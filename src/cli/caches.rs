@@ -2,6 +2,7 @@
 // What follows `///` here is help text; the tables of a config file stand in brackets in it.
 #![allow(rustdoc::broken_intra_doc_links)]
 
+use super::word;
 use clap::Args;
 use potstill_cache::{Preset, SelectionKind, Values};
 use potstill_pipeline::precompute::Share;
@@ -143,9 +144,4 @@ pub struct Combine {
     /// How to store.
     #[command(flatten)]
     pub storing: Storing,
-}
-
-/// Reads one of the words that name a value.
-fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
-    T::deserialize(toml::Value::String(text.to_string())).map_err(|e: toml::de::Error| e.message().to_string())
 }

@@ -3,6 +3,7 @@
 mod combine;
 mod conversation;
 mod demo;
+mod evaluate;
 mod inspect;
 mod merge;
 mod precompute;
@@ -29,6 +30,7 @@ pub fn run(invocation: Invocation) -> anyhow::Result<Outcome> {
         Verb::Combine(flags) => combine::run(&flags, manner),
         Verb::Train(flags) => train::run(*flags, manner),
         Verb::Merge(flags) => merge::run(flags, manner),
+        Verb::Evaluate(what) => evaluate::run(what, manner),
         Verb::Demo(flags) => demo::run(&flags, manner),
     }
 }

@@ -12,6 +12,7 @@
 //! ```
 
 mod coarse;
+mod comparison;
 mod divergence;
 mod exponential;
 mod fused;
@@ -19,6 +20,7 @@ mod row;
 mod settings;
 mod unknown;
 
+pub use comparison::Comparison;
 pub(crate) use fused::VOCABULARY_STRETCH;
 pub use fused::{fused, fused_batch};
 pub use settings::{DEFAULT_BETA, DEFAULT_SKEW, Divergence, LossError, LossSettings, Tail};

@@ -16,8 +16,8 @@ pub(super) struct Terms {
 }
 
 /// The kept logits, taken out of a row, and sums over those that stay.
-struct Split {
-    kept: Vec<f64>,
+pub(super) struct Split {
+    pub(super) kept: Vec<f64>,
     /// The others' largest logit; −∞ when there are none.
     largest: f32,
     /// Σ exp(z − largest) over the others.
@@ -84,7 +84,7 @@ fn pull(target: Target<'_>, split: &Split, vocab: usize, row: usize, batch: &Bat
 
 impl Split {
     /// Takes the kept logits out of the row (−∞ stays behind) and sums over the others.
-    fn take(z: &mut [f32], ids: &[u32], row: usize, batch: &Batch<'_>) -> Result<Split, LossError> {
+    pub(super) fn take(z: &mut [f32], ids: &[u32], row: usize, batch: &Batch<'_>) -> Result<Split, LossError> {
         let mut kept = Vec::with_capacity(ids.len());
         for &id in ids {
             kept.push(f64::from(std::mem::replace(&mut z[id as usize], f32::NEG_INFINITY)));
@@ -108,7 +108,7 @@ impl Split {
     }
 
     /// ln Σ exp z over the others.
-    fn rest(&self) -> f64 {
+    pub(super) fn rest(&self) -> f64 {
         f64::from(self.largest) + self.sum.ln()
     }
 

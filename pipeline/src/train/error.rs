@@ -20,67 +20,6 @@ pub enum TrainError {
         /// What is given.
         found: &'static str,
     },
-    /// A cache whose writing was not finished.
-    #[error("{cache}: holds {rows} of {expected} rows; finish it with the precompute command that began it", cache = cache.display())]
-    Incomplete {
-        /// The cache.
-        cache: PathBuf,
-        /// Rows there.
-        rows: u64,
-        /// Rows it will hold.
-        expected: u64,
-    },
-    /// A cache without rows.
-    #[error("{cache}: holds no rows, so there is nothing to train on", cache = cache.display())]
-    Empty {
-        /// The cache.
-        cache: PathBuf,
-    },
-    /// A student whose ids mean other tokens than the cache's.
-    #[error(
-        "{student}: its tokenizer is not the one that cache {cache} was made with: expected {expected}, found {found}",
-        student = student.display(), cache = cache.display()
-    )]
-    OtherTokenizer {
-        /// The student's folder.
-        student: PathBuf,
-        /// The cache.
-        cache: PathBuf,
-        /// The cache's tokenizer.
-        expected: String,
-        /// The student's.
-        found: String,
-    },
-    /// A student with fewer ids than the cache's tokenizer.
-    #[error(
-        "{student}: its vocabulary is too small for cache {cache}: expected at least {expected} ids, found {found}",
-        student = student.display(), cache = cache.display()
-    )]
-    Narrow {
-        /// The student's folder.
-        student: PathBuf,
-        /// The cache.
-        cache: PathBuf,
-        /// Ids of the cache.
-        expected: u32,
-        /// Rows of the student's embedding.
-        found: usize,
-    },
-    /// A student whose context is shorter than the cache's rows may be.
-    #[error(
-        "{student}: its context is too short for cache {cache}: expected at least {expected} tokens, found {found}",
-        student = student.display(), cache = cache.display()
-    )]
-    Short {
-        /// The student's folder.
-        student: PathBuf,
-        /// The cache.
-        cache: PathBuf,
-        /// Longest row of the cache.
-        expected: u32,
-        /// The student's context.
-        found: usize,
-    },
     /// The thread that reads batches ended though more were wanted: a defect, not the cache's fault.
     #[error("{cache}: the thread that reads it ended before the training did", cache = cache.display())]
     ReaderGone {
@@ -262,17 +201,13 @@ impl TrainError {
         match self {
             TrainError::Damaged { .. } => ErrorClass::Integrity,
             TrainError::Locked { .. } => ErrorClass::Locked,
-            TrainError::OtherTokenizer { .. }
-            | TrainError::OtherRun { .. }
+            TrainError::OtherRun { .. }
             | TrainError::OtherVersion { .. }
-            | TrainError::Narrow { .. }
             | TrainError::OwnTokenizer { .. }
-            | TrainError::Short { .. }
             | TrainError::OtherTail { .. }
             | TrainError::OtherTeacher { .. } => ErrorClass::Mismatch,
             TrainError::RowSource { .. }
             | TrainError::Occupied { .. }
-            | TrainError::Incomplete { .. }
             | TrainError::Drawn { .. }
             | TrainError::UnknownMass { .. } => ErrorClass::Usage,
             _ => ErrorClass::Runtime,

@@ -29,12 +29,12 @@ pub use config::*;
 pub use distillation::{DEFAULT_MAX_UNKNOWN_MASS, DivergenceName, LossPlan, LossSchedule, TailName};
 pub use error::TrainError;
 pub use report::{Objective, Resume, TrainReport};
-pub use watch::{BINS, DEFAULT_EVAL_EVERY, Evaluation, HeldOutReport};
+pub use watch::{DEFAULT_EVAL_EVERY, Evaluation, HeldOutReport};
 
-use crate::data::ChatTokenizer;
 use crate::data::pack::{self, Pack, Sequence};
 use crate::loss::{self, Batch, LossSettings, LossSums};
 use crate::model::config::ModelConfig;
+use crate::pairing;
 use crate::run::{RUN_AGAIN, RunContext};
 use crate::student::{Moment, Student, Walk};
 use crate::{Error, Result, device};
@@ -216,37 +216,8 @@ fn interrupted(config: &TrainConfig, progress: &Progress) -> Error {
 
 /// Opens the cache and checks that the student can be trained from it.
 fn open_cache(config: &TrainConfig) -> Result<Cache> {
-    let cache = Cache::open(&config.cache)?;
-    let description = &cache.manifest().description;
-    if !cache.is_complete() {
-        let (rows, expected) = (cache.len(), description.expected_rows);
-        return Err(TrainError::Incomplete { cache: config.cache.clone(), rows, expected }.into());
-    }
-    if cache.manifest().scored() == 0 {
-        return Err(TrainError::Empty { cache: config.cache.clone() }.into());
-    }
-    let student = ModelConfig::from_folder(&config.student)?;
-    student.check_dense(&config.student)?;
-    let tokenizer = ChatTokenizer::tokenizer_only(&config.student)?;
-    let (ours, theirs) = (tokenizer.tokenizer_fingerprint(), &description.tokenizer);
-    if ours.vocabulary_blake3 != theirs.vocabulary_blake3 {
-        return Err(TrainError::OtherTokenizer {
-            student: config.student.clone(),
-            cache: config.cache.clone(),
-            expected: format!("{} ids, vocabulary {}", theirs.size, theirs.vocabulary_blake3),
-            found: format!("{} ids, vocabulary {}", ours.size, ours.vocabulary_blake3),
-        }
-        .into());
-    }
-    let (student_folder, cache_folder) = (config.student.clone(), config.cache.clone());
-    if student.vocab_size < description.vocab_size as usize {
-        let (expected, found) = (description.vocab_size, student.vocab_size);
-        return Err(TrainError::Narrow { student: student_folder, cache: cache_folder, expected, found }.into());
-    }
-    if student.context < description.encoding.max_length as usize {
-        let (expected, found) = (description.encoding.max_length, student.context);
-        return Err(TrainError::Short { student: student_folder, cache: cache_folder, expected, found }.into());
-    }
+    let cache = pairing::open(&config.student, &config.cache)?;
+    ModelConfig::from_folder(&config.student)?.check_dense(&config.student)?;
     Ok(cache)
 }
 

@@ -9,20 +9,13 @@
 //! | `ce` | −ln q(y); perplexity = exp(mean) |
 //! | `agreement` | whether argmax q = argmax p; ties go to the smaller id |
 //! | `kept_mass`, `teacher_kept_mass` | Σ q and Σ p over the ids that are read |
-//! | `ece` | below |
-//!
-//! Expected calibration error (Naeini, Cooper and Hauskrecht, "Obtaining well calibrated probabilities using Bayesian binning", 2015),
-//! with bins of equal mass: the N positions, sorted by confidence c = max q, are cut into [`BINS`] stretches of equal length;
-//! ECE = Σ over bins |Σ over their positions (hit − c)| / N with hit = 1 where argmax q = y, else 0. It is 0 where confidence is
-//! kept in every bin, and at most 1.
+//! | `ece` | [`calibration_error`] |
 
 use crate::Result;
+use crate::evaluate::calibration::{calibration_error, top};
 use crate::loss::{self, LossSettings, LossSums};
 use potstill_cache::{SoftTargets, Target};
 use serde::{Deserialize, Serialize};
-
-/// Bins of a calibration error (fewer positions than that leave some empty).
-pub const BINS: usize = 15;
 
 /// What an evaluation found. Figures are f32: that much comes back to the bit from a checkpoint's JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -143,11 +136,6 @@ impl Row {
     }
 }
 
-/// Place and value of the first of the largest values; place 0 of none.
-fn top(values: impl Iterator<Item = f32>) -> (usize, f32) {
-    values.enumerate().fold((0, f32::NEG_INFINITY), |best, (i, value)| if value > best.1 { (i, value) } else { best })
-}
-
 /// A mean over those positions that have a value.
 #[derive(Debug, Clone, Copy, Default)]
 struct Mean {
@@ -226,16 +214,6 @@ impl Tally {
             teacher_ece: None,
         })
     }
-}
-
-/// ECE of (confidence, hit), with [`BINS`] bins of equal mass; 0 of no positions.
-fn calibration_error(mut positions: Vec<(f64, bool)>) -> f64 {
-    // A stable sort, so that equal confidences stay in the positions' order.
-    positions.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let n = positions.len();
-    let bin = |b: usize| &positions[b * n / BINS..(b + 1) * n / BINS];
-    let gap = |bin: &[(f64, bool)]| bin.iter().map(|(c, hit)| f64::from(u8::from(*hit)) - c).sum::<f64>().abs();
-    (0..BINS).map(|b| gap(bin(b))).sum::<f64>() / n.max(1) as f64
 }
 
 #[cfg(test)]

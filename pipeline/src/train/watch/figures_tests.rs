@@ -148,22 +148,3 @@ fn a_position_that_is_not_finite_is_left_out_and_counted() {
     assert!(!serde_json::to_string(&whole).unwrap().contains("not_finite"));
     assert_eq!(of(&[nan, infinite]), (2, None), "of nothing there is no mean");
 }
-
-#[test]
-fn calibration_is_measured_in_bins_of_equal_mass() {
-    // 30 positions, two a bin: confidences i/30, of which each second one is right. A bin's gap is |1 − (c_even + c_odd)|.
-    let positions: Vec<(f64, bool)> = (0..30).map(|i| (f64::from(i) / 30.0, i % 2 == 0)).collect();
-    let expected: f64 = (0..15).map(|b| (1.0 - f64::from(4 * b + 1) / 30.0).abs()).sum::<f64>() / 30.0;
-    assert!((calibration_error(positions.clone()) - expected).abs() < 1e-15);
-    let backwards: Vec<(f64, bool)> = positions.into_iter().rev().collect();
-    assert!((calibration_error(backwards) - expected).abs() < 1e-15, "the order does not matter");
-    // Five bins of 0.1 and ten of 0.9, each off by 0.9; one bin with everything would say 0.3.
-    let split: Vec<(f64, bool)> = (0..300).map(|i| if i % 3 == 0 { (0.1, true) } else { (0.9, false) }).collect();
-    assert!((calibration_error(split) - 0.9).abs() < 1e-12);
-    // Calibrated: of 10 positions at 0.9 in each bin, 9 are right.
-    let right: Vec<(f64, bool)> = (0..150).map(|i| (0.9, i % 10 != 3)).collect();
-    assert!(calibration_error(right) < 1e-12);
-    // Fewer positions than bins.
-    assert!((calibration_error(vec![(0.75, true), (0.25, false)]) - 0.25).abs() < 1e-15);
-    assert_eq!(calibration_error(Vec::new()), 0.0);
-}

@@ -1,33 +1,27 @@
-//! Held-out rows: which they are, and the walk over them.
+//! Held-out rows of a run: which they are, and what an evaluation looks at on the walk over them.
 //!
-//! `eval_rows` rows of the run's own cache are never trained on: the first of the order that the sampler gives for an epoch that no run
-//! reaches, so that they follow from the seed and the number of rows alone. Or all rows of another cache, `eval_cache`. They are read again
+//! `eval_rows` rows of the run's own cache are never trained on ([`choose`]). Or all rows of another cache, `eval_cache`. They are read again
 //! at each evaluation, a batch at a time; the student goes forward only, and its head by chunks: no [T, V] exists here either.
 
 use super::super::reading::Reading;
 use super::super::{TrainConfig, TrainError, open_cache};
 use super::figures::{Evaluation, Expected, Row, Tally};
 use super::probe::{self, Look, Looks};
-use crate::data::pack::{self, Pack, Sequence};
+use crate::evaluate::walk::{CacheRows, Chunk, Portions, choose};
 use crate::loss::LossSettings;
 use crate::run::RunContext;
 use crate::student::{Student, Walk};
 use crate::{Error, Result};
-use potstill_cache::{Cache, Order, Record, Sampler, SoftTargets};
+use potstill_cache::{Cache, Record, SoftTargets};
 use rayon::prelude::*;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-/// The epoch whose order says which rows are held out; no run is that long.
-const NO_EPOCH: u64 = u64::MAX;
-
 /// Rows of a cache and how they are read.
 #[derive(Debug)]
 struct Sample {
-    cache: Arc<Cache>,
-    /// Rising.
-    rows: Vec<u64>,
+    of: CacheRows,
     reading: Reading,
 }
 
@@ -38,14 +32,6 @@ pub(in crate::train) struct HeldOut {
     /// Where distributions are whole, if that is another cache.
     dense: Option<Sample>,
     loss: LossSettings,
-}
-
-/// Which of `rows` rows are held out, rising.
-fn choose(rows: u64, held_out: u64, seed: u64) -> Vec<u64> {
-    let order = Sampler::new(rows, seed, Order::Seeded);
-    let mut chosen: Vec<u64> = (0..held_out.min(rows)).map(|i| order.row(NO_EPOCH, i)).collect();
-    chosen.sort_unstable();
-    chosen
 }
 
 /// The rows of the run's own cache that are not trained on, rising. Errors: as many as there are, or more.
@@ -73,7 +59,7 @@ impl HeldOut {
             let cache = open_cache(&TrainConfig { cache: path.to_path_buf(), ..config.clone() })?;
             check_teacher(own, &cache)?;
             let reading = reading.of_other(&cache, path, loss)?;
-            Ok(Sample { rows: (0..cache.len()).collect(), cache: Arc::new(cache), reading })
+            Ok(Sample { of: CacheRows { rows: (0..cache.len()).collect(), cache: Arc::new(cache) }, reading })
         };
         let sample = match (&config.eval_cache, left_out) {
             (Some(path), []) => of_other(path)?,
@@ -86,13 +72,15 @@ impl HeldOut {
                     (None, patience) => refuse("patience", patience.to_string(), without),
                 };
             }
-            (None, rows) => Sample { cache: own.clone(), rows: rows.to_vec(), reading: reading.clone() },
+            (None, rows) => Sample { of: CacheRows { cache: own.clone(), rows: rows.to_vec() }, reading: reading.clone() },
         };
         if config.eval_every == 0 {
             return refuse("eval_every", "0".into(), "at least 1 step");
         }
         if sample.first_scored()?.is_none() {
-            return Err(TrainError::NothingHeldOut { cache: sample.cache.dir().to_path_buf(), rows: sample.rows.len() }.into());
+            return Err(
+                TrainError::NothingHeldOut { cache: sample.of.cache.dir().to_path_buf(), rows: sample.of.rows.len() }.into()
+            );
         }
         let dense = config.probe_cache.as_deref().map(of_other).transpose()?;
         if let Some(dense) = &dense {
@@ -103,7 +91,7 @@ impl HeldOut {
 
     /// Rows held out.
     pub(in crate::train) fn rows(&self) -> u64 {
-        self.sample.rows.len() as u64
+        self.sample.of.rows.len() as u64
     }
 
     /// The student's figures after `step` steps; `None` when a stop was asked for.
@@ -139,7 +127,7 @@ impl HeldOut {
         }
         let positions = tally.positions();
         let nothing = || match positions {
-            0 => TrainError::NothingHeldOut { cache: self.sample.cache.dir().to_path_buf(), rows: self.sample.rows.len() },
+            0 => TrainError::NothingHeldOut { cache: self.sample.of.cache.dir().to_path_buf(), rows: self.sample.of.rows.len() },
             _ => TrainError::EvaluationNotFinite { step, loss: f32::NAN },
         };
         let mut evaluation = tally.close(step).ok_or_else(nothing)?;
@@ -167,13 +155,13 @@ fn check_teacher(own: &Cache, other: &Cache) -> Result<()> {
 
 impl Sample {
     fn vocabulary(&self) -> u32 {
-        self.cache.manifest().description.vocab_size
+        self.of.cache.manifest().description.vocab_size
     }
 
     /// The first row with a scored position.
     fn first_scored(&self) -> Result<Option<Record>> {
-        for row in &self.rows {
-            let record = self.cache.row(*row)?;
+        for row in &self.of.rows {
+            let record = self.of.cache.row(*row)?;
             if !record.positions.is_empty() {
                 return Ok(Some(record));
             }
@@ -190,7 +178,7 @@ impl Sample {
             true => Ok(()),
             false => Err(Error::Setting {
                 name: "probe_cache",
-                found: format!("{} ({})", self.cache.dir().display(), self.cache.manifest().description.selection),
+                found: format!("{} ({})", self.of.cache.dir().display(), self.of.cache.manifest().description.selection),
                 expected: format!("a cache that keeps all {} ids at each position", self.vocabulary()),
             }),
         }
@@ -202,22 +190,20 @@ impl Sample {
         student: &Student,
         config: &TrainConfig,
         context: &RunContext,
-        mut visit: impl FnMut(Chunk<'_>) -> Result<ControlFlow<()>>,
+        mut visit: impl FnMut(Seen<'_>) -> Result<ControlFlow<()>>,
     ) -> Result<Walk> {
+        let portions = Portions {
+            rows: config.batch_size as usize,
+            pack_tokens: config.pack_tokens as usize,
+            positions: config.head_chunk as usize,
+        };
         let mut done = 0;
-        for rows in self.rows.chunks(config.batch_size.max(1) as usize) {
-            context.progress.note(format!("evaluating, row {done} of {}", self.rows.len()));
-            let records = rows.par_iter().map(|row| Ok(self.cache.row(*row)?)).collect::<Result<Vec<Record>>>()?;
-            let records: Vec<Record> = records.into_iter().filter(|r| !r.positions.is_empty()).collect();
-            for range in pack::plan(records.iter().map(|r| r.input_ids.len()), config.pack_tokens as usize) {
-                let records = &records[range];
-                if let ControlFlow::Break(end) = self.pack(student, records, config.head_chunk as usize, context, &mut visit)? {
-                    return Ok(end);
-                }
-            }
-            done += rows.len();
-        }
-        Ok(Walk::Done)
+        let open = |records: &[Record]| {
+            context.progress.note(format!("evaluating, row {done} of {}", self.of.rows.len()));
+            done += records.len();
+            Ok(self.targets(records))
+        };
+        self.of.walk(student, portions, context, open, |chunk, targets| visit(Seen { chunk, targets: targets.as_ref() }))
     }
 
     /// What a pack's positions are compared with; `None` where the rows have no distributions.
@@ -230,37 +216,6 @@ impl Sample {
         }
         let all = stored.len() == records.iter().map(|record| record.positions.len()).sum::<usize>();
         all.then(|| Targets { lse_t: reading.lse_t(&read), drawn: reading.drawn(), stored, read })
-    }
-
-    /// One pack of a walk; breaks off with how the walk ends.
-    fn pack(
-        &self,
-        student: &Student,
-        records: &[Record],
-        head_chunk: usize,
-        context: &RunContext,
-        visit: &mut impl FnMut(Chunk<'_>) -> Result<ControlFlow<()>>,
-    ) -> Result<ControlFlow<Walk>> {
-        let pack = Pack::new(records.iter().map(|r| Sequence { input_ids: &r.input_ids, positions: &r.positions }));
-        let targets = self.targets(records);
-        let stopped = Ok(ControlFlow::Break(Walk::Stopped));
-        let Some(hidden) = student.hidden(&pack, context)? else { return stopped };
-        for first in (0..pack.labels().len()).step_by(head_chunk.max(1)) {
-            if context.stopping() {
-                return stopped;
-            }
-            let n = head_chunk.max(1).min(pack.labels().len() - first);
-            let (logits, vocab) = {
-                let logits = student.decoder().logits(&hidden.narrow(0, first, n)?)?;
-                (logits.flatten_all()?.to_vec1::<f32>()?, logits.dim(1)?)
-            };
-            let labels = &pack.labels()[first..first + n];
-            let chunk = Chunk { logits, vocab, labels, first, targets: targets.as_ref() };
-            if visit(chunk)?.is_break() {
-                return Ok(ControlFlow::Break(Walk::Done));
-            }
-        }
-        Ok(ControlFlow::Continue(()))
     }
 }
 
@@ -282,69 +237,44 @@ impl Targets {
 }
 
 /// Logits of a few positions beside what they are compared with.
-struct Chunk<'a> {
-    /// `[n, vocab]`.
-    logits: Vec<f32>,
-    vocab: usize,
-    /// n next tokens.
-    labels: &'a [u32],
-    /// Place of the chunk's first position in the pack's targets.
-    first: usize,
+struct Seen<'a> {
+    chunk: Chunk<'a>,
     targets: Option<&'a Targets>,
 }
 
-impl Chunk<'_> {
+impl Seen<'_> {
     /// Figures of all positions, in order; the logits are used up.
     fn rows(mut self, settings: &LossSettings) -> Result<Vec<Row>> {
-        let mut logits = std::mem::take(&mut self.logits);
+        let mut logits = std::mem::take(&mut self.chunk.logits);
+        let (vocab, first) = (self.chunk.vocab, self.chunk.first);
         let row = |(i, z): (usize, &mut [f32])| {
-            let label = self.labels[i];
+            let label = self.chunk.labels[i];
             let Some(targets) = self.targets else {
                 return Row::of(z, &Expected { label, read: None, drawn: false, lse_t: None, stored: None }, settings);
             };
-            let (read, lse_t) = targets.read(self.first + i);
+            let (read, lse_t) = targets.read(first + i);
             // Draws are comparable only as training takes them.
             let comparable = settings.kd_alpha > 0.0 || !targets.drawn;
-            let (read, stored) = (comparable.then_some(&read), Some(targets.stored.position(self.first + i)));
+            let (read, stored) = (comparable.then_some(&read), Some(targets.stored.position(first + i)));
             Row::of(z, &Expected { label, read, drawn: targets.drawn, lse_t, stored }, settings)
         };
-        logits.par_chunks_exact_mut(self.vocab.max(1)).enumerate().map(row).collect()
+        logits.par_chunks_exact_mut(vocab.max(1)).enumerate().map(row).collect()
     }
 
     /// Looks at those positions that keep all of the cache's `vocabulary`, as many as are still wanted.
     fn look(&self, settings: &LossSettings, vocabulary: u32, looks: &mut Looks) -> Result<()> {
         let Some(targets) = self.targets else { return Ok(()) };
-        let dense = |i: &usize| probe::is_dense(targets.stored.position(self.first + i), vocabulary);
-        let dense: Vec<usize> = (0..self.labels.len()).filter(dense).take(looks.wanted()).collect();
+        let Chunk { logits, vocab, labels, first } = &self.chunk;
+        let dense = |i: &usize| probe::is_dense(targets.stored.position(first + i), vocabulary);
+        let dense: Vec<usize> = (0..labels.len()).filter(dense).take(looks.wanted()).collect();
         let look = |i: usize| {
-            let (read, lse_t) = targets.read(self.first + i);
+            let (read, lse_t) = targets.read(first + i);
             let read = (settings.kd_alpha > 0.0).then_some(&read);
-            let z = &self.logits[i * self.vocab..(i + 1) * self.vocab];
-            Look::of(z, targets.stored.position(self.first + i), (self.labels[i], read, lse_t), settings)
+            let z = &logits[i * vocab..(i + 1) * vocab];
+            Look::of(z, targets.stored.position(first + i), (labels[i], read, lse_t), settings)
         };
         let found: Vec<Look> = dense.into_par_iter().map(look).collect::<Result<_>>()?;
         found.iter().for_each(|look| looks.add(look));
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_held_out_follow_from_seed_and_number() {
-        for (rows, held_out) in [(1000, 0), (1000, 37), (20, 19), (2, 1)] {
-            let chosen = choose(rows, held_out, 7);
-            assert!(chosen.len() as u64 == held_out && chosen.is_sorted_by(|a, b| a < b), "{chosen:?}");
-            assert!(chosen.iter().all(|row| *row < rows), "{chosen:?}");
-            assert_eq!(chosen, choose(rows, held_out, 7));
-        }
-        assert_ne!(choose(1000, 37, 7), choose(1000, 37, 8));
-        // More of them are those and others.
-        let more = choose(1000, 60, 7);
-        assert!(choose(1000, 37, 7).iter().all(|row| more.contains(row)));
-        // A checkpoint does not name them, so they are part of it.
-        assert_eq!(choose(10, 3, 42), [0, 3, 7]);
     }
 }

@@ -9,7 +9,7 @@ mod held_out;
 mod probe;
 mod tensorboard;
 
-pub use figures::{BINS, Evaluation};
+pub use figures::Evaluation;
 pub(super) use held_out::{HeldOut, left_out};
 
 use super::checkpoint::{Progress, RunFolder};

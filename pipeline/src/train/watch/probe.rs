@@ -11,8 +11,8 @@
 //!   gives about q have q on average by the teacher too, and at most 2. (Bins by powers of two, because what a narrow cache spoils
 //!   lies among the unlikely tokens, which bins of equal width would put into one.)
 
-use super::figures::BINS;
 use crate::Result;
+use crate::evaluate::calibration::BINS;
 use crate::loss::{self, LossSettings};
 use potstill_cache::{SoftTargets, Target};
 
