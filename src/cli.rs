@@ -10,7 +10,7 @@ mod evaluate;
 mod stages;
 
 pub use caches::{Combine, Inspect, Repack, Storing, Verify};
-pub use evaluate::{Evaluate, HeldOut};
+pub use evaluate::{Evaluate, Generate, HeldOut};
 pub use stages::{Demo, Merge, Precompute, Train};
 
 use crate::settings::{self, Section};
@@ -62,7 +62,7 @@ pub enum Verb {
     Train(Box<Train>),
     /// Merge an adapter into its base model and write a plain model folder
     Merge(Merge),
-    /// Say how good a student is: beside its teacher on a held-out cache
+    /// Say how good a student is: beside its teacher on a held-out cache, and by its answers
     #[command(subcommand)]
     Evaluate(Evaluate),
     /// Make tiny models and run everything on them, with no network, in minutes

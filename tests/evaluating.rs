@@ -4,6 +4,8 @@
 mod support;
 
 use serde_json::Value;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 use support::{Bench, STUDENT, TEACHER, golden};
 
 fn held_out<'a>(student: &'a str, more: &[&'a str]) -> Vec<&'a str> {
@@ -86,4 +88,43 @@ fn what_cannot_be_evaluated_is_said_with_its_code() {
     let other = bench.copy("student", "other");
     support::edit_json(&other.join("config.json"), |config| config["vocab_size"] = 100.into());
     assert!(error(6, &held_out("other", &[])).contains("vocabulary is too small"));
+}
+
+fn generate<'a>(out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let mut arguments =
+        vec!["evaluate", "generate", "--student", STUDENT.as_str(), "--questions", "questions.jsonl", "--out", out];
+    arguments.extend(["--max-new-tokens", "64", "--quiet"]);
+    arguments.extend(more);
+    arguments
+}
+
+#[test]
+fn a_stopped_run_of_answers_goes_on_and_ends_with_the_same_file() {
+    let bench = Bench::new();
+    let prompt = |i: usize| format!("{}\n", serde_json::json!({ "prompt": format!("Tell me what {i} is good for") }));
+    std::fs::write(bench.path("questions.jsonl"), (0..40).map(prompt).collect::<String>()).unwrap();
+    let more = ["--temperature", "0.8", "--batch-size", "2"];
+    bench.expect(0, &generate("whole.jsonl", &more));
+    let mut child = bench.command(&generate("cut.jsonl", &more)).stderr(Stdio::piped()).spawn().unwrap();
+    let journal = bench.path("cut.jsonl.journal");
+    let answers = || std::fs::read_to_string(&journal).map_or(0, |text| text.lines().count());
+    while answers() < 3 && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    let ended = child.wait_with_output().unwrap();
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert_eq!(ended.status.code(), Some(75), "{said}");
+    assert!(said.contains(" of 40 answers are durable; run the same command again to continue"), "{said}");
+    assert!(!bench.path("cut.jsonl").exists(), "an answers file is whole or not there");
+    let kept = answers() - 1;
+    let report = bench.expect(0, &generate("cut.jsonl", &[&more[..], &["--json"]].concat())).json();
+    assert_eq!((&report["answers"], &report["resumed"]), (&40.into(), &kept.into()));
+    assert_eq!(std::fs::read(bench.path("cut.jsonl")).unwrap(), std::fs::read(bench.path("whole.jsonl")).unwrap());
+    // What is said of it, at 80 columns.
+    let ran = bench.expect(0, &generate("cut.jsonl", &more));
+    println!("{}", ran.stdout);
+    assert!(ran.stdout.lines().all(|line| line.chars().count() <= 80) && ran.stdout.contains("40, 40 of them by an earlier run"));
+    let refused = bench.expect(6, &generate("cut.jsonl", &["--temperature", "0.9", "--batch-size", "2"]));
+    assert!(refused.error().contains("temperature: expected 0.9, found 0.8"), "{refused:?}");
 }

@@ -149,7 +149,7 @@ impl Student {
 
     /// A decoder as it stands, with whatever adapters its layers carry, to compute with.
     pub fn of(decoder: Decoder) -> Self {
-        Self { decoder, dropout: (0.0, 0) }
+        Self { decoder, dropout: (0.0, 0), keep: 0 }
     }
 
     /// The model.

@@ -43,6 +43,23 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 #[test]
+fn a_row_alone_has_the_bits_of_a_tiles_row() {
+    for (steps, b_step) in [(0, 32), (1, 32), (33, 96), (513, 64)] {
+        let (a, b) = (values(steps * TILE_ROWS, 3), values(steps * b_step + 32, 4));
+        for isa in Isa::all() {
+            let mut tile = vec![f32::NAN; TILE_ROWS * TILE_COLUMNS];
+            isa.tile(steps, (&a, TILE_ROWS), (&b, b_step), &mut tile);
+            for (r, expected) in tile.chunks_exact(TILE_COLUMNS).enumerate() {
+                let row: Vec<f32> = a.iter().skip(r).step_by(TILE_ROWS).copied().collect();
+                let mut found = vec![f32::NAN; TILE_COLUMNS];
+                isa.row(steps, &row, (&b, b_step), &mut found);
+                assert_eq!(bits(&found), bits(expected), "{}: {steps} steps, row {r}", isa.name());
+            }
+        }
+    }
+}
+
+#[test]
 fn a_tile_has_the_same_bits_on_every_instruction_set() {
     let sets = Isa::all();
     println!("{:?}", sets.iter().map(|isa| isa.name()).collect::<Vec<_>>());

@@ -6,7 +6,7 @@ use super::spans::{self, EndMarkers, Marked};
 use super::template::ChatTemplate;
 use super::token_text::Spelling;
 use super::tokenizer_json::{self, TokenEntry};
-use super::{DataError, Example, Message, Prompt, encoding, fingerprint};
+use super::{DataError, Example, Message, Prompt, Role, encoding, fingerprint};
 use potstill_cache::{TemplateFingerprint, TokenizerFingerprint};
 use serde_json::Value;
 use std::collections::HashMap;
@@ -104,6 +104,23 @@ impl ChatTokenizer {
         let known = ids.iter().all(|id| self.table.contains_key(id));
         let decoded = if known { guard(|| self.tokenizer.decode(ids, false)).ok().and_then(Result::ok) } else { None };
         decoded.unwrap_or_else(|| ids.iter().map(|&id| self.token_text(id)).collect())
+    }
+
+    /// The text of `ids` without special tokens, as an answer is read. Ids that no token has are left out too.
+    pub fn decode_text(&self, ids: &[u32]) -> String {
+        let plain = |id: &u32| self.table.get(id).is_some_and(|entry| !entry.special);
+        let ids: Vec<u32> = ids.iter().copied().filter(plain).collect();
+        let decoded = guard(|| self.tokenizer.decode(&ids, true)).ok().and_then(Result::ok);
+        decoded.unwrap_or_else(|| ids.iter().map(|&id| self.token_text(id)).collect())
+    }
+
+    /// The token that the template puts after what the assistant says, if it is a token of its own: where an answer ends, whatever the
+    /// model's configuration says. Errors: as [`encode`](Self::encode).
+    pub fn end_of_answer(&self) -> Result<Option<u32>, DataError> {
+        let message = |role, content: &str| Message { role, content: content.into() };
+        let example = self.encode(0, &[message(Role::User, "a"), message(Role::Assistant, "b")])?;
+        let last = example.input_ids.iter().zip(&example.scored).filter(|(_, scored)| **scored).map(|(id, _)| *id).next_back();
+        Ok(last.filter(|id| self.table.get(id).is_some_and(|entry| entry.special || entry.added)))
     }
 
     /// The rendered text and the assistant's spans in it.

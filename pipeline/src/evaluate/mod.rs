@@ -4,6 +4,7 @@
 
 pub(crate) mod calibration;
 mod error;
+pub mod generate;
 pub mod held_out;
 mod statistics;
 mod subject;

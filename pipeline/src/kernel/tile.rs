@@ -41,6 +41,37 @@ impl Isa {
     }
 }
 
+impl Isa {
+    /// A tile's row alone: `out[c] = Σ_k a[k] · b[k·b_step + c]` for `steps` k, c < 32, in the same order and to the same bits.
+    pub fn row(self, steps: usize, a: &[f32], (b, b_step): (&[f32], usize), out: &mut [f32]) {
+        let (a, b, out) = (&a[..steps], covered(b, steps, b_step, TILE_COLUMNS), &mut out[..TILE_COLUMNS]);
+        #[cfg(target_arch = "x86_64")]
+        {
+            if self.has_avx512() {
+                // SAFETY: the processor has AVX-512.
+                return unsafe { x86::row_avx512(a, (b, b_step), out) };
+            }
+            if self.has_avx2() {
+                // SAFETY: the processor has AVX2 and FMA.
+                return unsafe { x86::row_avx2(a, (b, b_step), out) };
+            }
+        }
+        row_plain(a, (b, b_step), out);
+    }
+}
+
+#[inline(always)]
+fn row_plain(a: &[f32], (b, b_step): (&[f32], usize), out: &mut [f32]) {
+    let mut sums = [0f32; TILE_COLUMNS];
+    for (k, a) in a.iter().enumerate() {
+        let b = &b[k * b_step..][..TILE_COLUMNS];
+        for (sum, b) in sums.iter_mut().zip(b) {
+            *sum = a.mul_add(*b, *sum);
+        }
+    }
+    out.copy_from_slice(&sums);
+}
+
 /// The part of a layout that `steps` steps read.
 fn covered<T>(values: &[T], steps: usize, step: usize, width: usize) -> &[T] {
     &values[..extent(steps, step, width)]
@@ -79,13 +110,23 @@ fn pairs_plain(steps: usize, (a, a_step): (&[u32], usize), (b, b_step): (&[u32],
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{TILE_COLUMNS, TILE_ROWS, tile_plain};
+    use super::{TILE_COLUMNS, TILE_ROWS, row_plain, tile_plain};
     use std::arch::x86_64::*;
     use std::mem::transmute;
 
     #[target_feature(enable = "avx2,fma")]
     pub(super) fn tile_avx2(steps: usize, a: (&[f32], usize), b: (&[f32], usize), out: &mut [f32]) {
         tile_plain(steps, a, b, out);
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn row_avx2(a: &[f32], b: (&[f32], usize), out: &mut [f32]) {
+        row_plain(a, b, out);
+    }
+
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn row_avx512(a: &[f32], b: (&[f32], usize), out: &mut [f32]) {
+        row_plain(a, b, out);
     }
 
     /// SAFETY: the slices must hold a[(steps − 1)·a_step + 11] and b[(steps − 1)·b_step + 31].

@@ -11,7 +11,7 @@ use crate::data::pack::Pack;
 use crate::kernel::Precision;
 use crate::linear::dropout::Dropout;
 use crate::linear::{Linear, LoraGradient, Low, Pass, backward_all, forward_kept};
-use crate::ops::attention;
+use crate::ops::attention::{self, KeysValues};
 use crate::ops::rope::{Table, Turn};
 use crate::ops::{add, rms_norm, swiglu};
 use candle_core::{Result, Tensor};
@@ -44,6 +44,17 @@ impl Geometry {
     /// The geometry of `pack` for a model.
     pub fn new(pack: &Pack, config: &ModelConfig) -> Self {
         Self { segments: pack.segments().to_vec(), rope: Table::new(&pack.positions(), config.head_dim, config.rope_theta) }
+    }
+
+    /// The geometry of conversations that go on: (rows before, new rows) of each.
+    pub fn continued(conversations: &[(usize, usize)], config: &ModelConfig) -> Self {
+        let positions = conversations.iter().flat_map(|(before, new)| *before as u32..(before + new) as u32);
+        let ends = conversations.iter().scan(0, |end, (_, new)| {
+            *end += *new as u32;
+            Some(*end)
+        });
+        let rope = Table::new(&positions.collect::<Vec<u32>>(), config.head_dim, config.rope_theta);
+        Self { segments: std::iter::once(0).chain(ends).collect(), rope }
     }
 }
 
@@ -155,6 +166,18 @@ impl Layer {
     /// y [T, H] of x [T, H], f32. `dropout` is for training alone.
     pub fn forward(&self, x: &Tensor, geometry: &Geometry, dropout: Option<Dropout>) -> Result<Tensor> {
         let Attended { h, .. } = self.attend(x, geometry, dropout)?;
+        self.feed_forward(&h, dropout)
+    }
+
+    /// The same of rows that come after earlier ones, whose keys and values are in `past`, one a conversation of a
+    /// [continued](Geometry::continued) geometry; the new ones' are added there.
+    pub fn forward_cached(&self, x: &Tensor, geometry: &Geometry, past: &mut [&mut KeysValues]) -> Result<Tensor> {
+        let Attended { h, .. } = self.attend_after(Some(past), x, geometry, None)?;
+        self.feed_forward(&h, None)
+    }
+
+    /// The layer's output from the sum after attention.
+    fn feed_forward(&self, h: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
         let mut parts = Vec::new();
         for (start, rows) in self.row_parts(h.dim(0)?, WIDE_THERE) {
             let h = h.narrow(0, start, rows)?;
@@ -272,6 +295,17 @@ impl Layer {
     }
 
     fn attend(&self, x: &Tensor, geometry: &Geometry, dropout: Option<Dropout>) -> Result<Attended> {
+        self.attend_after(None, x, geometry, dropout)
+    }
+
+    /// What [`attend`](Self::attend) gives, of rows that may come after earlier ones.
+    fn attend_after(
+        &self,
+        past: Option<&mut [&mut KeysValues]>,
+        x: &Tensor,
+        geometry: &Geometry,
+        dropout: Option<Dropout>,
+    ) -> Result<Attended> {
         let (t, _) = x.dims2()?;
         let heads = |y: Tensor| -> Result<Tensor> { y.reshape((t, (), self.head_dim)) };
         let normed = rms_norm::forward(x, &self.input_layernorm, self.eps)?;
@@ -281,7 +315,10 @@ impl Layer {
         let q = geometry.rope.apply(&q, Turn::Forward)?;
         let k = geometry.rope.apply(&k, Turn::Forward)?;
         let v = heads(v)?;
-        let attended = attention::forward(&q, &k, &v, &geometry.segments)?;
+        let attended = match past {
+            None => attention::forward(&q, &k, &v, &geometry.segments)?,
+            Some(past) => attention::forward_cached(&q, &k, &v, &geometry.segments, past)?,
+        };
         let attended_flat = attended.output.flatten_from(1)?;
         let ([o], low_o) = forward_kept([&self.o_proj], &attended_flat, self.pass(dropout, O))?;
         let h = add(x, &o)?;

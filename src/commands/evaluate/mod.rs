@@ -1,5 +1,6 @@
 //! `potstill evaluate`: one file a sub-verb.
 
+mod generate;
 mod held_out;
 
 use crate::cli::{Evaluate, Manner};
@@ -9,5 +10,6 @@ use crate::exit::Outcome;
 pub fn run(what: Evaluate, manner: Manner) -> anyhow::Result<Outcome> {
     match what {
         Evaluate::HeldOut(flags) => held_out::run(&flags, manner),
+        Evaluate::Generate(flags) => generate::run(&flags, manner),
     }
 }

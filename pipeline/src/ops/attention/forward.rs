@@ -54,7 +54,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32]) -> Result<A
     with_f32(q, |q| {
         with_f32(k, |k| {
             with_f32(v, |v| {
-                attend((q, k, v), segments, shape, &target);
+                write((q, k, v), &pairs(segments).collect::<Vec<_>>(), shape, &target);
                 Ok(())
             })
         })
@@ -67,9 +67,22 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32]) -> Result<A
     Ok(Attended { output: Tensor::from_vec(o, q.dims(), q.device())?, lse })
 }
 
-fn attend((q, k, v): (&[f32], &[f32], &[f32]), segments: &[u32], shape: Shape, target: &Target) {
-    let heads: Vec<((usize, usize), usize)> =
-        pairs(segments).filter(|(begin, end)| begin < end).flat_map(|s| (0..shape.kv_heads).map(move |kv| (s, kv))).collect();
+/// Writes o and lse of the rows of these conversations, given as (begin, end), into o [T, heads, d] and lse [heads · T].
+pub(super) fn attend(
+    values: (&[f32], &[f32], &[f32]),
+    conversations: &[(usize, usize)],
+    shape: Shape,
+    (o, lse): (&mut [f32], &mut [f32]),
+) {
+    let size = shape.tokens * shape.heads;
+    assert!((o.len(), lse.len()) == (size * shape.d, size) && conversations.iter().all(|c| c.0 <= c.1 && c.1 <= shape.tokens));
+    write(values, conversations, shape, &Target { o: o.as_mut_ptr(), lse: lse.as_mut_ptr() });
+}
+
+/// The same into places that may hold nothing yet. Conversations are disjoint and within the rows.
+fn write((q, k, v): (&[f32], &[f32], &[f32]), conversations: &[(usize, usize)], shape: Shape, target: &Target) {
+    let filled = conversations.iter().copied().filter(|(begin, end)| begin < end);
+    let heads: Vec<((usize, usize), usize)> = filled.flat_map(|s| (0..shape.kv_heads).map(move |kv| (s, kv))).collect();
     let panels: Vec<Panels> = heads.par_iter().map(|&(segment, kv)| Panels::new(k, v, segment, kv, shape)).collect();
     let mut pieces: Vec<Piece> = heads
         .iter()

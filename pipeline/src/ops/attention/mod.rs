@@ -8,13 +8,16 @@
 //!          b                x            lse[i] = ln Σ_j exp S[i][j]
 //!          b                x x
 //! ```
-//! No [T, T] matrix exists: scores are made for 32 queries of a head at a time (`forward.rs`, `backward.rs`). Backward, with `D[i]` = `dO[i]` · `O[i]`:
+//! No [T, T] matrix exists: scores are made for 32 queries of a head at a time (`forward.rs`, `backward.rs`); `cached.rs` is for text that
+//! grows row by row. Backward, with `D[i]` = `dO[i]` · `O[i]`:
 //! P = exp(S − lse), dV += Pᵀ dO, dS = P ∘ (dO Vᵀ − D) / √d, dQ = dS K, dK += dSᵀ Q.
 
 mod backward;
+mod cached;
 mod forward;
 
 pub use backward::backward;
+pub use cached::{KeysValues, forward_cached};
 pub use forward::forward;
 
 use candle_core::{Result, Tensor, bail};
@@ -24,7 +27,7 @@ use candle_core::{Result, Tensor, bail};
 pub struct Attended {
     /// o f32 [T, heads, d].
     pub output: Tensor,
-    /// By head, then token: f32 [heads · T].
+    /// By head, then token: f32 [heads · T]; nothing where no backward follows.
     lse: Vec<f32>,
 }
 
