@@ -34,6 +34,7 @@ mod repair;
 mod rules;
 mod sampler;
 mod schema;
+mod search;
 mod selection;
 mod shard;
 mod stats;
@@ -66,8 +67,12 @@ pub use repack::{Reshape, repack};
 pub use repair::{Mended, Mending, Repair, RepairList, RepairReport, Sameness, ShardRepair};
 pub use rules::{LOGPROB_EPSILON, MASS_EPSILON, MAX_ROW_ENTRIES, MAX_ROW_TOKENS};
 pub use sampler::{Order, Sampler};
+pub use search::search;
 pub use selection::{Cutoff, MAX_DRAWS, Selection};
-pub use stats::{ColumnBytes, Distributions, Drawn, Kept, RAW_ENTRY_BYTES, Summary};
+pub use stats::{
+    CalibrationBin, ColumnBytes, Distributions, Drawn, Histogram, Kept, KeptAt, MIN_RANKED_POSITIONS, NEARLY_ALL,
+    PositionFigures, RANKED_ROWS, RAW_ENTRY_BYTES, RankBin, RowFigures, Summary,
+};
 pub use targets::{SoftTargets, Target};
 pub use verify::{DamagedRow, MAX_PROBLEMS, ManifestState, Problem, ShardDamage, VerifyMode, VerifyReport, verify, verify_as};
 pub use writer::{CacheWriter, Companion, WriterOptions};

@@ -3,7 +3,7 @@
 //! **The alignment sentence**: entry *i* of a record's targets is the teacher's distribution *after* tokens 0..=i, so it
 //! predicts token *i + 1*. A position without an entry is not trained on; the last position never has one.
 
-use crate::{Error, Result, SoftTargets};
+use crate::{Error, Result, SoftTargets, Target};
 
 /// One row of a cache.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,6 +52,12 @@ impl RowKey {
 }
 
 impl Record {
+    /// The scored positions in order: the token that follows in the data, and the teacher's distribution of what follows.
+    pub fn scored(&self) -> impl Iterator<Item = (u32, Target<'_>)> {
+        let next = |position: &u32| self.input_ids.get(*position as usize + 1).copied();
+        self.positions.iter().enumerate().filter_map(move |(i, position)| Some((next(position)?, self.targets.position(i))))
+    }
+
     /// The row's key.
     pub fn key(&self) -> RowKey {
         RowKey::of(&self.input_ids, &self.positions)

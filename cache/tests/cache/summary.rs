@@ -38,6 +38,76 @@ fn figures_of_two_known_positions() {
     near(figures.perplexity_where_kept.unwrap(), e((1.5 + 0.25) / 2.0));
     // The lower of two values, to half a bin of 1/4096.
     assert!((figures.median_top1 - e(-0.5)).abs() <= 1.0 / 8192.0);
+    assert_eq!(figures.perplexity_at_least, figures.perplexity_where_kept.unwrap());
+    assert_eq!((figures.by_k.len(), figures.next_rank.len()), (2, 2));
+    // The first entries alone; what the others had is one outcome with the tail.
+    let first = &figures.by_k[0];
+    assert_eq!((first.k, first.mean_entries, first.nearly_all, first.next_is_kept), (1, 1.0, 0.0, 0.5));
+    near(first.mean_mass, figures.mean_top1);
+    let others = e(-1.5) + e(-1.75);
+    near(first.mean_entropy, (0.5 * e(-0.5) - others * others.ln() + 0.25 * e(-0.25) + 1.5 * e(-1.5)) / 2.0);
+    let both = &figures.by_k[1];
+    assert_eq!((both.k, both.mean_entries, both.next_is_kept), (2, 1.5, 1.0));
+    near(both.mean_mass, figures.mean_kept_mass);
+    near(both.mean_entropy, figures.mean_entropy);
+    let placed: Vec<_> = figures.next_rank.iter().map(|bin| (bin.from, bin.to, bin.positions)).collect();
+    assert_eq!(placed, [(1, 1, 1), (2, 2, 1)]);
+    // Entropies 0.942 and 0.530 in bins of 1/4; probabilities 0.607 and 0.779 in bins of 1/20 and of 1/10; tails 10^-0.760 and
+    // 10^-0.651 in half decades.
+    let full = |counts: &[u64]| counts.iter().enumerate().filter(|(_, n)| **n > 0).map(|(i, n)| (i, *n)).collect::<Vec<_>>();
+    assert_eq!(full(&figures.entropy_histogram.counts), [(2, 1), (3, 1)]);
+    assert_eq!(full(&figures.top1_histogram.counts), [(12, 1), (15, 1)]);
+    assert_eq!(full(&whole.tail_log10_histogram.counts), [(16, 2)]);
+    let bins: Vec<_> = figures.calibration.iter().map(|bin| (bin.positions, bin.top1_is_next)).collect();
+    assert_eq!((bins.len(), bins[6], bins[7], bins[0]), (10, (1, Some(0.0)), (1, Some(1.0)), (0, None)));
+    near(figures.calibration_error, (e(-0.5) + 1.0 - e(-0.25)) / 2.0);
+    // Two positions are too few to be ranked.
+    assert_eq!(figures.most_surprising, []);
+}
+
+/// A row of `hits` positions whose first entry came, and `misses` where neither entry did.
+fn row(seq_id: u64, hits: usize, misses: usize) -> Record {
+    let mut targets = SoftTargets::default();
+    (0..hits).for_each(|_| targets.push(&[5, 6], &[-0.5, -1.5], -1.75));
+    (0..misses).for_each(|_| targets.push(&[8, 9], &[-0.5, -1.5], -1.75));
+    let scored = hits + misses;
+    let positions = (0..scored as u32).collect();
+    Record { seq_id, input_ids: vec![5; scored + 1], positions, targets, codec: Default::default() }
+}
+
+#[test]
+fn rows_are_ranked_by_their_mean_surprise() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut records = vec![row(0, 10, 6), row(1, 16, 0), row(2, 15, 0), row(3, 10, 6), row(4, 0, 20)];
+    records.extend((5..20).map(|n| row(n, 30, 2)));
+    made::write(dir.path(), &description(20, 2, 8), &records);
+    let summary = Summary::of(&Cache::open(dir.path()).unwrap(), &ScanProgress::default()).unwrap();
+    let figures = summary.distributions.unwrap().kept.unwrap();
+    // 15 positions are too few; equal ones stay in order; ten are enough.
+    let ranked: Vec<u64> = figures.most_surprising.iter().map(|row| row.row).collect();
+    assert_eq!(ranked, [4, 0, 3, 5, 6, 7, 8, 9, 10, 11]);
+    let near = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-12, "{found} against {expected}");
+    let second = &figures.most_surprising[1];
+    assert_eq!((second.seq_id, second.tokens, second.scored, second.top1_is_next), (0, 17, 16, 0.625));
+    // Where what came was not kept, the tail stands for it: it is smaller than the least kept entry.
+    near(second.mean_surprise, (10.0 * 0.5 + 6.0 * 1.75) / 16.0);
+    near(second.perplexity_at_least, second.mean_surprise.exp());
+    assert!(figures.perplexity_at_least > figures.perplexity_where_kept.unwrap());
+    assert_eq!(figures.perplexity_where_kept, Some(0.5f64.exp()));
+}
+
+#[test]
+fn a_search_gives_the_first_answers_in_order() {
+    let (dir, records) = made::cache(150, 4, 7);
+    let cache = Cache::open(dir.path()).unwrap();
+    let progress = ScanProgress::default();
+    let third = |row: u64, record: &Record| row.is_multiple_of(3).then_some((row, record.seq_id));
+    let found = potstill_cache::search(&cache, 5, &progress, third).unwrap();
+    assert_eq!(found, [0, 3, 6, 9, 12].map(|row| (row, records[row as usize].seq_id)));
+    // It ended with the block that held the fifth.
+    assert_eq!(progress.rows(), (64, 150));
+    assert_eq!(potstill_cache::search(&cache, 1000, &progress, third).unwrap().len(), 50);
+    assert!(potstill_cache::search(&cache, 1, &progress, |_, _| None::<u64>).unwrap().is_empty());
 }
 
 #[test]
