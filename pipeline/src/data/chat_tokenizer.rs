@@ -99,6 +99,15 @@ impl ChatTokenizer {
         }
     }
 
+    /// One token's bytes, which may begin or end within a character. The bytes of a conversation's tokens, one after another, are its
+    /// text. An id that no token has is spelled `<id 123>`.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        match self.table.get(&id) {
+            Some(entry) => self.spelling.bytes(entry),
+            None => format!("<id {id}>").into_bytes(),
+        }
+    }
+
     /// The text of `ids`, special tokens included; ids that no token has are shown as [`token_text`](Self::token_text) does.
     pub fn decode(&self, ids: &[u32]) -> String {
         let known = ids.iter().all(|id| self.table.contains_key(id));

@@ -30,6 +30,7 @@ pub use error::DataError;
 pub use guard::guarded;
 pub(crate) use model_folder::COMPANIONS;
 pub(crate) use source::holds_chats;
+pub use token_text::show_bytes;
 pub(crate) use tokenizer_json::MAX_TOKENIZER_BYTES;
 
 use serde::{Deserialize, Serialize};

@@ -1,5 +1,5 @@
-//! One token as readable text. Byte-level tokens are spelled in an alphabet of 256 stand-in characters; here they become
-//! bytes again, and a byte that is no whole character is shown as `<0xE4>`.
+//! One token as bytes and as readable text. Byte-level tokens are spelled in an alphabet of 256 stand-in characters, others fall back
+//! to tokens such as `<0xE4>`; here both become bytes again, and in text a byte that is no whole character is shown as `<0xE4>`.
 
 use super::tokenizer_json::TokenEntry;
 use serde_json::Value;
@@ -9,7 +9,7 @@ use serde_json::Value;
 pub(super) enum Spelling {
     /// Each byte as one of 256 characters (GPT-2's alphabet).
     ByteLevel,
-    /// As it is, with `▁` for a space.
+    /// As it is, with `▁` for a space, and `<0xE4>` for a byte.
     Metaspace,
     /// As it is.
     Plain,
@@ -31,18 +31,33 @@ impl Spelling {
         Spelling::Plain
     }
 
-    /// The token's text; added tokens are spelled as they are.
-    pub(super) fn text(self, entry: &TokenEntry) -> String {
+    /// The token's bytes, which may be part of a character; added tokens are spelled as they are.
+    pub(super) fn bytes(self, entry: &TokenEntry) -> Vec<u8> {
         match self {
-            _ if entry.added => entry.text.clone(),
-            Spelling::Metaspace => entry.text.replace('▁', " "),
-            Spelling::Plain => entry.text.clone(),
-            Spelling::ByteLevel => match entry.text.chars().map(byte_of).collect::<Option<Vec<u8>>>() {
-                Some(bytes) => show_bytes(&bytes),
-                None => entry.text.clone(),
+            _ if entry.added => entry.text.clone().into_bytes(),
+            Spelling::Metaspace => match fallback_byte(&entry.text) {
+                Some(byte) => vec![byte],
+                None => entry.text.replace('▁', " ").into_bytes(),
             },
+            Spelling::Plain => entry.text.clone().into_bytes(),
+            Spelling::ByteLevel => {
+                let bytes = entry.text.chars().map(byte_of).collect::<Option<Vec<u8>>>();
+                bytes.unwrap_or_else(|| entry.text.clone().into_bytes())
+            }
         }
     }
+
+    /// The token's text.
+    pub(super) fn text(self, entry: &TokenEntry) -> String {
+        show_bytes(&self.bytes(entry))
+    }
+}
+
+/// The byte that a token such as `<0xE4>` stands for.
+fn fallback_byte(text: &str) -> Option<u8> {
+    let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
+    let is_byte = digits.len() == 2 && digits.bytes().all(|c| c.is_ascii_hexdigit());
+    if is_byte { u8::from_str_radix(digits, 16).ok() } else { None }
 }
 
 /// The byte a character of GPT-2's alphabet stands for: printable Latin-1 for itself, the 68 other bytes, in rising order, as
@@ -56,7 +71,8 @@ fn byte_of(c: char) -> Option<u8> {
     }
 }
 
-fn show_bytes(bytes: &[u8]) -> String {
+/// Bytes as text; those that are no whole character as `<0xE4>`.
+pub fn show_bytes(bytes: &[u8]) -> String {
     let mut out = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
         out.push_str(chunk.valid());
@@ -82,5 +98,15 @@ mod tests {
         assert_eq!(Spelling::ByteLevel.text(&entry("ä½")), "<0xE4><0xBD>");
         assert_eq!(Spelling::ByteLevel.text(&entry("ä½ł")), "你");
         assert_eq!(Spelling::Metaspace.text(&entry("▁hi")), " hi");
+        assert_eq!(Spelling::ByteLevel.bytes(&entry("ä½")), [0xe4, 0xbd]);
+        assert_eq!(
+            (Spelling::Metaspace.bytes(&entry("<0xE4>")), Spelling::Metaspace.text(&entry("<0xE4>"))),
+            (vec![0xe4], "<0xE4>".into())
+        );
+        // A byte that is a whole character is that character, and what only looks like a byte is text.
+        assert_eq!(
+            (Spelling::Metaspace.text(&entry("<0x0A>")), Spelling::Metaspace.text(&entry("<0xE4F>"))),
+            ("\n".into(), "<0xE4F>".into())
+        );
     }
 }
