@@ -7,6 +7,8 @@ mod cluster;
 mod commands;
 mod config;
 mod exit;
+mod ink;
+mod plot;
 mod print;
 mod progress;
 mod settings;

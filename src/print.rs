@@ -19,11 +19,11 @@ pub fn out() -> Out {
     BufWriter::new(std::io::stdout().lock())
 }
 
-/// Prints `value` as one line of JSON.
+/// Prints `value` as one line of JSON. Characters that would act on a terminal are written as escapes, which mean the same.
 pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
+    let json = serde_json::to_string(value).map_err(std::io::Error::from)?;
     let mut out = out();
-    serde_json::to_writer(&mut out, value).map_err(std::io::Error::from)?;
-    writeln!(out)?;
+    writeln!(out, "{}", text::json(&json))?;
     out.flush()?;
     Ok(())
 }

@@ -9,25 +9,40 @@ use potstill_pipeline::precompute::Share;
 use std::path::PathBuf;
 
 /// Show what a cache holds, or one conversation token by token
+///
+/// Without flags: what the cache is and how its distributions look, on one screen. With --html: a page of both, to be passed on.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Probabilities are the teacher's, at temperature 1. Line i shows the distribution after tokens 0 to i, which
-predicts token i + 1.
+Probabilities are the teacher's, at temperature 1; entropy and surprise are in nats.
+Line i of the table shows the distribution after tokens 0 to i, which predicts token i + 1.
+A token's colour, or the block below it, tells how surprising it was itself.
+Characters split over tokens are shown where they end: \\xA0 你 is a byte, and what it makes.
 
 Examples:
   potstill inspect caches/ultrachat
   potstill inspect caches/ultrachat --row 17 --top 3
+  potstill inspect caches/ultrachat --find 'capital of France'
+  potstill inspect caches/ultrachat --html ultrachat.html --sample 100
   potstill inspect caches/ultrachat --row 17 --json | jq '.positions[0]'")]
 pub struct Inspect {
     /// Folder of the cache
     #[arg(value_name = "CACHE")]
     pub cache: PathBuf,
     /// Show this conversation, by its row number (from 0)
-    #[arg(long, value_name = "N", conflicts_with = "key")]
+    #[arg(long, value_name = "N", group = "which")]
     pub row: Option<u64>,
     /// Show this conversation, by its key (32 hex digits)
-    #[arg(long, value_name = "KEY")]
+    #[arg(long, value_name = "KEY", group = "which")]
     pub key: Option<String>,
+    /// List the first 20 conversations that contain this text, letter by letter, and show the place in the first one
+    #[arg(long, value_name = "TEXT", group = "which")]
+    pub find: Option<String>,
+    /// Write one self-contained page to this file: figures, and conversations token by token. Needs no network to be looked at
+    #[arg(long, value_name = "FILE", group = "which")]
+    pub html: Option<PathBuf>,
+    /// Conversations in the page: the 10 most surprising, and others evenly spaced (some 10 to 20 KB each)
+    #[arg(long, value_name = "N", default_value_t = 200, requires = "html", value_parser = clap::value_parser!(u64).range(1..))]
+    pub sample: u64,
     /// Alternatives shown at each position (--json always gives all)
     #[arg(long, value_name = "M", default_value_t = 5)]
     pub top: usize,

@@ -3,11 +3,12 @@
 //! Owns the folder it works in: `demo.json` in it says that a demo made it, and whether it came to its end. What an interrupted demo
 //! left is made anew; a finished demo and any other content are refused, so that nothing of worth is ever deleted.
 
-use super::conversation::Conversation;
-use super::{drawn, inspect, interruptible, merge, precompute, scanned, train};
+use super::inspect::{Conversation, Vocabulary, summary_lines};
+use super::{drawn, interruptible, merge, precompute, scanned, train};
 use crate::cli::{self, Manner};
 use crate::config;
 use crate::exit::{Outcome, UsageError};
+use crate::ink::Ink;
 use crate::print::{self, Out, Table};
 use crate::settings;
 use anyhow::Context;
@@ -206,12 +207,14 @@ fn models(tiny: &Miniature) -> Table {
 fn look_into(folder: &Path, manner: Manner) -> anyhow::Result<()> {
     let cache = Cache::open(folder)?;
     let summary = scanned("reading", manner, |scan| Summary::of(&cache, scan))?;
-    let row = Conversation::of(0, &cache.row(0)?, inspect::vocabulary(&cache)?);
+    let vocabulary = Vocabulary::of(&cache)?;
+    let row = Conversation::of(0, &cache.row(0)?, |id| vocabulary.bytes(id));
     let first = row.positions.iter().position(|p| p.scored).unwrap_or(0);
+    let (lines, ink) = (summary_lines(&cache, &summary)?, Ink::of_stdout());
     show(manner, |out| {
-        inspect::write_summary(&cache, &summary, out)?;
+        ink.write_all(&lines, out)?;
         writeln!(out)?;
-        row.write_positions(first..first + SHOWN, 3, out)
+        row.write_positions(first..first + SHOWN, 3, ink, out)
     })
 }
 

@@ -1,7 +1,6 @@
 //! One linear function a verb, and what all long jobs share: counters, signals, drawing.
 
 mod combine;
-mod conversation;
 mod demo;
 mod evaluate;
 mod inspect;

@@ -8,7 +8,7 @@ fn example() -> Conversation {
     targets.push(&[2, 7], &[0.5f32.ln(), 0.25f32.ln()], 0.25f32.ln());
     targets.push(&[9, 8], &[0.75f32.ln(), 0.125f32.ln()], 0.125f32.ln());
     let record = Record { seq_id: 4, input_ids: vec![1, 2, 3, 5], positions: vec![0, 2], targets, codec: Default::default() };
-    Conversation::of(6, &record, |id| if id == 3 { "\u{1b}[31m 中".into() } else { format!(" t{id}") })
+    Conversation::of(6, &record, |id| if id == 3 { "\u{1b}[31m 中".into() } else { format!(" t{id}").into_bytes() })
 }
 
 #[test]
@@ -28,7 +28,7 @@ fn entry_i_stands_beside_token_i_and_speaks_of_the_next() {
 #[test]
 fn what_people_see_fits_and_cannot_act_on_the_terminal() {
     let mut shown = Vec::new();
-    example().write(5, &mut shown).expect("memory");
+    example().write(5, Ink::Plain, &mut shown).expect("memory");
     let shown = String::from_utf8(shown).expect("UTF-8");
     assert!(shown.chars().all(|c| c == '\n' || !c.is_control()), "{shown}");
     assert!(shown.lines().all(|line| text::width(line) <= COLUMNS), "{shown}");
@@ -43,7 +43,9 @@ fn long_lists_of_alternatives_wrap() {
     targets.push(&ids, &[(1.0f32 / 128.0).ln(); 64], 0.5f32.ln());
     let record = Record { seq_id: 0, input_ids: vec![1, 2], positions: vec![0], targets, codec: Default::default() };
     let mut shown = Vec::new();
-    Conversation::of(0, &record, |id| format!(" quite a long token {id}")).write(64, &mut shown).expect("memory");
+    Conversation::of(0, &record, |id| format!(" quite a long token {id}").into_bytes())
+        .write(64, Ink::Plain, &mut shown)
+        .expect("memory");
     let shown = String::from_utf8(shown).expect("UTF-8");
     assert!(shown.lines().all(|line| text::width(line) <= COLUMNS), "{shown}");
     assert_eq!(shown.matches("0.8%").count(), 64);
@@ -56,12 +58,12 @@ fn drawn_tokens_show_count_and_estimate() {
     targets.push_target(&Target { sample_ids, sample_counts, tail_logprob: 0.125f32.ln(), ..Target::default() });
     targets.push_target(&Target { sample_ids: &[3], sample_counts: &[40], tail_logprob: 0.5f32.ln(), ..Target::default() });
     let record = Record { seq_id: 0, input_ids: vec![1, 3, 9], positions: vec![0, 1], targets, codec: Default::default() };
-    let row = Conversation::of(0, &record, |id| format!("t{id}"));
+    let row = Conversation::of(0, &record, |id| format!("t{id}").into_bytes());
     let first = row.positions[0].after.as_ref().expect("scored");
     assert_eq!((first.next_probability, first.next_estimate, first.drawn[0].count), (None, Some(0.25), 30));
     assert_eq!(row.mean_kept_loss, None);
     let mut shown = Vec::new();
-    row.write(5, &mut shown).expect("memory");
+    row.write(5, Ink::Plain, &mut shown).expect("memory");
     let shown = String::from_utf8(shown).expect("UTF-8");
     assert!(shown.contains("drawn next") && shown.contains("t8 ×30 ~75.0%  ▸t3 ×10 ~25.0%"), "{shown}");
     assert!(shown.contains(" ~25.0%   12.50%") && shown.contains("undrawn   50.00%"), "{shown}");
@@ -73,7 +75,7 @@ fn drawn_tokens_show_count_and_estimate() {
     targets.push_target(&Target { ids, logprobs, tail_logprob: 0.5f32.ln(), sample_ids, sample_counts, ..Target::default() });
     let record = Record { seq_id: 0, input_ids: vec![1, 3], positions: vec![0], targets, codec: Default::default() };
     let mut shown = Vec::new();
-    Conversation::of(0, &record, |id| format!("t{id}")).write(5, &mut shown).expect("memory");
+    Conversation::of(0, &record, |id| format!("t{id}").into_bytes()).write(5, Ink::Plain, &mut shown).expect("memory");
     let shown = String::from_utf8(shown).expect("UTF-8");
     let words = shown.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(words.contains("most likely next") && words.contains("t7 50.0% t8 ×30 ~37.5% ▸t3 ×10 ~12.5%"), "{shown}");
