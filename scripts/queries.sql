@@ -1,4 +1,4 @@
--- Three questions to a cache, in plain SQL. DuckDB 2.0 or later; 1.4 or later for a cache written with plain ids (--compat).
+-- Questions to a cache, in plain SQL; 2, 3 and 4 give the numbers of `potstill inspect`. DuckDB 2.0 or later; 1.4 or later for a cache written with plain ids (--compat).
 --
 --   duckdb -cmd "set variable shards = 'CACHE/shard-*.parquet'" < scripts/queries.sql
 --
@@ -23,8 +23,29 @@ select
     round(exp(unnest(topk_logprobs[n][1:5])), 4) as probability
 from conversation;
 
--- 2. The conversations that surprised the teacher most: how often its first choice came, and the probability it gave to what came
--- (at most the tail's where that token was not kept).
+-- 2. The figures of the whole cache, as `potstill inspect` gives them. Where the data's token was not kept, its probability is at most
+-- the least kept one's and the tail's: the perplexity is at least this.
+with position as (
+    select
+        unnest(list_append(input_ids[2:], null)) as came,
+        unnest(topk_ids) as ids,
+        unnest(topk_logprobs) as logprobs,
+        unnest(tail_logprob) as tail
+    from read_parquet(getvariable('shards'))
+)
+select
+    count(*) as scored,
+    avg(exp(logprobs[1])) as mean_top1,
+    avg(list_sum([exp(l) for l in logprobs])) as mean_kept_mass,
+    avg(exp(tail)) as mean_tail_mass,
+    avg(-list_sum([exp(l) * l for l in logprobs]) - exp(tail) * tail) as mean_entropy,
+    avg((ids[1] = came)::int) as top1_is_next,
+    avg(list_contains(ids, came)::int) as next_is_kept,
+    exp(-avg(coalesce(logprobs[list_position(ids, came)], least(logprobs[-1], tail)))) as perplexity_at_least
+from position
+where len(ids) > 0;
+
+-- 3. The conversations that surprised the teacher most, as `potstill inspect` lists them.
 with position as (
     select
         seq_id,
@@ -37,15 +58,34 @@ with position as (
 select
     seq_id,
     count(*) as scored,
-    round(avg((ids[1] = came)::int), 3) as first_choice_came,
-    round(exp(-avg(coalesce(logprobs[list_position(ids, came)], tail))), 3) as perplexity_at_least
+    exp(-avg(coalesce(logprobs[list_position(ids, came)], least(logprobs[-1], tail)))) as perplexity_at_least,
+    avg((ids[1] = came)::int) as top1_is_next
 from position
 where len(ids) > 0
 group by seq_id
+having count(*) >= 16
 order by perplexity_at_least desc, seq_id
 limit 10;
 
--- 3. Tokens the teacher expected far more often than they came.
+-- 4. Calibration, as `potstill inspect` gives it: how often the teacher's first choice came, by the probability it gave to it.
+with position as (
+    select
+        unnest(list_append(input_ids[2:], null)) as came,
+        unnest(topk_ids) as ids,
+        unnest(topk_logprobs) as logprobs
+    from read_parquet(getvariable('shards'))
+)
+select
+    least(floor(10 * exp(logprobs[1])), 9) / 10 as from_probability,
+    count(*) as positions,
+    avg(exp(logprobs[1])) as mean_top1,
+    avg((ids[1] = came)::int) as top1_is_next
+from position
+where len(ids) > 0
+group by from_probability
+order by from_probability;
+
+-- 5. Tokens the teacher expected far more often than they came.
 with position as (
     select unnest(list_append(input_ids[2:], null)) as came, unnest(topk_ids) as ids, unnest(topk_logprobs) as logprobs
     from read_parquet(getvariable('shards'))
