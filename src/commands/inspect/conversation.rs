@@ -57,7 +57,7 @@ pub struct Position {
     pub before: Vec<u8>,
     /// How surprising it was; absent where nothing was scored before it.
     #[serde(skip)]
-    level: Option<usize>,
+    pub level: Option<usize>,
 }
 
 /// A teacher's distribution at one position.
@@ -268,11 +268,6 @@ impl Conversation {
 }
 
 impl Position {
-    /// How surprising the token was; absent where nothing was scored before it.
-    pub fn surprise_level(&self) -> Option<usize> {
-        self.level
-    }
-
     /// The token as people see it in its place.
     pub fn shown(&self) -> String {
         text::piece(&self.before, &self.bytes)

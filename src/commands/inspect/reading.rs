@@ -59,7 +59,7 @@ fn cells(positions: &[Position]) -> Vec<Cell> {
     let mut cells: Vec<Cell> = Vec::new();
     let mut unfinished: (Vec<u8>, Option<usize>) = (Vec::new(), None);
     for position in positions {
-        let level = position.surprise_level().max(if unfinished.0.is_empty() { None } else { unfinished.1 });
+        let level = position.level.max(if unfinished.0.is_empty() { None } else { unfinished.1 });
         let bytes = [unfinished.0.as_slice(), &position.bytes].concat();
         let left = text::unfinished(&[], &bytes);
         let whole = bytes.get(..bytes.len() - left.len()).unwrap_or_default();
