@@ -10,6 +10,7 @@ search, order, modes, theme and links into the page work; nothing is wider than 
 sentence at the first thing that is wrong.
 """
 import argparse
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -140,7 +141,7 @@ def search_and_order(reader):
     page.keyboard.type(row)
     if not 1 <= reader.count(".list button") <= everything:
         wrong("the search found nothing by a row's number")
-    word = max(reader.text(".list .begins").split(), key=len)[:20]
+    word = max(re.findall(r"\w+", reader.text(".list .begins")), key=len)
     page.fill("input[type=search]", word)
     if reader.count(".list button") < 1 or reader.count(".t.m") < 1:
         wrong(f"the search does not show where {word!r} is")

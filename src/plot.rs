@@ -12,6 +12,8 @@ const HEIGHT: usize = 5;
 /// Columns of the label left of it, and of the body.
 const LABEL: usize = 5;
 const BODY: usize = PANEL - LABEL - 1;
+/// Columns of the body that a histogram should use.
+const ENOUGH: usize = BODY * 3 / 4;
 /// Blocks that fill a cell from below and from the left, by eighths.
 const FROM_BELOW: [&str; 9] = [" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"];
 const FROM_LEFT: [&str; 9] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉", "█"];
@@ -68,14 +70,12 @@ pub fn histogram(title: &str, counts: &[u64], [first, middle, last]: [&str; 3]) 
     lines
 }
 
-/// How many bins make a bar and how many columns it takes, so that as much of the body as possible is used; fewer bins a bar first.
+/// How many bins make a bar and how many columns it takes: as few bins as use [`ENOUGH`] of the body, else as use most of it.
 fn spread(bins: usize) -> (usize, usize) {
+    let used = |(merged, wide): (usize, usize)| wide * bins.div_ceil(merged);
     let ways = (1..=bins.max(1)).map(|merged| (merged, BODY / bins.div_ceil(merged).max(1)));
-    let best = ways.take(8).max_by_key(|&(merged, wide)| (wide * bins.div_ceil(merged), std::cmp::Reverse(merged)));
-    match best {
-        Some((merged, wide)) if wide > 0 => (merged, wide),
-        _ => (bins.div_ceil(BODY).max(1), 1),
-    }
+    let best = ways.max_by_key(|&way| (used(way).min(ENOUGH), std::cmp::Reverse(way.0)));
+    best.filter(|(_, wide)| *wide > 0).unwrap_or((bins.div_ceil(BODY).max(1), 1))
 }
 
 fn scale(columns: usize, first: &str, middle: &str, last: &str) -> String {
@@ -131,6 +131,9 @@ mod tests {
             format!("      a{}b{}c", " ".repeat(14), " ".repeat(15)),
         ];
         assert_eq!(shown(&lines).lines().collect::<Vec<_>>(), expected);
+        // Bins are put together only where they would leave much of the body empty.
+        let ways = [4, 12, 18, 20, 24, 48, 200].map(spread);
+        assert_eq!(ways, [(1, 8), (1, 2), (2, 3), (2, 3), (1, 1), (2, 1), (7, 1)]);
         for counts in [&[][..], &[0, 0], &[5; 48], &[1; 200]] {
             let lines = histogram("t", counts, ["0", "1", "2"]);
             assert!(lines.iter().all(|line| line.width() <= PANEL), "{}", shown(&lines));

@@ -49,9 +49,16 @@ fn record(n: u64) -> Record {
 }
 
 fn write_cache(folder: &Path) {
+    write_cache_with(folder, vec![tokenizer()]);
+}
+
+fn tokenizer() -> Companion {
     let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/golden/teacher-awq/tokenizer.json");
-    let tokenizer = Companion { path: "tokenizer/tokenizer.json".into(), bytes: std::fs::read(golden).unwrap() };
-    let mut writer = CacheWriter::open(folder, &description(), WriterOptions { companions: vec![tokenizer] }).unwrap();
+    Companion { path: "tokenizer/tokenizer.json".into(), bytes: std::fs::read(golden).unwrap() }
+}
+
+fn write_cache_with(folder: &Path, companions: Vec<Companion>) {
+    let mut writer = CacheWriter::open(folder, &description(), WriterOptions { companions }).unwrap();
     (0..ROWS).for_each(|n| writer.append(&record(n)).unwrap());
     writer.finish().unwrap();
 }
@@ -115,6 +122,19 @@ fn a_row_is_found_by_number_and_by_key() {
     let (code, _, err) = potstill(here.path(), &["inspect", "c", "--key", &"0".repeat(32)]);
     assert_eq!((code, err), (2, format!("error: c: no row has the key {}\n", "0".repeat(32))));
     assert_eq!(potstill(here.path(), &["inspect", "c", "--key", "xyz"]).0, 2);
+}
+
+#[test]
+fn a_cache_without_a_tokenizer_shows_numbers() {
+    let here = tempfile::tempdir().unwrap();
+    write_cache_with(&here.path().join("c"), Vec::new());
+    let (code, out, err) = potstill(here.path(), &["inspect", "c", "--row", "1"]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert!(out.contains("▸<id␣5> 50.1%  <id␣9> 25.1%") && out.contains("<id 101><id 5><id 6><id 7>"), "{out}");
+    assert_eq!(potstill(here.path(), &["inspect", "c", "--quiet"]).0, 0);
+    let (code, _, err) = potstill(here.path(), &["inspect", "c", "--find", "a"]);
+    let expected = "error: c: --find needs the tokenizer in the cache (tokenizer/tokenizer.json), found none\n";
+    assert_eq!((code, err.as_str()), (2, expected));
 }
 
 #[test]

@@ -57,7 +57,7 @@ pub fn run(cache: &Cache, wanted: &str, flags: &cli::Inspect, manner: Manner) ->
     if wanted.is_empty() {
         return Err(UsageError("--find: expected a text to look for, found none".into()).into());
     }
-    let vocabulary = Vocabulary::of(cache)?;
+    let vocabulary = Vocabulary::required(cache)?;
     let look = |row, record: &Record| Hit::of(row, record, wanted, |id| vocabulary.bytes(id));
     let mut hits = scanned("searching", manner, |scan| potstill_cache::search(cache, LISTED + 1, scan, look))?;
     let may_be_more = hits.len() > LISTED;

@@ -143,3 +143,7 @@ fn marks_line(row: &[Cell]) -> Line {
         marks => Line::of(Shade::Bar, marks),
     }
 }
+
+#[cfg(test)]
+#[path = "reading_tests.rs"]
+mod tests;

@@ -62,7 +62,7 @@ pub fn lines(cache: &Cache, summary: &Summary) -> anyhow::Result<Vec<Line>> {
         lines.extend(plots(distributions));
         if let Some(kept) = distributions.kept.as_ref().filter(|kept| !kept.most_surprising.is_empty()) {
             lines.push(Line::default());
-            lines.extend(surprising(cache, kept, Vocabulary::where_kept(cache)?.as_ref())?);
+            lines.extend(surprising(cache, kept, &Vocabulary::of(cache)?)?);
         }
     }
     lines.extend([Line::default(), Line::of(Shade::Strong, "Size by column")]);
@@ -253,15 +253,11 @@ fn calibration(kept: &Kept) -> Vec<Line> {
 }
 
 /// The rows that surprised the teacher most, with the opening of what was scored in them.
-fn surprising(cache: &Cache, kept: &Kept, vocabulary: Option<&Vocabulary>) -> anyhow::Result<Vec<Line>> {
+fn surprising(cache: &Cache, kept: &Kept, vocabulary: &Vocabulary) -> anyhow::Result<Vec<Line>> {
     let head = format!("{:>8} {:>7} {:>11} {:>8}  {}", "row", "scored", "perplexity", "1st came", "what was scored begins");
     let mut lines = vec![Line::of(Shade::Strong, "Most surprising conversations"), Line::of(Shade::Faint, head)];
     for row in kept.most_surprising.iter().take(SURPRISING_SHOWN) {
-        let begins = match vocabulary {
-            Some(vocabulary) => opening(&cache.row(row.row)?, vocabulary),
-            None => String::new(),
-        };
-        lines.push(surprising_line(row, &begins));
+        lines.push(surprising_line(row, &opening(&cache.row(row.row)?, vocabulary)));
     }
     Ok(lines)
 }
@@ -278,10 +274,17 @@ pub fn perplexity(p: f64) -> String {
     if p < 1e6 { format!("{p:.2}") } else { format!("{p:.1e}") }
 }
 
-/// The first scored tokens of a row as harmless text of one line.
-pub fn opening(record: &Record, vocabulary: &Vocabulary) -> String {
-    let ids = record.scored().map(|(next, _)| next).take(OPENING_TOKENS);
-    let bytes = vocabulary.joined(ids);
+/// The first scored tokens of a row as harmless text of one line; dots stand for what was not scored between.
+fn opening(record: &Record, vocabulary: &Vocabulary) -> String {
+    let mut bytes = Vec::new();
+    let mut expected = record.positions.first().copied();
+    for (&position, (next, _)) in record.positions.iter().zip(record.scored()).take(OPENING_TOKENS) {
+        if expected != Some(position) {
+            bytes.extend(" … ".bytes());
+        }
+        bytes.extend(vocabulary.bytes(next));
+        expected = position.checked_add(1);
+    }
     let text = String::from_utf8_lossy(&bytes);
     text::visible(&text.split_whitespace().collect::<Vec<_>>().join(" "))
 }

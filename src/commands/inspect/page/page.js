@@ -59,7 +59,13 @@
     ["unsure", "Uncertainty", "entropy 0", "5 nats and more"],
     ["missed", "Missed", "its first choice came", "it was sure of another"],
   ];
-  const opening = (row) => row.text.filter((_, j) => row.entry[j] >= 0).slice(0, 60).map((t) => plain[t]).join("").replace(/\s+/g, " ").trim();
+  // What was scored first; dots stand for what was not between.
+  const opening = (row) => {
+    const said = [];
+    for (let j = 0; j < row.text.length && said.length < 60; j++)
+      if (row.entry[j] >= 0) said.push((said.length && row.entry[j - 1] < 0 ? " … " : "") + plain[row.text[j]]);
+    return said.join("").replace(/\s+/g, " ").trim();
+  };
   const searchable = new Map();
   const wholeText = (row) => {
     if (!searchable.has(row)) searchable.set(row, row.text.map((t) => plain[t]).join("").toLowerCase());
