@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Opens the shards of a cache with DuckDB, Polars, pandas, pyarrow and Hugging Face `datasets`, as they are, and compares what each
-reads with `potstill inspect --json`. DuckDB also answers queries 2, 3 and 4 of scripts/queries.sql. A reader that is not installed is
-named and passed over; one is enough.
+reads with `potstill inspect --json`. DuckDB also answers queries 2, 3 and 4 of scripts/queries.sql, and the README's. A reader that is
+not installed is named and passed over; one is enough.
 
     pip install duckdb polars pandas pyarrow datasets
     scripts/check_readers.py CACHE [--potstill target/release/potstill]
@@ -20,6 +20,7 @@ import numpy as np
 
 TOLERANCE = 1e-9
 QUERIES = Path(__file__).parent / "queries.sql"
+README = Path(__file__).parent.parent / "README.md"
 
 
 def wrong(sentence):
@@ -79,39 +80,52 @@ def by_duckdb(cache):
     return duckdb.sql(f"select {', '.join(COLUMNS)} from read_parquet('{shards}')").fetchall()
 
 
-def query(cache, number):
-    """The rows of one query of queries.sql, as dictionaries."""
-    import duckdb
-    text = QUERIES.read_text().split(f"\n-- {number}. ", 1)[1].split(";", 1)[0]
-    sql = text[text.index("\nwith "):]
-    connection = duckdb.connect()
-    connection.execute("set variable shards = ?", [str(cache / "shard-*.parquet")])
-    result = connection.execute(sql)
+def rows_of(result):
+    """A query's rows as dictionaries."""
     names = [column[0] for column in result.description]
     return [dict(zip(names, row)) for row in result.fetchall()]
 
 
-def check_queries(cache, found):
-    """Queries 2, 3 and 4 against the same figures."""
-    inspected, (whole,) = found["distributions"], query(cache, 2)
+def of_the_file(cache):
+    """What queries 2, 3 and 4 of queries.sql answer."""
+    import duckdb
+    connection = duckdb.connect()
+    connection.execute("set variable shards = ?", [str(cache / "shard-*.parquet")])
+    for number in (2, 3, 4):
+        text = QUERIES.read_text().split(f"\n-- {number}. ", 1)[1].split(";", 1)[0]
+        yield rows_of(connection.execute(text[text.index("\nwith "):]))
+
+
+def of_the_readme(cache):
+    """What the README's three queries answer, after its view."""
+    import duckdb
+    text = README.read_text().split("```sql\n", 1)[1].split("```", 1)[0]
+    text = text.replace("'caches/ultrachat/shard-*.parquet'", "'" + str(cache / "shard-*.parquet").replace("'", "''") + "'")
+    connection = duckdb.connect()
+    view, *queries = [statement for statement in text.split(";") if statement.strip()]
+    connection.execute(view)
+    yield from (rows_of(connection.execute(query)) for query in queries)
+
+
+def check_queries(name, answers, found):
+    """Three answers against the same figures: the whole cache, its most surprising conversations, its calibration."""
+    inspected, ((whole,), ranked, answered) = found["distributions"], answers
     if whole.pop("scored") != found["scored"]:
-        wrong("query 2 counts other scored positions")
-    for name, value in whole.items():
-        near(value, inspected[name], f"query 2, {name}")
-    ranked = query(cache, 3)
+        wrong(f"{name}: the first query counts other scored positions")
+    for figure, value in whole.items():
+        near(value, inspected[figure], f"{name}, {figure}")
     if [row["seq_id"] for row in ranked] != [row["seq_id"] for row in inspected["most_surprising"]]:
-        wrong("query 3 ranks other conversations")
+        wrong(f"{name}: other conversations are the most surprising")
     for row, expected in zip(ranked, inspected["most_surprising"]):
-        for name in ("scored", "perplexity_at_least", "top1_is_next"):
-            near(row[name], expected[name], f"query 3, seq_id {row['seq_id']}, {name}")
+        for figure in ("scored", "perplexity_at_least", "top1_is_next"):
+            near(row[figure], expected[figure], f"{name}, seq_id {row['seq_id']}, {figure}")
     bins = {round(bin["from"] * 10): bin for bin in inspected["calibration"] if bin["positions"]}
-    answered = query(cache, 4)
     if [round(row["from_probability"] * 10) for row in answered] != sorted(bins):
-        wrong("query 4 has other bins")
+        wrong(f"{name}: other bins of calibration")
     for row in answered:
-        for name in ("positions", "mean_top1", "top1_is_next"):
-            near(row[name], bins[round(row["from_probability"] * 10)][name], f"query 4, from {row['from_probability']}, {name}")
-    return len(whole) + 1 + 4 * len(ranked) + 4 * len(answered)
+        for figure in ("positions", "mean_top1", "top1_is_next"):
+            near(row[figure], bins[round(row["from_probability"] * 10)][figure], f"{name}, from {row['from_probability']}, {figure}")
+    print(f"{name}: {len(whole) + 1 + 4 * len(ranked) + 4 * len(answered)} figures of three queries agree")
 
 
 def main():
@@ -137,7 +151,8 @@ def main():
             near(value, found["distributions"][figure], f"{name}, {figure}")
         print(f"{name} {version}: {scored} positions, the same figures")
     if "duckdb" not in missing:
-        print(f"queries.sql: {check_queries(options.cache, found)} figures of queries 2, 3 and 4 agree")
+        check_queries("queries.sql", list(of_the_file(options.cache)), found)
+        check_queries("README.md", list(of_the_readme(options.cache)), found)
     if missing:
         print(f"not installed, passed over: {', '.join(missing)}")
     if len(missing) == 5:
