@@ -3,7 +3,9 @@
 
     pip install playwright && apt-get install chromium
     scripts/check_page.py page.html --shots DIR          screenshots at desktop and phone sizes, light and dark
-    scripts/check_page.py page.html --hostile            also: text of the data that begins with HOSTILE must have done nothing
+    scripts/check_page.py page.html --hostile            opens every conversation: its text must have done nothing
+
+A page for the last one: precompute with the reference teacher in tests/fixtures/golden over tests/fixtures/inspect/hostile.jsonl.
 
 Checked: no error, no request, no violation of the page's policy; the figures are drawn; a conversation opens; hover, click, keys,
 search, order, modes, theme and links into the page work; nothing is wider than the screen; contrast of text on heat. Exits 1 with a
