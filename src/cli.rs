@@ -9,7 +9,7 @@ mod caches;
 mod evaluate;
 mod stages;
 
-pub use caches::{Combine, Inspect, Repack, Storing, Verify};
+pub use caches::{Combine, Diff, Inspect, Repack, Storing, Verify};
 pub use evaluate::{Evaluate, Generate, HeldOut};
 pub use stages::{Demo, Merge, Precompute, Train};
 
@@ -52,6 +52,8 @@ pub enum Verb {
     Precompute(Box<Precompute>),
     /// Show what a cache holds, or one conversation token by token
     Inspect(Inspect),
+    /// Say how far two caches of the same conversations lie apart
+    Diff(Diff),
     /// Check every byte of a cache, or a share of it
     Verify(Verify),
     /// Store a cache anew without the teacher: smaller, never finer

@@ -1,4 +1,4 @@
-//! `inspect` through the binary, on a cache of invented chats that mean no good: all that it prints is held against stored texts in
+//! `inspect` (and `diff`) through the binary, on a cache of invented chats that mean no good: all that it prints is held against stored texts in
 //! `tests/fixtures/inspect`, and nothing of it acts on a terminal or a page.
 //!
 //! `POTSTILL_WRITE_SNAPSHOTS=1 cargo test --test inspecting` stores what is printed now; look at the difference before you commit it.
@@ -167,6 +167,10 @@ fn texts_are_as_stored_and_harmless() {
     let found = printed(&["inspect", "c", "--find", "利用", "--top", "2"]);
     is_harmless(&found);
     hold("find.txt", &found);
+    printed(&["repack", "c", "d", "--top-k", "2"]);
+    let diff = printed(&["diff", "c", "d"]);
+    is_harmless(&diff);
+    hold("diff.txt", &diff);
     let help = printed(&["inspect", "--help"]);
     hold("help.txt", &help);
 }

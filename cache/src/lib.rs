@@ -8,6 +8,7 @@ mod alignment;
 mod batches;
 mod codec;
 mod combine;
+mod compare;
 mod disk;
 mod durable;
 mod error;
@@ -46,6 +47,7 @@ pub use alignment::Misalignment;
 pub use batches::Batches;
 pub use codec::{TAIL_FLOOR_LOGPROB, UNSCORED_TAIL_LOGPROB, encode, round_to_mantissa, stored_logprob, stored_tail_logprob};
 pub use combine::{Rewritten, Stored, combine};
+pub use compare::{Comparison, Divergences, RowPair, Spread};
 pub use disk::free_bytes;
 pub use error::{Difference, Error, ErrorClass, Result};
 pub use fingerprint::{

@@ -93,7 +93,8 @@ impl Cache {
         }
     }
 
-    fn by_key(&self) -> Result<&[(RowKey, u64)]> {
+    /// Every row by its key, rising, then by its number.
+    pub(crate) fn by_key(&self) -> Result<&[(RowKey, u64)]> {
         if let Some(rows) = self.by_key.get() {
             return Ok(rows);
         }

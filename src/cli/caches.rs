@@ -48,6 +48,26 @@ pub struct Inspect {
     pub top: usize,
 }
 
+/// Say how far two caches of the same conversations lie apart
+///
+/// Two teachers, two codecs, two k: KL both ways, how often the most likely token is the same, percentiles, the rows that differ most.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Rows are matched by key: the same tokens, scored at the same positions. Caches that share none are refused.
+A divergence is taken over the ids that both caches keep and one outcome for all else: at least so large.
+
+Examples:
+  potstill diff caches/awq caches/bf16
+  potstill diff caches/k64 caches/k16 --json | jq .figures.forward")]
+pub struct Diff {
+    /// Folder of the first cache
+    #[arg(value_name = "A")]
+    pub first: PathBuf,
+    /// Folder of the second cache
+    #[arg(value_name = "B")]
+    pub second: PathBuf,
+}
+
 /// Check every byte of a cache, or a share of it
 ///
 /// Reads each shard, compares it with the manifest's BLAKE3 and decodes every row. Exit code 4 when anything is wrong.

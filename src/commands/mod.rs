@@ -2,6 +2,7 @@
 
 mod combine;
 mod demo;
+mod diff;
 mod evaluate;
 mod inspect;
 mod merge;
@@ -24,6 +25,7 @@ pub fn run(invocation: Invocation) -> anyhow::Result<Outcome> {
     match invocation.verb {
         Verb::Precompute(flags) => precompute::run(*flags, manner),
         Verb::Inspect(flags) => inspect::run(&flags, manner),
+        Verb::Diff(flags) => diff::run(&flags, manner),
         Verb::Verify(flags) => verify::run(&flags, manner),
         Verb::Repack(flags) => repack::run(&flags, manner),
         Verb::Combine(flags) => combine::run(&flags, manner),

@@ -4,6 +4,7 @@
 mod alignment;
 mod claims;
 mod combine;
+mod compare;
 mod damage;
 mod folder;
 mod hostile;
