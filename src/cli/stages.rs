@@ -445,14 +445,29 @@ pub struct Merge {
     pub config: Option<PathBuf>,
 }
 
+/// Seeds of the proof where none are given.
+pub const DEFAULT_SEEDS: u64 = 3;
+
+/// Most seeds of the proof.
+pub const MOST_SEEDS: u64 = 10;
+
 /// Make tiny models and run everything on them, with no network, in minutes
 ///
 /// Makes a tokenizer, a teacher (trained for a moment, then packed as AWQ) and a student; then precompute, verify, inspect,
 /// train and merge. A demo that was interrupted in the same folder is begun again; any other content is left alone and refused.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  potstill demo --out /tmp/potstill-demo")]
+#[command(after_help = "Examples:\n  potstill demo --out /tmp/potstill-demo\n  potstill demo --proof")]
 pub struct Demo {
-    /// Folder for everything the demo makes [default: potstill-demo, or potstill-demo-2 and so on where that is taken]
+    /// Folder for everything the demo makes [default: potstill-demo (proof: potstill-proof), or potstill-demo-2 and so on where that is taken]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    /// Instead: does distillation beat fine-tuning on the same data? Three arms, four conditions, several seeds, with intervals
+    #[arg(long)]
+    pub proof: bool,
+    /// Seeds of the proof, 1 to 10; an interval needs two, and each takes minutes [default: 3]
+    #[arg(long, value_name = "N", requires = "proof", value_parser = clap::value_parser!(u64).range(1..=MOST_SEEDS))]
+    pub seeds: Option<u64>,
+    /// With the proof: eleven other students from one of its caches (k, temperature, divergence, weights), without the teacher
+    #[arg(long, requires = "proof")]
+    pub sweep: bool,
 }

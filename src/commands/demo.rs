@@ -50,8 +50,8 @@ struct Made {
 
 /// Runs the demo.
 pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
-    let folder = &flags.out.clone().unwrap_or_else(free_folder);
-    prepare(folder)?;
+    let folder = &flags.out.clone().unwrap_or_else(|| free_folder(DEFAULT_FOLDER));
+    prepare(folder, &PARTS)?;
     let context = interruptible()?;
     let say = |step: &str| manner.remark(&format!("\n── {step}"));
 
@@ -80,7 +80,7 @@ pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
     let merged = drawn(&context, manner, || merge_adapter(&tiny, &trained, &folder.join("merged"), &context))?;
     show(manner, |out| merge::facts(&merged).write(out))?;
 
-    mark(folder, true)?;
+    mark(folder, &PARTS, true)?;
 
     let made = Made {
         chats: tiny.chats,
@@ -100,11 +100,11 @@ pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// The first of potstill-demo, potstill-demo-2, … that is not there, or holds a demo that did not come to its end.
-fn free_folder() -> PathBuf {
-    let names = (1u32..).map(|n| if n == 1 { DEFAULT_FOLDER.into() } else { format!("{DEFAULT_FOLDER}-{n}") });
+/// The first of NAME, NAME-2, … that is not there, or holds a demo that did not come to its end.
+pub(super) fn free_folder(name: &str) -> PathBuf {
+    let names = (1u32..).map(|n| if n == 1 { name.into() } else { format!("{name}-{n}") });
     let free = |path: &PathBuf| !path.exists() || path.join(MARKER).is_file() && !is_finished(&path.join(MARKER));
-    names.map(PathBuf::from).find(free).unwrap_or_else(|| DEFAULT_FOLDER.into())
+    names.map(PathBuf::from).find(free).unwrap_or_else(|| name.into())
 }
 
 /// Whether the marker says that its demo came to its end.
@@ -114,15 +114,15 @@ fn is_finished(marker: &Path) -> bool {
 }
 
 /// Writes the marker.
-fn mark(folder: &Path, finished: bool) -> anyhow::Result<()> {
+pub(super) fn mark(folder: &Path, parts: &[&str], finished: bool) -> anyhow::Result<()> {
     let marker = folder.join(MARKER);
     let version = env!("CARGO_PKG_VERSION");
-    let text = serde_json::json!({ "made_by": "potstill demo", "version": version, "parts": PARTS, "finished": finished });
+    let text = serde_json::json!({ "made_by": "potstill demo", "version": version, "parts": parts, "finished": finished });
     std::fs::write(&marker, format!("{text}\n")).with_context(|| format!("{}: cannot write", marker.display()))
 }
 
 /// Makes the folder fit to work in: new, empty, or an interrupted demo's, whose parts are removed.
-fn prepare(folder: &Path) -> anyhow::Result<()> {
+pub(super) fn prepare(folder: &Path, parts: &[&str]) -> anyhow::Result<()> {
     let shown = folder.display();
     let marker = folder.join(MARKER);
     let empty = match std::fs::read_dir(folder) {
@@ -136,7 +136,7 @@ fn prepare(folder: &Path) -> anyhow::Result<()> {
     if is_finished(&marker) {
         return Err(UsageError(format!("{shown}: holds a finished demo; name a new folder with --out")).into());
     }
-    for part in PARTS.map(|part| folder.join(part)) {
+    for part in parts.iter().map(|part| folder.join(part)) {
         // A link is not followed: what it points at is none of the demo's.
         match std::fs::symlink_metadata(&part) {
             Ok(found) if found.is_dir() => std::fs::remove_dir_all(&part),
@@ -146,7 +146,7 @@ fn prepare(folder: &Path) -> anyhow::Result<()> {
         .with_context(|| format!("{}: cannot remove what an earlier demo made", part.display()))?;
     }
     std::fs::create_dir_all(folder).with_context(|| format!("{shown}: cannot make this folder"))?;
-    mark(folder, false)
+    mark(folder, parts, false)
 }
 
 fn stage_one(tiny: &Miniature, cache: &Path) -> PrecomputeConfig {
@@ -253,16 +253,16 @@ mod tests {
     fn only_new_empty_and_own_folders_are_used() {
         let top = tempfile::tempdir().expect("a temporary folder");
         let folder = top.path().join("demo");
-        prepare(&folder).expect("a new folder");
+        prepare(&folder, &PARTS).expect("a new folder");
         std::fs::create_dir_all(folder.join("cache/deep")).expect("a part");
         std::fs::write(folder.join("mine.txt"), "kept").expect("a file of the user's");
-        prepare(&folder).expect("an earlier demo");
+        prepare(&folder, &PARTS).expect("an earlier demo");
         assert!(!folder.join("cache").exists());
         assert!(folder.join("mine.txt").exists(), "what the demo did not make stays");
 
         let foreign = top.path().join("foreign");
         std::fs::create_dir_all(foreign.join("cache")).expect("somebody's folder");
-        let error = prepare(&foreign).expect_err("refused");
+        let error = prepare(&foreign, &PARTS).expect_err("refused");
         assert!(error.is::<UsageError>() && error.to_string().contains("no demo made"), "{error}");
         assert!(foreign.join("cache").exists());
     }

@@ -7,6 +7,7 @@ mod evaluate;
 mod inspect;
 mod merge;
 mod precompute;
+mod proof;
 mod repack;
 mod train;
 mod verify;
@@ -32,6 +33,7 @@ pub fn run(invocation: Invocation) -> anyhow::Result<Outcome> {
         Verb::Train(flags) => train::run(*flags, manner),
         Verb::Merge(flags) => merge::run(flags, manner),
         Verb::Evaluate(what) => evaluate::run(what, manner),
+        Verb::Demo(flags) if flags.proof => proof::run(&flags, manner),
         Verb::Demo(flags) => demo::run(&flags, manner),
     }
 }

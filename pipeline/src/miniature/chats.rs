@@ -60,6 +60,21 @@ pub fn write_conversations(count: usize, dice: &mut Dice) -> Vec<Conversation> {
     conversations
 }
 
+/// Of 100 answers, `percent` become another conversation's: fluent, and wrong. What is asked stays. The conversations get the identity of
+/// their new words.
+pub fn spoil(conversations: &mut [Conversation], percent: usize, dice: &mut Dice) {
+    let answers: Vec<String> =
+        conversations.iter().flat_map(|c| &c.messages).filter(|m| m.role == "assistant").map(|m| m.content.clone()).collect();
+    for conversation in conversations {
+        for message in conversation.messages.iter_mut().filter(|m| m.role == "assistant") {
+            if dice.chance(percent) {
+                message.content.clone_from(&answers[dice.below(answers.len())]);
+            }
+        }
+        conversation.prompt_id = identity(&conversation.messages);
+    }
+}
+
 /// One JSON object a line, each line ended.
 pub fn to_jsonl(conversations: &[Conversation]) -> Result<String, MiniatureError> {
     let mut text = String::new();

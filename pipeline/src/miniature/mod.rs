@@ -21,9 +21,11 @@ pub use error::MiniatureError;
 
 use crate::run::RunContext;
 use crate::{Error, Result};
+use chats::Conversation;
 use decoder::{Decoder, DecoderShape, Head};
 use dice::Dice;
 use pretrain::PretrainConfig;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 /// Default for [`MiniatureConfig::seed`].
@@ -153,6 +155,22 @@ pub fn build(out: &Path, config: &MiniatureConfig, context: &RunContext) -> Resu
         teacher_loss: teacher.loss,
         student_loss: student.loss,
     })
+}
+
+/// `count` conversations of the same world that [`build`] with this `config` trains neither model on.
+pub fn unseen_chats(config: &MiniatureConfig, count: usize) -> Vec<Conversation> {
+    // A longer draw of the same stream begins with the same conversations. Past what the grammar can say it repeats itself.
+    let mut drawn = config.conversations + count;
+    loop {
+        let mut all = chats::write_conversations(drawn, &mut Dice::new(config.seed, STREAM_CHATS));
+        let later = all.split_off(config.conversations);
+        let mut seen: HashSet<String> = all.into_iter().map(|c| c.prompt_id).collect();
+        let unseen: Vec<Conversation> = later.into_iter().filter(|c| seen.insert(c.prompt_id.clone())).take(count).collect();
+        if unseen.len() == count {
+            return unseen;
+        }
+        drawn += count;
+    }
 }
 
 /// The teacher: grouped-query attention, its own head, every input dimension a multiple of [`GROUP_SIZE`].
