@@ -11,7 +11,7 @@ mod stages;
 
 pub use caches::{Combine, Diff, Inspect, Repack, Storing, Verify};
 pub use evaluate::{Evaluate, Generate, HeldOut};
-pub use stages::{DEFAULT_SEEDS, Demo, MOST_SEEDS, Merge, Precompute, Train};
+pub use stages::{DEFAULT_PROOF_STEPS, DEFAULT_SEEDS, Demo, MOST_SEEDS, Merge, Precompute, Train};
 
 use crate::settings::{self, Section};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};

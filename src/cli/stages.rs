@@ -448,6 +448,9 @@ pub struct Merge {
 /// Seeds of the proof where none are given.
 pub const DEFAULT_SEEDS: u64 = 3;
 
+/// Optimiser steps of the proof's students where none are given.
+pub const DEFAULT_PROOF_STEPS: u64 = 600;
+
 /// Most seeds of the proof.
 pub const MOST_SEEDS: u64 = 10;
 
@@ -467,6 +470,9 @@ pub struct Demo {
     /// Seeds of the proof, 1 to 10; an interval needs two, and each takes minutes [default: 3]
     #[arg(long, value_name = "N", requires = "proof", value_parser = clap::value_parser!(u64).range(1..=MOST_SEEDS))]
     pub seeds: Option<u64>,
+    /// Optimiser steps of each of the proof's students [default: 600]
+    #[arg(long, value_name = "N", requires = "proof", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub steps: Option<u64>,
     /// With the proof: eleven other students from one of its caches (k, temperature, divergence, weights), without the teacher
     #[arg(long, requires = "proof")]
     pub sweep: bool,

@@ -43,9 +43,8 @@ const HELD_OUT: usize = 160;
 const WEAK_STEPS: u64 = 120;
 /// Entries kept at a position of the caches that students learn from.
 const TOP_K: u16 = 16;
-/// Settings of every arm: the demo's, for more steps.
+/// Settings of every arm: the demo's, for more steps and with a cosine.
 const RECIPE: &str = include_str!("../../pipeline/recipes/tiny.toml");
-const STEPS: u64 = 600;
 /// The sweep's other temperature, for which caches keep a sum.
 const HOT: f64 = 2.0;
 /// The stream of a seed that decides which answers are spoiled; the world has the first ones.
@@ -105,6 +104,8 @@ fn mix(config: &mut TrainConfig, kd_alpha: f64) {
 struct World {
     folder: PathBuf,
     seed: u64,
+    /// Optimiser steps of an arm.
+    steps: u64,
     good: Miniature,
     weak: Miniature,
     rows: Vec<Conversation>,
@@ -117,11 +118,12 @@ pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
     let folder = flags.out.clone().unwrap_or_else(|| demo::free_folder("potstill-proof"));
     demo::prepare(&folder, &PARTS)?;
     let context = interruptible()?;
+    let steps = flags.steps.unwrap_or(cli::DEFAULT_PROOF_STEPS);
     let seeds = flags.seeds.unwrap_or(cli::DEFAULT_SEEDS);
     let (mut trials, mut variants) = (Vec::new(), Vec::new());
     for seed in 1..=seeds {
         manner.remark(&format!("\n── seed {seed} of {seeds}: a world of its own"));
-        let world = drawn(&context, manner, || World::make(&folder, seed, &context))?;
+        let world = drawn(&context, manner, || World::make(&folder, (seed, steps), &context))?;
         for (number, condition) in CONDITIONS.iter().enumerate() {
             manner.remark(&format!("   {}: {}", condition.name, condition.words));
             trials.push(drawn(&context, manner, || world.trial(number, condition, &context))?);
@@ -146,7 +148,7 @@ pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
 }
 
 impl World {
-    fn make(top: &Path, seed: u64, context: &RunContext) -> anyhow::Result<World> {
+    fn make(top: &Path, (seed, steps): (u64, u64), context: &RunContext) -> anyhow::Result<World> {
         let folder = top.join(format!("seed-{seed}"));
         let config = MiniatureConfig { seed, ..MiniatureConfig::default() };
         let good = miniature::build(&folder.join("world"), &config, context)?;
@@ -159,7 +161,7 @@ impl World {
         // As many entries as there are ids: nothing is left to a tail.
         let whole = u16::try_from(good.vocabulary)?;
         stage_one(&good, &held_out_rows, &held_out, whole, context)?;
-        Ok(World { folder, seed, good, weak, rows, held_out })
+        Ok(World { folder, seed, steps, good, weak, rows, held_out })
     }
 
     /// All arms under one condition.
@@ -197,7 +199,7 @@ impl World {
             student: self.good.student.clone(),
             cache: cache.to_path_buf(),
             out,
-            steps: Some(STEPS),
+            steps: Some(self.steps),
             schedule: Schedule::Cosine,
             seed: self.seed,
             resume: Resume::Never,
