@@ -43,6 +43,7 @@ forbid "precompute knows train" 'crate::(\{[^}]*)?train\b' "$NOTHING" $P/precomp
 forbid "train knows precompute (its tests apart)" 'crate::(\{[^}]*)?precompute\b' '_tests\.rs:' $P/train $P/train.rs
 forbid "loss knows the model" 'crate::(\{[^}]*)?model\b' "$NOTHING" $P/loss $P/loss.rs
 forbid "evaluate knows train or precompute" 'crate::(\{[^}]*)?(train|precompute)\b' "$NOTHING" $P/evaluate
+forbid "the judge knows benchmarks" '\b(mt_bench|alpaca_eval)\b' "$NOTHING" $P/evaluate/judge
 forbid "the libraries know the command line" '\bclap\b|\bindicatif\b|\banyhow\b' "$NOTHING" $P cache/src
 forbid "a library prints" '\be?print(ln)?!' '_tests\.rs:' $P cache/src
 

@@ -7,10 +7,12 @@
 
 mod caches;
 mod evaluate;
+mod judging;
 mod stages;
 
 pub use caches::{Combine, Diff, Inspect, Repack, Storing, Verify};
 pub use evaluate::{Evaluate, Generate, HeldOut};
+pub use judging::{AlpacaEval, Answering, Asking, MtBench};
 pub use stages::{DEFAULT_PROOF_STEPS, DEFAULT_SEEDS, Demo, MOST_SEEDS, Merge, Precompute, Train};
 
 use crate::settings::{self, Section};
@@ -64,7 +66,7 @@ pub enum Verb {
     Train(Box<Train>),
     /// Merge an adapter into its base model and write a plain model folder
     Merge(Merge),
-    /// Say how good a student is: beside its teacher on a held-out cache, and by its answers
+    /// Say how good a student is: beside its teacher on a held-out cache, and by its answers, which a judge looks at
     #[command(subcommand)]
     Evaluate(Evaluate),
     /// Make tiny models and run everything on them, with no network, in minutes

@@ -38,6 +38,9 @@ pub enum Error {
     /// The miniature models that are made on the spot.
     #[error(transparent)]
     Miniature(#[from] crate::miniature::MiniatureError),
+    /// Judges, their endpoints and the files of benchmarks.
+    #[error(transparent)]
+    Judge(#[from] crate::evaluate::judge::JudgeError),
     /// The cache.
     #[error(transparent)]
     Cache(#[from] potstill_cache::Error),
@@ -127,6 +130,7 @@ impl Error {
             Error::Train(e) => e.class(),
             Error::Evaluate(e) => e.class(),
             Error::Miniature(e) => e.class(),
+            Error::Judge(e) => e.class(),
             Error::Cache(e) => e.class(),
             Error::Tensor(_) | Error::TooManyBad { .. } => ErrorClass::Runtime,
             Error::Device { .. } | Error::Setting { .. } => ErrorClass::Usage,

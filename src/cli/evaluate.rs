@@ -1,6 +1,6 @@
 //! The flags of `evaluate` and its sub-verbs.
 
-use super::word;
+use super::{AlpacaEval, MtBench, word};
 use clap::{Args, Subcommand};
 use potstill_pipeline::evaluate::generate::{self, GenerateConfig};
 use potstill_pipeline::evaluate::held_out::{self, HeldOutConfig};
@@ -15,6 +15,10 @@ pub enum Evaluate {
     HeldOut(HeldOut),
     /// Let a student answer: MT-Bench, AlpacaEval or prompts of your own in, their answer files out
     Generate(Generate),
+    /// Have a judge grade answers to MT-Bench's two-turn questions
+    MtBench(Box<MtBench>),
+    /// Have a judge choose between a model's and a baseline's answers, or score choices that are there already
+    AlpacaEval(Box<AlpacaEval>),
 }
 
 /// Which model, and how it is held.
