@@ -157,8 +157,10 @@ impl<'a> Client<'a> {
         if in_a_row >= GIVEN_UP_IN_A_ROW || !self.proven.load(Ordering::Relaxed) {
             return Err(JudgeError::Unreachable {
                 endpoint: self.endpoint.base_url().to_string(),
-                requests: if in_a_row == 1 { "1 request".into() } else { format!("{in_a_row} requests") },
-                tries: self.patience.tries,
+                requests: match in_a_row {
+                    1 => format!("a request failed {} times", self.patience.tries),
+                    n => format!("{n} requests in a row failed {} times each", self.patience.tries),
+                },
                 found,
                 kept: self.kept(),
             });

@@ -83,14 +83,12 @@ pub enum JudgeError {
         said: String,
     },
     /// The endpoint fails, however often it is asked.
-    #[error("{endpoint}: {requests} in a row failed {tries} times each, at last: {found}; {kept}")]
+    #[error("{endpoint}: {requests}, at last: {found}; {kept}")]
     Unreachable {
         /// Its address.
         endpoint: String,
-        /// `1 request`, or how many.
+        /// How many requests failed how often.
         requests: String,
-        /// How often each was tried.
-        tries: u32,
         /// What happened at last.
         found: String,
         /// What is on disk.

@@ -169,8 +169,8 @@ pub(super) fn each<J: Sync, T: Send>(
     match done {
         Ok(done) if whole => Ok(done),
         Ok(_) | Err(JudgeError::Interrupted { .. }) => Err(JudgeError::Interrupted { kept }),
-        Err(JudgeError::Unreachable { endpoint, requests, tries, found, .. }) => {
-            Err(JudgeError::Unreachable { endpoint, requests, tries, found, kept })
+        Err(JudgeError::Unreachable { endpoint, requests, found, .. }) => {
+            Err(JudgeError::Unreachable { endpoint, requests, found, kept })
         }
         Err(other) => Err(other),
     }
