@@ -12,6 +12,7 @@
 use super::Answer;
 use crate::bounded;
 use crate::evaluate::error::EvaluateError;
+use crate::evaluate::mt_bench;
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -19,18 +20,6 @@ use std::path::Path;
 
 /// Largest file of questions, in bytes.
 const MAX_BYTES: u64 = 64 << 20;
-/// Temperature of a question whose category has none of its own, and of each that has (FastChat's).
-const UNKNOWN_CATEGORY: f64 = 0.7;
-const CATEGORIES: [(&str, f64); 8] = [
-    ("writing", 0.7),
-    ("roleplay", 0.7),
-    ("extraction", 0.0),
-    ("math", 0.0),
-    ("coding", 0.0),
-    ("reasoning", 0.0),
-    ("stem", 0.1),
-    ("humanities", 0.1),
-];
 
 /// Which files they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -161,8 +150,7 @@ impl Question {
                 let turns = list.and_then(|turns| turns.iter().map(|turn| turn.as_str().map(String::from)).collect());
                 let turns = turns.ok_or_else(|| (expected, shown(row.get("turns"))))?;
                 let category = row.get("category").and_then(Value::as_str).unwrap_or_default();
-                let own = CATEGORIES.iter().find(|(name, _)| *name == category).map(|(_, temperature)| *temperature);
-                Ok(Self { id, dataset: Value::Null, turns, temperature: Some(own.unwrap_or(UNKNOWN_CATEGORY)) })
+                Ok(Self { id, dataset: Value::Null, turns, temperature: Some(mt_bench::temperature(category)) })
             }
             Form::AlpacaEval => {
                 let turns = vec![text("instruction", "an instruction, a text")?];
