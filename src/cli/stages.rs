@@ -461,10 +461,10 @@ pub const MOST_SEEDS: u64 = 10;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  potstill demo --out /tmp/potstill-demo\n  potstill demo --proof")]
 pub struct Demo {
-    /// Folder for everything the demo makes [default: potstill-demo (proof: potstill-proof), or potstill-demo-2 and so on where that is taken]
+    /// Folder for everything the demo makes [default: potstill-demo, or potstill-demo-2 and so on where that is taken]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Instead: does distillation beat fine-tuning on the same data? Three arms, four conditions, several seeds, with intervals
+    /// Instead: does distillation beat fine-tuning on the same data? Three arms, four conditions, several seeds, with intervals; its folder is potstill-proof unless --out says otherwise
     #[arg(long)]
     pub proof: bool,
     /// Seeds of the proof, 1 to 10; an interval needs two, and each takes minutes [default: 3]

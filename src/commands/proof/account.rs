@@ -179,11 +179,7 @@ impl Account {
             writeln!(out, "\n{}", part.distill_against_sft)?;
         }
         if !self.sweep.is_empty() {
-            writeln!(
-                out,
-                "\na sweep from one cache, {}, first seed; the teacher scored no further token\n",
-                CONDITIONS[SWEPT].name
-            )?;
+            writeln!(out, "\na sweep from one cache ({}, first seed): no token was scored again\n", CONDITIONS[SWEPT].name)?;
             let heads = [
                 ("distill with", Side::Left),
                 ("nats a token", Side::Right),
