@@ -40,6 +40,7 @@ BATCH = {"small": 8, "half": 2, "tiny": 4}
 # Of the loss, and of the first gradient's norm. A few in a thousand of bitsandbytes' nested codes are their neighbours, 0.7 % of a block's
 # scale; in bf16 both sides round every product by up to 2^-8, at other places.
 TOLERANCE = {"f32": (2e-4, 2e-3), "bf16": (2e-2, 5e-2)}
+WHO = ("potstill", "potstill keeping", "PEFT")
 # The goal: this share of PEFT's memory.
 SHARE = 0.6
 WAYS = [(holding, way) for holding in ("dense", "bnb") for way in ("packed", "alone")]
@@ -131,8 +132,7 @@ class Comparison:
             said = ", ".join(f"{' '.join(way)} {speed(run):.1f} ({run['peak'] / 2**20:,.0f} MiB)" for way, run in tried.items())
             self.keep[dtype] = self.layers_that_fit(dtype, SHARE * tried[self.best[dtype]]["peak"])
             say(f"{self.name} {dtype}: PEFT, tokens/s (peak): {said}; {self.keep[dtype]} layers fit into {SHARE} of its fastest way's memory")
-        who_all = ("potstill", "potstill keeping", "PEFT")
-        turns = [(one, d, objective) for d in self.options.dtypes for objective in self.options.objectives for one in who_all]
+        turns = [(one, d, objective) for d in self.options.dtypes for objective in self.options.objectives for one in WHO]
         for number in range(self.options.rounds):
             for who, dtype, objective in turns[:: -1 if number % 2 else 1]:
                 keep = {"potstill": 0, "potstill keeping": self.keep[dtype]}
@@ -144,7 +144,7 @@ class Comparison:
                     say("warning: others were at work meanwhile; this figure means little")
             for dtype in self.options.dtypes:
                 for objective in self.options.objectives:
-                    ours, keeping, theirs = (self.runs[one, dtype, objective][number] for one in who_all)
+                    ours, keeping, theirs = (self.runs[one, dtype, objective][number] for one in WHO)
                     self.check(dtype, objective, ours, theirs)
                     if any(a["loss"] != b["loss"] or a["grad_norm"] != b["grad_norm"] for a, b in zip(ours["steps"], keeping["steps"])):
                         raise Failed(f"{self.name} {dtype} {objective}: keeping layers changed a loss or a gradient")

@@ -5,7 +5,7 @@
 //! drive them further apart (data processing inequality): every divergence here is a lower bound of that of the whole distributions.
 
 use crate::progress::ScanProgress;
-use crate::stats::{Histogram, MIN_RANKED_POSITIONS, RANKED_ROWS};
+use crate::stats::{Histogram, MIN_RANKED_POSITIONS, count_in, holding, rank};
 use crate::{Cache, Record, Result, Target};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -195,16 +195,11 @@ impl Sums {
         self.counts.iter_mut().for_each(|counts| counts.resize(FINE_BINS, 0));
         let [forward, backward] = &mut self.counts;
         for (f, b) in row.bins {
-            for (counts, bin) in [(&mut *forward, f), (&mut *backward, b)] {
-                if let Some(count) = counts.get_mut(usize::from(bin)) {
-                    *count += 1;
-                }
-            }
+            count_in(forward, f.into());
+            count_in(backward, b.into());
         }
         for pair in row.rows {
-            let place = self.rows.partition_point(|other| other.mean_forward >= pair.mean_forward);
-            self.rows.insert(place, pair);
-            self.rows.truncate(RANKED_ROWS);
+            rank(&mut self.rows, pair, |pair| pair.mean_forward);
         }
     }
 
@@ -241,15 +236,10 @@ impl Sums {
 
 /// Middle (geometric) of the fine bin that holds the `share`-quantile; 0 in the first bin, which holds all that is smaller.
 fn quantile(counts: &[u64], positions: u64, share: f64) -> f64 {
-    let mut left = ((positions as f64 * share).ceil() as u64).max(1);
-    for (bin, &count) in counts.iter().enumerate() {
-        if count >= left {
-            let at = (bin as f64 + 0.5) / FINE_BINS as f64;
-            return if bin == 0 { 0.0 } else { LEAST * (MOST / LEAST).powf(at) };
-        }
-        left -= count;
+    match holding(counts, ((positions as f64 * share).ceil() as u64).max(1)) {
+        Some(bin @ 1..) => LEAST * (MOST / LEAST).powf((bin as f64 + 0.5) / FINE_BINS as f64),
+        Some(0) | None => 0.0,
     }
-    0.0
 }
 
 impl Comparison {

@@ -18,6 +18,7 @@ pub use attach::FittedAdapter;
 pub use card::{LearnedFrom, RUN_FILE, Surroundings};
 pub(crate) use config::is_dropout;
 pub use config::{AdapterConfig, MAX_RANK, Scaling};
+pub(crate) use folder::{CONFIG_NAME, TENSORS_NAME};
 pub use folder::{load, save};
 pub use merge::{MergeConfig, MergeDtype, MergeFrom, MergeReport, SHARD_BYTES, merge, merge_in_shards};
 pub use targets::{ALL_MODULES, MODULES, TargetModules, WrongModules};

@@ -25,6 +25,7 @@ pub mod run;
 pub mod student;
 pub mod teacher;
 pub mod train;
+pub mod whole_file;
 
 pub use error::{Error, Result};
 pub use pairing::PairingError;

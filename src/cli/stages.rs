@@ -473,7 +473,7 @@ pub struct Demo {
     /// Optimiser steps of each of the proof's students [default: 600]
     #[arg(long, value_name = "N", requires = "proof", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub steps: Option<u64>,
-    /// With the proof: eleven other students from one of its caches (k, temperature, divergence, weights), without the teacher
+    /// With the proof: nine other students from one of its caches (k, temperature, divergence, weights), without the teacher
     #[arg(long, requires = "proof")]
     pub sweep: bool,
 }

@@ -22,10 +22,10 @@ use crate::settings;
 use account::{Account, Quality, Trial, Variant};
 use potstill_cache::Preset;
 use potstill_pipeline::evaluate::held_out::{self, HeldOutConfig};
-use potstill_pipeline::evaluate::{BasePrecision, Spread, Subject};
+use potstill_pipeline::evaluate::{BasePrecision, Subject};
 use potstill_pipeline::miniature::chats::{self, Conversation};
 use potstill_pipeline::miniature::dice::Dice;
-use potstill_pipeline::miniature::{self, Miniature, MiniatureConfig};
+use potstill_pipeline::miniature::{self, MiniatureConfig};
 use potstill_pipeline::precompute::{self, PrecomputeConfig};
 use potstill_pipeline::run::RunContext;
 use potstill_pipeline::train::schedule::Schedule;
@@ -34,7 +34,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// What a proof makes beside the marker.
-const PARTS: [&str; 11] =
+const PARTS: [&str; cli::MOST_SEEDS as usize + 1] =
     ["proof.json", "seed-1", "seed-2", "seed-3", "seed-4", "seed-5", "seed-6", "seed-7", "seed-8", "seed-9", "seed-10"];
 /// Conversations to train on, and held out, unseen by teacher and base.
 const TRAINED: usize = 320;
@@ -74,23 +74,29 @@ pub(super) struct Condition {
     weak: bool,
 }
 
-/// A change to the settings of an arm.
-type Change = fn(&mut TrainConfig);
+/// A student of the sweep.
+enum Tried {
+    /// One of the arms, by its place.
+    Arm(usize),
+    /// Another one: a change to the settings that all arms share.
+    Changed(fn(&mut TrainConfig)),
+}
 
 /// What is tried from one cache.
-fn sweep() -> [(&'static str, Change); 11] {
+fn sweep() -> [(&'static str, Tried); 11] {
+    use Tried::{Arm, Changed};
     [
-        ("forward KL, 16 kept", |_| ()),
-        ("8 kept", |config| config.top_k = Some(8)),
-        ("4 kept", |config| config.top_k = Some(4)),
-        ("2 kept", |config| config.top_k = Some(2)),
-        ("T = 2", |config| config.temperature = HOT),
-        ("reverse KL", |config| config.divergence = DivergenceName::ReverseKl),
-        ("JSD", |config| config.divergence = DivergenceName::Jsd),
-        ("total variation", |config| config.divergence = DivergenceName::TotalVariation),
-        ("1/4 of distill", |config| mix(config, 0.25)),
-        ("1/2 of distill", |config| mix(config, 0.5)),
-        ("3/4 of distill", |config| mix(config, 0.75)),
+        ("forward KL, 16 kept", Arm(1)),
+        ("8 kept", Changed(|config| config.top_k = Some(8))),
+        ("4 kept", Changed(|config| config.top_k = Some(4))),
+        ("2 kept", Changed(|config| config.top_k = Some(2))),
+        ("T = 2", Changed(|config| config.temperature = HOT)),
+        ("reverse KL", Changed(|config| config.divergence = DivergenceName::ReverseKl)),
+        ("JSD", Changed(|config| config.divergence = DivergenceName::Jsd)),
+        ("total variation", Changed(|config| config.divergence = DivergenceName::TotalVariation)),
+        ("1/4 of distill", Changed(|config| mix(config, 0.25))),
+        ("1/2 of distill", Arm(2)),
+        ("3/4 of distill", Changed(|config| mix(config, 0.75))),
     ]
 }
 
@@ -106,11 +112,20 @@ struct World {
     seed: u64,
     /// Optimiser steps of an arm.
     steps: u64,
-    good: Miniature,
-    weak: Miniature,
+    student: PathBuf,
+    /// The student before training, in NF4.
+    base: Quality,
+    good: Taught,
+    weak: Taught,
     rows: Vec<Conversation>,
     /// Whole distributions of the good teacher over clean rows.
     held_out: PathBuf,
+}
+
+/// A teacher.
+struct Taught {
+    folder: PathBuf,
+    quality: Quality,
 }
 
 /// Runs the trial.
@@ -126,11 +141,12 @@ pub fn run(flags: &cli::Demo, manner: Manner) -> anyhow::Result<Outcome> {
         let world = drawn(&context, manner, || World::make(&folder, (seed, steps), &context))?;
         for (number, condition) in CONDITIONS.iter().enumerate() {
             manner.remark(&format!("   {}: {}", condition.name, condition.words));
-            trials.push(drawn(&context, manner, || world.trial(number, condition, &context))?);
-        }
-        if flags.sweep && seed == 1 {
-            manner.remark("   a sweep: other losses from one cache, without the teacher");
-            variants = drawn(&context, manner, || world.sweep(&context))?;
+            let trial = drawn(&context, manner, || world.trial(number, condition, &context))?;
+            if flags.sweep && seed == 1 && number == SWEPT {
+                manner.remark("   a sweep: other losses from the same cache, without the teacher");
+                variants = drawn(&context, manner, || world.sweep(&trial, &context))?;
+            }
+            trials.push(trial);
         }
     }
     let account = Account::of(trials, variants);
@@ -160,8 +176,15 @@ impl World {
         let held_out = folder.join("held-out");
         // As many entries as there are ids: nothing is left to a tail.
         let whole = u16::try_from(good.vocabulary)?;
-        stage_one(&good, &held_out_rows, &held_out, whole, context)?;
-        Ok(World { folder, seed, steps, good, weak, rows, held_out })
+        stage_one(&good.teacher, &held_out_rows, &held_out, whole, context)?;
+        let quality = |subject| quality(subject, &held_out, context);
+        let base = quality(Subject { student: good.student.clone(), base: BasePrecision::Nf4, ..Subject::default() })?;
+        let taught = |teacher: PathBuf| -> anyhow::Result<Taught> {
+            let quality = quality(Subject { student: teacher.clone(), ..Subject::default() })?;
+            Ok(Taught { folder: teacher, quality })
+        };
+        let (student, good, weak) = (good.student, taught(good.teacher)?, taught(weak.teacher)?);
+        Ok(World { folder, seed, steps, student, base, good, weak, rows, held_out })
     }
 
     /// All arms under one condition.
@@ -170,21 +193,13 @@ impl World {
         let mut rows = self.rows.clone();
         chats::spoil(&mut rows, condition.spoiled, &mut Dice::new(self.seed, STREAM_SPOIL + number as u64));
         let cache = folder.join("cache");
-        stage_one(if condition.weak { &self.weak } else { &self.good }, &rows, &cache, TOP_K, context)?;
-        let teacher =
-            Subject { student: if condition.weak { &self.weak } else { &self.good }.teacher.clone(), ..Subject::default() };
+        let teacher = if condition.weak { &self.weak } else { &self.good };
+        stage_one(&teacher.folder, &rows, &cache, TOP_K, context)?;
         let mut arms = Vec::new();
         for objective in ARMS {
             arms.push(self.arm(&cache, folder.join(objective.to_string()), context, |config| config.objective = objective)?);
         }
-        let base = Subject { student: self.good.student.clone(), base: BasePrecision::Nf4, ..Subject::default() };
-        Ok(Trial {
-            seed: self.seed,
-            condition: number,
-            base: self.quality(base, context)?,
-            teacher: self.quality(teacher, context)?,
-            arms,
-        })
+        Ok(Trial { seed: self.seed, condition: number, base: self.base, teacher: teacher.quality, arms })
     }
 
     /// Trains a student from the cache with `change` to the settings that all arms share, and says how it does.
@@ -196,7 +211,7 @@ impl World {
         change: impl FnOnce(&mut TrainConfig),
     ) -> anyhow::Result<Quality> {
         let mut config = TrainConfig {
-            student: self.good.student.clone(),
+            student: self.student.clone(),
             cache: cache.to_path_buf(),
             out,
             steps: Some(self.steps),
@@ -207,16 +222,21 @@ impl World {
         };
         change(&mut config);
         let adapter = train::run(&config, context)?.adapter;
-        self.quality(Subject { student: self.good.student.clone(), adapter: Some(adapter), ..Subject::default() }, context)
+        let subject = Subject { student: self.student.clone(), adapter: Some(adapter), ..Subject::default() };
+        quality(subject, &self.held_out, context)
     }
 
-    /// Other students from one condition's cache: no teacher is asked again.
-    fn sweep(&self, context: &RunContext) -> anyhow::Result<Vec<Variant>> {
-        let folder = self.condition(&CONDITIONS[SWEPT]);
+    /// Other students from the cache of a trial: no teacher is asked again.
+    fn sweep(&self, trial: &Trial, context: &RunContext) -> anyhow::Result<Vec<Variant>> {
+        let folder = self.condition(&CONDITIONS[trial.condition]);
         let mut variants = Vec::new();
-        for (name, change) in sweep() {
+        for (name, tried) in sweep() {
             let out = folder.join("sweep").join(name.replace(' ', "-"));
-            variants.push(Variant { name, quality: self.arm(&folder.join("cache"), out, context, change)? });
+            let quality = match tried {
+                Tried::Arm(arm) => trial.arms[arm],
+                Tried::Changed(change) => self.arm(&folder.join("cache"), out, context, change)?,
+            };
+            variants.push(Variant { name, quality });
         }
         Ok(variants)
     }
@@ -225,26 +245,28 @@ impl World {
     fn condition(&self, condition: &Condition) -> PathBuf {
         self.folder.join(condition.name.replace(' ', "-"))
     }
+}
 
-    /// How a model does on the held-out rows.
-    fn quality(&self, subject: Subject, context: &RunContext) -> anyhow::Result<Quality> {
-        let report =
-            held_out::run(&HeldOutConfig { subject, cache: self.held_out.clone(), ..HeldOutConfig::default() }, context)?;
-        let figures = report.figures;
-        let mean = |spread: Option<Spread>| spread.map(|spread| spread.mean.mean);
-        Ok(Quality { nll: figures.nll.mean, kl: mean(figures.kl), same_top_token: figures.same_top_token.map(|mean| mean.mean) })
-    }
+/// How a model does on held-out rows.
+fn quality(subject: Subject, held_out: &Path, context: &RunContext) -> anyhow::Result<Quality> {
+    let config = HeldOutConfig { subject, cache: held_out.to_path_buf(), ..HeldOutConfig::default() };
+    let figures = held_out::run(&config, context)?.figures;
+    Ok(Quality {
+        nll: figures.nll.mean,
+        kl: figures.kl.map(|spread| spread.mean.mean),
+        same_top_token: figures.same_top_token.map(|mean| mean.mean),
+    })
 }
 
 /// Fills a cache of `rows` beside it.
-fn stage_one(world: &Miniature, rows: &[Conversation], cache: &Path, top_k: u16, context: &RunContext) -> anyhow::Result<()> {
+fn stage_one(teacher: &Path, rows: &[Conversation], cache: &Path, top_k: u16, context: &RunContext) -> anyhow::Result<()> {
     let data = cache.with_extension("jsonl");
     if let Some(folder) = data.parent() {
         std::fs::create_dir_all(folder)?;
     }
     std::fs::write(&data, chats::to_jsonl(rows)?)?;
     let config = PrecomputeConfig {
-        teacher: world.teacher.clone(),
+        teacher: teacher.to_path_buf(),
         data: vec![data],
         cache: cache.to_path_buf(),
         top_k: Some(top_k),

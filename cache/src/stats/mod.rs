@@ -13,6 +13,7 @@ use crate::{Cache, Result};
 use rayon::prelude::*;
 use serde::Serialize;
 use sums::Sums;
+pub(crate) use sums::{count_in, holding, rank};
 
 /// Bytes an entry takes uncompressed in the plainest layout: a 4-byte id and a 2-byte log-probability, logit or count.
 pub const RAW_ENTRY_BYTES: u64 = 6;

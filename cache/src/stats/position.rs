@@ -89,6 +89,11 @@ impl RowFigures {
             entropy += at.entropy;
             hits += u64::from(at.top1_is_next);
         }
+        Self::of_sums(row, record, surprise, hits, entropy)
+    }
+
+    /// The same from what its positions, of which each keeps something exactly, add up to.
+    pub(super) fn of_sums(row: u64, record: &Record, surprise: f64, hits: u64, entropy: f64) -> Option<Self> {
         let scored = record.positions.len() as u64;
         let n = scored as f64;
         (scored > 0).then(|| Self {

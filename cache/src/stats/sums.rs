@@ -21,7 +21,7 @@ const CALIBRATION_BINS: usize = 10;
 const RANK_BINS: usize = 17;
 
 /// Sums over scored positions.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Sums {
     pub(super) left_out: u64,
     positions: u64,
@@ -80,10 +80,30 @@ fn bin(x: f64, from: f64, to: f64, count: usize) -> usize {
     (((x - from) / (to - from) * count as f64).max(0.0) as usize).min(count - 1)
 }
 
-fn count_in(bins: &mut [u64], i: usize) {
+/// Counts one more in bin `i`, if there is one.
+pub(crate) fn count_in(bins: &mut [u64], i: usize) {
     if let Some(count) = bins.get_mut(i) {
         *count += 1;
     }
+}
+
+/// The bin that holds the `nth` smallest, from 1.
+pub(crate) fn holding(counts: &[u64], nth: u64) -> Option<usize> {
+    let mut left = nth;
+    for (bin, &count) in counts.iter().enumerate() {
+        if count >= left {
+            return Some(bin);
+        }
+        left -= count;
+    }
+    None
+}
+
+/// Takes `row` among the [`RANKED_ROWS`] largest where it belongs there; of equal ones the earlier stays first.
+pub(crate) fn rank<T>(rows: &mut Vec<T>, row: T, by: impl Fn(&T) -> f64) {
+    let place = rows.partition_point(|other| by(other) >= by(&row));
+    rows.insert(place, row);
+    rows.truncate(RANKED_ROWS);
 }
 
 fn add_all(to: &mut [u64], from: &[u64]) {
@@ -94,29 +114,13 @@ impl Sums {
     /// Nothing, of a selection that keeps `head` entries exactly.
     pub(super) fn none(head: u16) -> Self {
         Self {
-            left_out: 0,
-            positions: 0,
-            entries: 0,
-            top1: 0.0,
-            entropy: 0.0,
-            kept: 0.0,
-            tail: 0.0,
-            top1_is_next: 0,
-            next_kept: 0,
-            next_logprob: 0.0,
-            surprise: 0.0,
-            drawn: 0,
-            next_drawn: 0,
-            next_probability: 0.0,
             entropies: vec![0; ENTROPY_BINS],
             tops: vec![0; TOP1_BINS],
             tails: vec![0; TAIL_BINS],
             ranks: vec![0; RANK_BINS],
             calibration: vec![Confidence::default(); CALIBRATION_BINS],
             by_k: shown_k(usize::from(head)).map(|k| First { k, ..First::default() }).collect(),
-            fine: Vec::new(),
-            histogram: Vec::new(),
-            rows: Vec::new(),
+            ..Self::default()
         }
     }
 
@@ -126,7 +130,10 @@ impl Sums {
         for (next, target) in record.scored() {
             sums.position(&target, next);
         }
-        sums.rows.extend(RowFigures::of(row, record));
+        // A fine bin for each position that keeps something exactly: where one does not, nothing is said of the row.
+        if sums.fine.len() == record.positions.len() {
+            sums.rows.extend(RowFigures::of_sums(row, record, sums.surprise, sums.top1_is_next, sums.entropy));
+        }
         sums
     }
 
@@ -224,15 +231,8 @@ impl Sums {
         }
         self.histogram.resize(FINE_BINS, 0);
         row.fine.iter().for_each(|&bin| count_in(&mut self.histogram, usize::from(bin)));
-        row.rows.into_iter().for_each(|row| self.rank(row));
-    }
-
-    /// Takes `row` among the most surprising where it belongs there; of equal ones the earlier stays first.
-    fn rank(&mut self, row: RowFigures) {
-        if row.scored >= MIN_RANKED_POSITIONS {
-            let place = self.rows.partition_point(|other| other.mean_surprise >= row.mean_surprise);
-            self.rows.insert(place, row);
-            self.rows.truncate(RANKED_ROWS);
+        for row in row.rows.into_iter().filter(|row| row.scored >= MIN_RANKED_POSITIONS) {
+            rank(&mut self.rows, row, |row| row.mean_surprise);
         }
     }
 
@@ -291,14 +291,7 @@ impl Sums {
 
     /// Middle of the fine bin that holds the lower median.
     fn median(&self) -> f64 {
-        let mut left = self.positions.div_ceil(2);
-        for (bin, &count) in self.histogram.iter().enumerate() {
-            if count >= left {
-                return (bin as f64 + 0.5) / FINE_BINS as f64;
-            }
-            left -= count;
-        }
-        1.0
+        holding(&self.histogram, self.positions.div_ceil(2)).map_or(1.0, |bin| (bin as f64 + 0.5) / FINE_BINS as f64)
     }
 }
 

@@ -6,7 +6,6 @@ use super::{AdapterError, Checked, load};
 use crate::linear::Lora;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, features};
-use crate::model::layer::PROJECTIONS;
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -27,7 +26,7 @@ impl FittedAdapter {
             let Some((module, Matrix::A)) = module::parse(name) else { continue };
             let name_of_b = module::tensor_name(module, Matrix::B);
             // `load` has seen both matrices of each pair.
-            let (Some(place), Some(b)) = (place(module), matrices.get(&name_of_b)) else { continue };
+            let (Some(place), Some(b)) = (module::place(module), matrices.get(&name_of_b)) else { continue };
             let (outputs, inputs) = features(config, place.1);
             let wrong = |name: &str, expected: String, tensor: &Tensor| {
                 let (path, found) = (folder.to_path_buf(), format!("{:?}", tensor.dims()));
@@ -56,10 +55,4 @@ impl FittedAdapter {
             }
         }
     }
-}
-
-/// Layer and number in [`PROJECTIONS`] of `model.layers.N.MODULE`.
-fn place(module: &str) -> Option<(usize, usize)> {
-    let (layer, name) = module.strip_prefix("model.layers.")?.split_once('.')?;
-    Some((layer.parse().ok()?, PROJECTIONS.iter().position(|p| *p == name)?))
 }

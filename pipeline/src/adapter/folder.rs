@@ -9,8 +9,8 @@ use candle_core::{DType, Device, Tensor};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-const CONFIG_NAME: &str = "adapter_config.json";
-const TENSORS_NAME: &str = "adapter_model.safetensors";
+pub(crate) const CONFIG_NAME: &str = "adapter_config.json";
+pub(crate) const TENSORS_NAME: &str = "adapter_model.safetensors";
 
 /// Writes an adapter folder that PEFT reads; an earlier adapter (or an empty folder) there is replaced.
 ///

@@ -32,12 +32,17 @@ impl Matrix {
     }
 }
 
-/// `model.layers.N.MODULE` from the name of such a linear layer, when it is one; gives the last part of MODULE.
-pub(super) fn projection(module: &str) -> Option<&'static str> {
+/// Layer and place in [`PROJECTIONS`] of `model.layers.N.MODULE`, when it is the name of such a linear layer.
+pub(super) fn place(module: &str) -> Option<(usize, usize)> {
     let (layer, name) = module.strip_prefix("model.layers.")?.split_once('.')?;
-    let canonical = layer.parse::<u16>().is_ok_and(|n| n.to_string() == layer);
-    let name = PROJECTIONS.into_iter().find(|p| *p == name)?;
-    if canonical { name.split('.').nth(1) } else { None }
+    let number: u16 = layer.parse().ok()?;
+    let projection = PROJECTIONS.iter().position(|p| *p == name)?;
+    (number.to_string() == layer).then_some((usize::from(number), projection))
+}
+
+/// The last part of MODULE of such a name.
+pub(super) fn projection(module: &str) -> Option<&'static str> {
+    place(module).and_then(|(_, projection)| PROJECTIONS[projection].split('.').nth(1))
 }
 
 /// Splits `model.layers.N.MODULE.lora_A.weight` into the module's name and the matrix.

@@ -2,8 +2,10 @@
 
 use super::judge::chat::{ChatRequest, LimitField, Logprobs, Message, Role};
 use super::judge::replies::Name;
-use super::judge::{Answer, Client, JudgeError};
-use std::path::PathBuf;
+use super::judge::{Answer, Calls, Client, Endpoint, JudgeError, Patience, Replies};
+use crate::run::RunContext;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 /// Where answers come from.
 #[derive(Debug, Clone)]
@@ -95,7 +97,55 @@ pub(crate) fn assistant(content: &str) -> Message {
     Message { role: Role::Assistant, content: content.to_string() }
 }
 
-/// Answers are to be asked for, and nobody is there to ask.
-pub(crate) fn no_endpoint() -> JudgeError {
-    JudgeError::Setting { setting: "answers", expected: "an endpoint that writes them".into(), found: "none".into() }
+/// Answers, each in a row of its benchmark, and what became of those that are not there.
+pub(crate) struct Answers<R> {
+    pub(crate) rows: Vec<R>,
+    /// Why, and how often.
+    pub(crate) unanswered: BTreeMap<String, u64>,
+    /// How many ended because they became too long.
+    pub(crate) cut: u64,
+    /// What was asked for them; `None` where they were read.
+    pub(crate) calls: Option<Calls>,
+}
+
+impl<R> Answers<R> {
+    /// Read from a file.
+    pub(crate) fn read(rows: Vec<R>) -> Self {
+        Self { rows, unanswered: BTreeMap::new(), cut: 0, calls: None }
+    }
+
+    /// Asked for; rows are still to be added.
+    pub(crate) fn asked(calls: Calls) -> Self {
+        Self { calls: Some(calls), ..Self::read(Vec::new()) }
+    }
+
+    /// Counts one that is not there.
+    pub(crate) fn miss(&mut self, reason: String) {
+        *self.unanswered.entry(reason).or_default() += 1;
+    }
+}
+
+impl AnswerSource {
+    /// The answers: by `read` of a file, or by `ask` of `model`, whose replies are kept.
+    ///
+    /// Errors: nobody to ask, and what either has.
+    pub(crate) fn answers<R>(
+        &self,
+        model: Option<&Endpoint>,
+        (replies, patience): (&Replies, Patience),
+        context: &RunContext,
+        read: impl FnOnce(&Path) -> Result<Answers<R>, JudgeError>,
+        ask: impl FnOnce(&AnswerSettings, &Client<'_>) -> Result<Answers<R>, JudgeError>,
+    ) -> Result<Answers<R>, JudgeError> {
+        match (self, model) {
+            (AnswerSource::File(path), _) => read(path),
+            (AnswerSource::Endpoint(settings), Some(endpoint)) => {
+                ask(settings, &Client::new(endpoint, replies, patience, context))
+            }
+            (AnswerSource::Endpoint(_), None) => {
+                let (expected, found) = ("an endpoint that writes them".into(), "none".into());
+                Err(JudgeError::Setting { setting: "answers", expected, found })
+            }
+        }
+    }
 }

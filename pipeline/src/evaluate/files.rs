@@ -1,8 +1,8 @@
 //! The files of benchmarks: rows in, as a JSON array or one object a line, with the place of what is wrong; whole files out, by rename.
 
 use super::judge::JudgeError;
+use crate::whole_file;
 use serde::de::DeserializeOwned;
-use std::io::Write;
 use std::path::Path;
 
 /// Longest file read, in bytes. The largest of AlpacaEval's own is 4 MB.
@@ -44,23 +44,7 @@ pub(crate) fn wrong(path: &Path, place: String, expected: &str, found: String) -
 
 /// Writes a file that appears whole, by rename, and durably.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), JudgeError> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let io = || JudgeError::io(path);
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(io())?;
-    file.write_all(bytes).map_err(io())?;
-    // A temporary file is its owner's alone; results are for whoever may read the folder.
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644)).map_err(io())?;
-    }
-    file.as_file().sync_all().map_err(io())?;
-    file.persist(path).map_err(|e| JudgeError::io(path)(e.error))?;
-    // Elsewhere folders cannot be opened, and the rename has to do.
-    if cfg!(unix) {
-        std::fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(JudgeError::io(folder))?;
-    }
-    Ok(())
+    whole_file::write(path, bytes).map_err(JudgeError::io(path))
 }
 
 /// Rows as one JSON object a line.

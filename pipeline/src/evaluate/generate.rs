@@ -12,8 +12,9 @@ pub use questions::Form;
 
 use super::error::EvaluateError;
 use super::subject::Subject;
+use crate::adapter::{CONFIG_NAME, TENSORS_NAME};
 use crate::data::{ChatTokenizer, Message, Role};
-use crate::model::config::ModelConfig;
+use crate::model::config::{MAX_CONFIG_BYTES, ModelConfig};
 use crate::model::weights::Weights;
 use crate::run::{RUN_AGAIN, RunContext};
 use crate::student::Student;
@@ -37,8 +38,6 @@ pub const DEFAULT_PACK_TOKENS: u32 = 4096;
 pub const DEFAULT_CHOICES: u32 = 1;
 /// Below this temperature the likeliest token is taken (FastChat's).
 const GREEDY_BELOW: f64 = 1e-4;
-/// Largest `generation_config.json` read, in bytes.
-const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// What is to be answered, by whom and how.
 #[derive(Debug, Clone, PartialEq)]
@@ -167,7 +166,7 @@ pub fn run(config: &GenerateConfig, context: &RunContext) -> Result<GenerateRepo
     }
     context.progress.end();
     run.write(blake3::hash(format!("{settings:?}").as_bytes()).to_hex().as_str())?;
-    Ok(run.report(resumed, stop_ids.clone()))
+    Ok(run.report(resumed, stop_ids))
 }
 
 /// Errors: a setting out of its range.
@@ -243,7 +242,7 @@ fn settings(
     ]);
     if let Some(adapter) = adapter {
         let mut digest = blake3::Hasher::new();
-        for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        for name in [CONFIG_NAME, TENSORS_NAME] {
             let path = adapter.join(name);
             digest.update_mmap_rayon(&path).map_err(|source| EvaluateError::Io { path, source })?;
         }

@@ -11,7 +11,7 @@ mod files;
 pub mod generate;
 pub mod held_out;
 pub mod judge;
-mod mean;
+pub mod mean;
 pub mod mt_bench;
 pub mod proportion;
 mod statistics;

@@ -8,13 +8,15 @@
 //! percentile f                   linear between the values around place f · (n − 1) of the sorted ones
 //! ```
 
+use super::mean;
 use serde::Serialize;
 
-/// Values at positions, each with the number of its conversation; positions of a conversation stand together.
+/// Values at positions, conversation after conversation.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Values {
     values: Vec<f64>,
-    rows: Vec<u64>,
+    /// The conversations' numbers, in order, and how many positions each has.
+    runs: Vec<(u64, usize)>,
 }
 
 /// A mean and how sure it is.
@@ -95,21 +97,21 @@ pub struct Estimate {
 impl Values {
     pub(super) fn push(&mut self, row: u64, value: f64) {
         self.values.push(value);
-        self.rows.push(row);
+        match self.runs.last_mut() {
+            Some((last, length)) if *last == row => *length += 1,
+            _ => self.runs.push((row, 1)),
+        }
     }
 
     /// How many conversations they are of.
     pub(super) fn rows(&self) -> u64 {
-        self.rows.chunk_by(|a, b| a == b).count() as u64
+        self.runs.len() as u64
     }
 
     /// `None` of no values.
     pub(super) fn mean(&self) -> Option<Mean> {
+        let mean = mean::mean(&self.values)?;
         let n = self.values.len();
-        if n == 0 {
-            return None;
-        }
-        let mean = self.values.iter().sum::<f64>() / n as f64;
         let squares: f64 = self.values.iter().map(|x| (x - mean) * (x - mean)).sum();
         Some(Mean {
             positions: n as u64,
@@ -120,12 +122,13 @@ impl Values {
     }
 
     fn error_by_row(&self, mean: f64) -> Option<f64> {
-        let (mut squares, mut rows, mut start) = (0.0, 0u64, 0);
-        for run in self.rows.chunk_by(|a, b| a == b) {
-            let sum: f64 = self.values[start..start + run.len()].iter().map(|x| x - mean).sum();
-            (squares, rows, start) = (squares + sum * sum, rows + 1, start + run.len());
-        }
-        (rows > 1).then(|| (rows as f64 / (rows - 1) as f64 * squares).sqrt() / self.values.len() as f64)
+        let mut rest = &self.values[..];
+        let rows = self.runs.iter().map(|(_, length)| {
+            let (row, after) = rest.split_at(*length);
+            rest = after;
+            row
+        });
+        mean::grouped_error(rows, mean)
     }
 
     /// `None` of no values.

@@ -190,7 +190,7 @@ fn plots(d: &Distributions) -> Vec<Line> {
     let tail = plot::histogram("Probability of the tail", &d.tail_log10_histogram.counts, ["1e-9", "", "1"]);
     let Some(kept) = &d.kept else { return tail };
     let (entropies, most) = entropies(kept);
-    let entropy = plot::histogram("Entropy, nats", entropies, ["0", "", &most]);
+    let entropy = plot::histogram("Entropy, nats", entropies, ["0", "", &format!("{most:.0}")]);
     let top1 = plot::histogram("Probability of the most likely token", &kept.top1_histogram.counts, ["0", "50%", "100%"]);
     let mut lines = plot::beside(entropy, top1);
     lines.push(Line::default());
@@ -201,14 +201,14 @@ fn plots(d: &Distributions) -> Vec<Line> {
 }
 
 /// The bins of the entropy up to the last that is not empty, and its upper edge.
-fn entropies(kept: &Kept) -> (&[u64], String) {
+pub fn entropies(kept: &Kept) -> (&[u64], f64) {
     let histogram = &kept.entropy_histogram;
     let width = (histogram.to - histogram.from) / histogram.counts.len().max(1) as f64;
     // Whole nats, so that the edge is a short number.
     let last = histogram.counts.iter().rposition(|&count| count > 0).map_or(1, |last| last + 1);
     let nats = (last as f64 * width).ceil().max(1.0);
     let bins = ((nats / width) as usize).min(histogram.counts.len());
-    (histogram.counts.get(..bins).unwrap_or_default(), format!("{nats:.0}"))
+    (histogram.counts.get(..bins).unwrap_or_default(), nats)
 }
 
 fn by_k(kept: &Kept) -> Vec<Line> {

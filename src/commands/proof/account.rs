@@ -6,6 +6,7 @@
 use super::{ARMS, CONDITIONS, SWEPT};
 use crate::cli::MOST_SEEDS;
 use crate::print::{Side, Table};
+use potstill_pipeline::evaluate::mean;
 use serde::Serialize;
 use std::io::Write;
 
@@ -94,11 +95,9 @@ impl Interval {
     /// Of at least one value and at most [`MOST_SEEDS`].
     fn of(values: impl IntoIterator<Item = f64>) -> Interval {
         let values: Vec<f64> = values.into_iter().collect();
-        let n = values.len() as f64;
-        let mean = values.iter().sum::<f64>() / n;
-        let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0);
         let t = values.len().checked_sub(2).and_then(|i| T.get(i));
-        Interval { mean, half_width: t.map(|t| t * (variance / n).sqrt()) }
+        let half_width = t.zip(mean::standard_error(&values)).map(|(t, error)| t * error);
+        Interval { mean: mean::mean(&values).unwrap_or(f64::NAN), half_width }
     }
 
     /// Whether all of it lies below 0, all above, or neither.

@@ -11,12 +11,12 @@ pub mod output;
 mod pair;
 pub mod preference;
 
-use super::answers::{AnswerSource, no_endpoint, user};
+use super::answers::{AnswerSource, user};
 use super::files;
 use super::judge::chat::{LimitField, Logprobs};
 use super::judge::{self, Calls, Client, Endpoint, JudgeError, Outlook, Patience, Replies};
 use crate::run::RunContext;
-use answering::{Answers, CUSTOMARY};
+use answering::{CUSTOMARY, Placed};
 use figures::{Comparison, Figures, characters};
 use length_controlled::{Coefficients, LengthControlled, difficulties, length_controlled};
 use output::{Annotation, OutputRow};
@@ -251,18 +251,14 @@ pub fn run(
     context: &RunContext,
 ) -> Result<AlpacaEvalReport, JudgeError> {
     let bench = Bench::read(config)?;
-    let replies = Replies::open(&config.replies)?;
-    std::fs::create_dir_all(&config.out).map_err(JudgeError::io(&config.out))?;
-    [Some(judge), model].into_iter().flatten().filter_map(Endpoint::exposure).for_each(|sentence| context.warn(sentence));
-
-    let answers = match (&config.answers, model) {
-        (AnswerSource::File(path), _) => Answers::read(path, &bench)?,
-        (AnswerSource::Endpoint(settings), Some(endpoint)) => {
-            let client = Client::new(endpoint, &replies, config.patience, context);
-            Answers::ask(settings, &bench, &client, config.patience.concurrency, context)?
-        }
-        (AnswerSource::Endpoint(_), None) => return Err(no_endpoint()),
-    };
+    let replies = judge::begin(&config.out, &config.replies, [Some(judge), model], context)?;
+    let answers = config.answers.answers(
+        model,
+        (&replies, config.patience),
+        context,
+        |path| answering::read(path, &bench),
+        |settings, client| answering::ask(settings, &bench, client, config.patience.concurrency, context),
+    )?;
     if answers.calls.is_some() {
         let rows: Vec<&OutputRow> = answers.rows.iter().flatten().collect();
         files::write_json(&config.out.join("outputs.json"), &rows)?;
@@ -292,7 +288,7 @@ are not those of AlpacaEval 2; --no-logprobs asks for the most likely label inst
 fn report(
     config: &AlpacaEvalConfig,
     bench: &Bench,
-    answers: Answers,
+    answers: Placed,
     judged: &[Judged],
     judge_calls: Calls,
 ) -> Result<AlpacaEvalReport, JudgeError> {

@@ -59,7 +59,6 @@ struct Active {
     job: Job,
     kept: KvCache,
     ids: Vec<u32>,
-    chosen: Option<u32>,
 }
 
 impl Active {
@@ -97,7 +96,7 @@ impl<'a> Batch<'a> {
     /// Takes it in.
     pub(super) fn add(&mut self, job: Job) {
         let kept = KvCache::new(&self.student.decoder().config, job.prompt.len() + job.most);
-        self.active.push(Active { job, kept, ids: Vec::new(), chosen: None });
+        self.active.push(Active { job, kept, ids: Vec::new() });
     }
 
     /// One token more for each sequence; gives those that came to their end. `None` when a stop was asked for: the batch means nothing then.
@@ -113,10 +112,9 @@ impl<'a> Batch<'a> {
         let (ids, width) = (self.ids, logits.dim(1)?);
         let logits = logits.flatten_all()?.to_vec1::<f32>()?;
         let rows = self.active.par_iter_mut().zip(logits.par_chunks_exact(width.max(1)));
-        rows.try_for_each(|(active, row)| active.choose(&row[..ids.min(width)]))?;
+        let chosen = rows.map(|(active, row)| active.choose(&row[..ids.min(width)])).collect::<Result<Vec<u32>>>()?;
         let (mut finished, mut active) = (Vec::new(), Vec::with_capacity(self.active.len()));
-        for mut one in self.active.drain(..) {
-            let Some(id) = one.chosen.take() else { continue };
+        for (mut one, id) in self.active.drain(..).zip(chosen) {
             let stopped = self.stop_ids.contains(&id);
             if !stopped {
                 one.ids.push(id);
@@ -134,12 +132,12 @@ impl<'a> Batch<'a> {
 }
 
 impl Active {
-    fn choose(&mut self, row: &[f32]) -> Result<()> {
+    /// The next token by its row of logits. Errors: logits that are not finite.
+    fn choose(&mut self, row: &[f32]) -> Result<u32> {
         if !row.iter().all(|z| z.is_finite()) {
             return Err(EvaluateError::Logits { number: self.job.number, token: self.ids.len() }.into());
         }
         let row = Tensor::new(row, &candle_core::Device::Cpu)?;
-        self.chosen = Some(self.job.sampler.sample(&row)?);
-        Ok(())
+        Ok(self.job.sampler.sample(&row)?)
     }
 }

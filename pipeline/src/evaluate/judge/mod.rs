@@ -22,6 +22,7 @@ use crate::run::RunContext;
 use chat::{ChatRequest, Reply};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -127,6 +128,21 @@ impl Outlook {
         }
         Ok(())
     }
+}
+
+/// What a run begins with: the folders of results and of replies, and a word of each endpoint that would send its key in the open.
+///
+/// Errors: a folder that cannot be made.
+pub(super) fn begin(
+    out: &Path,
+    replies: &Path,
+    endpoints: [Option<&Endpoint>; 2],
+    context: &RunContext,
+) -> Result<Replies, JudgeError> {
+    let replies = Replies::open(replies)?;
+    std::fs::create_dir_all(out).map_err(JudgeError::io(out))?;
+    endpoints.into_iter().flatten().filter_map(Endpoint::exposure).for_each(|sentence| context.warn(sentence));
+    Ok(replies)
 }
 
 /// Does `work` for each of `jobs`, some at once; the results stand in the order of the jobs. What is under way when a stop is asked for, or

@@ -1,72 +1,61 @@
 //! Answers to MT-Bench: read, or asked for turn after turn, each turn seeing the model's own answer to the one before.
 
-use super::super::answers::{AnswerSettings, Customary, assistant, user};
+use super::super::answers::{AnswerSettings, Answers, Customary, assistant, user};
 use super::super::files;
 use super::super::judge::chat::Message;
-use super::super::judge::{self, Calls, Client, JudgeError};
+use super::super::judge::{self, Client, JudgeError};
 use super::question::{self, AnswerRow, Choice, Question};
 use super::{ANSWER_MAX_TOKENS, Bench, temperature};
 use crate::run::RunContext;
-use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Answers and what became of those that are not there.
-pub(super) struct Answers {
-    pub(super) rows: Vec<AnswerRow>,
-    pub(super) unanswered: BTreeMap<String, u64>,
-    pub(super) cut: u64,
-    pub(super) calls: Option<Calls>,
+pub(super) fn read(path: &Path, bench: &Bench) -> Result<Answers<AnswerRow>, JudgeError> {
+    let rows = question::answers(path, &bench.questions.iter().collect::<Vec<_>>(), "an answer")?;
+    if let Some(other) = rows.iter().find(|row| row.model_id != rows[0].model_id) {
+        let place = format!(", question {}", other.question_id);
+        let expected = format!("answers of one model, {:?}", rows[0].model_id);
+        return Err(files::wrong(path, place, &expected, format!("{:?}", other.model_id)));
+    }
+    Ok(Answers::read(rows))
 }
 
-impl Answers {
-    pub(super) fn read(path: &Path, bench: &Bench) -> Result<Self, JudgeError> {
-        let rows = question::answers(path, &bench.questions.iter().collect::<Vec<_>>(), "an answer")?;
-        if let Some(other) = rows.iter().find(|row| row.model_id != rows[0].model_id) {
-            let place = format!(", question {}", other.question_id);
-            let expected = format!("answers of one model, {:?}", rows[0].model_id);
-            return Err(files::wrong(path, place, &expected, format!("{:?}", other.model_id)));
-        }
-        Ok(Self { rows, unanswered: BTreeMap::new(), cut: 0, calls: None })
-    }
-
-    /// Turn after turn; a question of which one turn failed is left out as a whole.
-    pub(super) fn ask(
-        settings: &AnswerSettings,
-        bench: &Bench,
-        client: &Client<'_>,
-        at_once: usize,
-        context: &RunContext,
-    ) -> Result<Self, JudgeError> {
-        context.progress.begin("answering", "questions", bench.questions.len() as u64);
-        let written = judge::each(&bench.questions, at_once, client, context, |question| {
-            let (mut said, mut cut, mut last) = (Vec::new(), 0, None);
-            for _ in &question.turns {
-                match settings.ask(client, dialogue(question, &said), customary(question))? {
-                    Ok(written) => {
-                        said.push(written.text.clone());
-                        cut += u64::from(written.cut);
-                        last = Some(written);
-                    }
-                    Err(reason) => return Ok(Err(reason)),
+/// Turn after turn; a question of which one turn failed is left out as a whole.
+pub(super) fn ask(
+    settings: &AnswerSettings,
+    bench: &Bench,
+    client: &Client<'_>,
+    at_once: usize,
+    context: &RunContext,
+) -> Result<Answers<AnswerRow>, JudgeError> {
+    context.progress.begin("answering", "questions", bench.questions.len() as u64);
+    let written = judge::each(&bench.questions, at_once, client, context, |question| {
+        let (mut said, mut cut, mut last) = (Vec::new(), 0, None);
+        for _ in &question.turns {
+            match settings.ask(client, dialogue(question, &said), customary(question))? {
+                Ok(written) => {
+                    said.push(written.text.clone());
+                    cut += u64::from(written.cut);
+                    last = Some(written);
                 }
-            }
-            context.progress.add(1);
-            let (id, received) = last.map_or_else(Default::default, |written| (written.id, written.received));
-            Ok(Ok((answered(question, &settings.model, said, id, received), cut)))
-        })?;
-        context.progress.end();
-        let mut answers = Self { rows: Vec::new(), unanswered: BTreeMap::new(), cut: 0, calls: Some(client.calls()) };
-        for written in written {
-            match written {
-                Ok((row, cut)) => {
-                    answers.rows.push(row);
-                    answers.cut += cut;
-                }
-                Err(reason) => *answers.unanswered.entry(reason).or_default() += 1,
+                Err(reason) => return Ok(Err(reason)),
             }
         }
-        Ok(answers)
+        context.progress.add(1);
+        let (id, received) = last.map_or_else(Default::default, |written| (written.id, written.received));
+        Ok(Ok((answered(question, &settings.model, said, id, received), cut)))
+    })?;
+    context.progress.end();
+    let mut answers = Answers::asked(client.calls());
+    for written in written {
+        match written {
+            Ok((row, cut)) => {
+                answers.rows.push(row);
+                answers.cut += cut;
+            }
+            Err(reason) => answers.miss(reason),
+        }
     }
+    Ok(answers)
 }
 
 /// The question's turns up to the next one to be answered, with what was `said` to the earlier ones.

@@ -9,12 +9,12 @@ pub mod prompt;
 pub mod question;
 pub mod scores;
 
-use super::answers::{AnswerSource, no_endpoint};
+use super::answers::AnswerSource;
 use super::files;
 use super::judge::chat::{ChatRequest, LimitField, Logprobs, Message};
 use super::judge::{self, Answer, Calls, Client, Endpoint, JudgeError, Outlook, Patience, Replies};
 use crate::run::RunContext;
-use answering::{Answers, answered, customary, dialogue};
+use answering::{answered, customary, dialogue};
 use prompt::{Prompt, Prompts, Verdict, has_reference, verdict};
 use question::{AnswerRow, Question};
 use scores::{Graded, Scores};
@@ -192,18 +192,14 @@ pub fn run(
     context: &RunContext,
 ) -> Result<MtBenchReport, JudgeError> {
     let bench = Bench::read(config)?;
-    let replies = Replies::open(&config.replies)?;
-    std::fs::create_dir_all(&config.out).map_err(JudgeError::io(&config.out))?;
-    [Some(judge), model].into_iter().flatten().filter_map(Endpoint::exposure).for_each(|sentence| context.warn(sentence));
-
-    let answers = match (&config.answers, model) {
-        (AnswerSource::File(path), _) => Answers::read(path, &bench)?,
-        (AnswerSource::Endpoint(settings), Some(endpoint)) => {
-            let client = Client::new(endpoint, &replies, config.patience, context);
-            Answers::ask(settings, &bench, &client, config.patience.concurrency, context)?
-        }
-        (AnswerSource::Endpoint(_), None) => return Err(no_endpoint()),
-    };
+    let replies = judge::begin(&config.out, &config.replies, [Some(judge), model], context)?;
+    let answers = config.answers.answers(
+        model,
+        (&replies, config.patience),
+        context,
+        |path| answering::read(path, &bench),
+        |settings, client| answering::ask(settings, &bench, client, config.patience.concurrency, context),
+    )?;
     if answers.calls.is_some() {
         write(&config.out.join("answers.jsonl"), &answers.rows)?;
     }

@@ -93,6 +93,8 @@ fn score(all: &[Graded], category: Option<&str>, turn: Option<usize>) -> Score {
     }
     let groups: Vec<Vec<f64>> = questions.into_values().collect();
     let grades: Vec<f64> = groups.iter().flatten().copied().collect();
-    let error = if turn.is_some() { standard_error(&grades) } else { grouped_error(&groups) };
-    Score { graded: grades.len() as u64, mean: mean(&grades), standard_error: error }
+    let mean = mean(&grades);
+    let grouped = || grouped_error(groups.iter().map(Vec::as_slice), mean?);
+    let error = if turn.is_some() { standard_error(&grades) } else { grouped() };
+    Score { graded: grades.len() as u64, mean, standard_error: error }
 }

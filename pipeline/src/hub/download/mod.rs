@@ -12,6 +12,7 @@ use super::name::{self, HubName, Kind};
 use super::wanted::{self, Weights};
 use super::{HubError, HubSettings, listing};
 use crate::run::RunContext;
+use crate::whole_file;
 use client::Client;
 use list::List;
 use std::fs;
@@ -134,17 +135,6 @@ impl Fetching<'_> {
 /// Writes a small file that appears by rename.
 fn write(path: &Path, bytes: &[u8]) -> Result<(), HubError> {
     let io = |source| HubError::Io { path: path.to_path_buf(), source };
-    let folder = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder).map_err(io)?;
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(io)?;
-    std::io::Write::write_all(&mut file, bytes).map_err(io)?;
-    // A temporary file is its owner's alone; the cache's are everybody's.
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        file.as_file().set_permissions(fs::Permissions::from_mode(0o644)).map_err(io)?;
-    }
-    file.as_file().sync_all().map_err(io)?;
-    file.persist(path).map_err(|e| io(e.error))?;
-    Ok(())
+    fs::create_dir_all(path.parent().unwrap_or(Path::new("."))).map_err(io)?;
+    whole_file::write(path, bytes).map_err(io)
 }

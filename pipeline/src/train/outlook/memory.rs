@@ -134,7 +134,7 @@ pub fn memory(model: &ModelConfig, s: &MemorySettings) -> Memory {
     };
     let chunk = s.head_chunk.min(s.scored) * model.vocab_size as u64 * F32;
     let stretch = s.head_chunk.min(s.scored) * (VOCABULARY_STRETCH as u64).min(model.vocab_size as u64) * F32;
-    let (kept, kept_layer) = (s.keep_layers * kept(model, s), if s.keep_layers > 0 { kept(model, s) } else { 0 });
+    let kept = kept(model, s);
     let of_layer = if s.packs == Packs::Several { F32 * trainable / model.layers.max(1) as u64 } else { 0 };
     let (device, always) = (Place::Device, When::Always);
     let part = |name, when, bytes| Part { name, place: device, when, bytes };
@@ -147,13 +147,13 @@ pub fn memory(model: &ModelConfig, s: &MemorySettings) -> Memory {
         part("gradients", always, F32 * trainable),
         part("optimiser", always, state),
         part("layer inputs", When::Pass, model.layers as u64 * s.tokens * h * F32),
-        part("activations of kept layers", When::Pass, kept),
+        part("activations of kept layers", When::Pass, s.keep_layers * kept),
         part("scored hidden states", When::Pass, scored),
         part("head's hidden states", When::Loss, 3 * scored),
         part("logits of a chunk", When::Loss, chunk + stretch),
         part("gradients of a layer", When::Backward, of_layer),
         // The last layer's, part of which is what was kept of it.
-        part("one layer's backward", When::Backward, layer_backward(model, s) - kept_layer),
+        part("one layer's backward", When::Backward, layer_backward(model, s) - s.keep_layers.min(1) * kept),
         Part { name: "embedding", place: Place::Host, when: always, bytes: ends * BF16 },
     ];
     let (peak, device) = peak(&parts);

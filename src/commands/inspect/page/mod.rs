@@ -18,6 +18,7 @@ use anyhow::Context;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use potstill_cache::{Cache, Summary};
+use potstill_pipeline::whole_file;
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::{Read, Write as _};
@@ -49,7 +50,7 @@ pub fn run(cache: &Cache, file: &Path, flags: &cli::Inspect, manner: Manner) -> 
     let rows = payload::chosen(cache, &figures, flags.sample);
     let payload = payload::of(cache, &rows, &vocabulary, flags.top)?;
     let page = with_nonce(&assembled(cache, &figures, rows.len(), &base64(&gzip(payload.as_bytes())?)));
-    write_whole(file, page.as_bytes())?;
+    whole_file::write(file, page.as_bytes()).with_context(|| format!("{}: cannot write", file.display()))?;
     let done = Page { file: file.to_path_buf(), bytes: page.len() as u64, conversations: rows.len() as u64, rows: figures.rows };
     if manner.json {
         print::json(&done)?;
@@ -75,27 +76,6 @@ fn refuse_foreign(file: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     Err(UsageError(format!("{}: expected a new file or an earlier page, found another file", file.display())).into())
-}
-
-/// Writes beside the file and renames, so that a page is there whole or not at all.
-fn write_whole(file: &Path, bytes: &[u8]) -> anyhow::Result<()> {
-    let folder = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let cannot = || format!("{}: cannot write", file.display());
-    let mut temporary = tempfile::Builder::new().prefix(".potstill-page").tempfile_in(folder).with_context(cannot)?;
-    temporary.write_all(bytes).with_context(cannot)?;
-    readable_by_all(temporary.as_file()).with_context(cannot)?;
-    temporary.persist(file).map_err(|e| e.error).with_context(cannot)?;
-    Ok(())
-}
-
-/// A temporary file is its owner's alone; a page is made to be passed on.
-fn readable_by_all(file: &std::fs::File) -> std::io::Result<()> {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
-    }
-    Ok(())
 }
 
 fn gzip(bytes: &[u8]) -> std::io::Result<Vec<u8>> {
@@ -141,8 +121,7 @@ fn with_nonce(page: &str) -> String {
 
 fn assembled(cache: &Cache, figures: &Summary, conversations: usize, payload: &str) -> String {
     let name = cache.dir().file_name().map_or_else(|| "cache".into(), |name| name.to_string_lossy().into_owned());
-    // The one text of ours that looks for {nonce} must not find it in the data.
-    let name = escaped(&name).replace('{', "&#123;");
+    let name = harmless(&name);
     let mut out = OPENING.to_string();
     let policy =
         format!("default-src 'none'; style-src 'nonce-{NONCE}'; script-src 'nonce-{NONCE}'; base-uri 'none'; form-action 'none'");
@@ -166,6 +145,7 @@ fn assembled(cache: &Cache, figures: &Summary, conversations: usize, payload: &s
     out
 }
 
+/// The same for what stands outside the script: the one text of ours that looks for {nonce} must not find it in the data.
 fn harmless(text: &str) -> String {
     escaped(text).replace('{', "&#123;")
 }
@@ -275,7 +255,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("page.html");
         refuse_foreign(&file).expect("a new file");
-        write_whole(&file, format!("{OPENING}...").as_bytes()).expect("written");
+        whole_file::write(&file, format!("{OPENING}...").as_bytes()).expect("written");
         refuse_foreign(&file).expect("a page");
         std::fs::write(&file, "{\"messages\": []}").expect("written");
         let error = refuse_foreign(&file).expect_err("somebody's file");

@@ -1,6 +1,7 @@
 //! The plots of a page as inline SVG, made of numbers alone. Colours and letters are the style sheet's; every mark says its number
 //! in a title, which browsers show on hover and screen readers read.
 
+use super::super::summary;
 use potstill_cache::{Distributions, Histogram, Kept, Summary};
 use std::fmt::Write as _;
 
@@ -26,15 +27,8 @@ pub fn section(figures: &Summary) -> String {
 }
 
 fn of_kept(kept: &Kept, distributions: &Distributions) -> String {
-    let entropies = &kept.entropy_histogram;
-    let width = (entropies.to - entropies.from) / entropies.counts.len().max(1) as f64;
-    let last = entropies.counts.iter().rposition(|&count| count > 0).map_or(1, |last| last + 1);
-    let nats = (last as f64 * width).ceil().max(1.0);
-    let shown = Histogram {
-        from: 0.0,
-        to: nats,
-        counts: entropies.counts.get(..((nats / width) as usize).min(entropies.counts.len())).unwrap_or_default().to_vec(),
-    };
+    let (entropies, nats) = summary::entropies(kept);
+    let shown = Histogram { from: 0.0, to: nats, counts: entropies.to_vec() };
     let whole: Vec<(f64, String)> = (0..=4).map(|i| f64::from(i) / 4.0).map(|at| (at, short(at * nats))).collect();
     let percents: Vec<(f64, String)> = [0, 25, 50, 75, 100].map(|p| (f64::from(p) / 100.0, format!("{p}%"))).to_vec();
     [
