@@ -6,6 +6,8 @@
 
 pub mod adapter;
 mod bounded;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod data;
 pub mod device;
 pub mod dynamic_map;

@@ -1,0 +1,161 @@
+//! The way to an NVIDIA GPU: opening one, and our kernels on it.
+//!
+//! Owns the device's start-up and the kernels' functions by name. Refuses to know what a kernel computes. The idea: CUDA is looked for when
+//! a GPU is asked for (`bind.rs`), so the same program starts where there is none.
+
+mod absent;
+mod bind;
+mod search;
+
+use candle_core::cuda_backend::{WrapErr, cudarc};
+use candle_core::{CudaDevice, Device};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError, result, sys};
+use cudarc::nvrtc::Ptx;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Our kernels: PTX for compute capability 8.0 and what is newer, machine code for 9.0.
+static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
+
+/// The oldest compute capability that the kernels are built for.
+const OLDEST: (i32, i32) = (8, 0);
+
+/// Every GPU that was opened, by its number; open until the process ends, so that nothing is called while the driver ends too.
+static OPENED: Mutex<BTreeMap<usize, Opened>> = Mutex::new(BTreeMap::new());
+
+struct Opened {
+    device: Device,
+    module: Arc<CudaModule>,
+    functions: HashMap<&'static str, CudaFunction>,
+}
+
+/// Opens GPU number `ordinal` with our kernels loaded; once a process, later calls give the same device. Error: one sentence about what is
+/// missing.
+///
+/// All work of a device goes over one stream of its own, whichever thread gives it, and in that order. (The tensor library's default is one
+/// stream a thread, between which nothing is ordered.) Freed memory stays in the driver's pool instead of going back at every synchronisation.
+pub fn open(ordinal: usize) -> Result<Device, String> {
+    search::open()?;
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = opened.get(&ordinal) {
+        return Ok(known.device.clone());
+    }
+    let new = start(ordinal)?;
+    let device = new.device.clone();
+    opened.insert(ordinal, new);
+    Ok(device)
+}
+
+fn start(ordinal: usize) -> Result<Opened, String> {
+    let count = CudaContext::device_count().map_err(|e| format!("the NVIDIA driver offers no GPU: {}", plain(&e)))?;
+    let count = usize::try_from(count).unwrap_or(0);
+    if ordinal >= count {
+        return Err(match count {
+            0 => "the NVIDIA driver finds no GPU here".into(),
+            1 => "there is one GPU here, cuda:0".into(),
+            _ => format!("there are {count} GPUs here, cuda:0 to cuda:{}", count - 1),
+        });
+    }
+    let cannot = |e: candle_core::Error| format!("the GPU cannot be opened: {}", first_line(&e));
+    let device = Device::new_cuda_with_stream(ordinal).map_err(cannot)?;
+    let cuda = device.as_cuda_device().map_err(cannot)?;
+    let context = Arc::clone(cuda.cuda_stream().context());
+    let capability = context.compute_capability().map_err(|e| plain(&e))?;
+    if capability < OLDEST {
+        let (is, wanted) = (format!("{}.{}", capability.0, capability.1), format!("{}.{}", OLDEST.0, OLDEST.1));
+        return Err(format!("its compute capability is {is}, expected at least {wanted}"));
+    }
+    keep_freed_memory(&context).map_err(|e| format!("the GPU's memory pool cannot be set up: {}", plain(&e)))?;
+    // SAFETY: events would order the uses of a tensor by several streams. Tensors here are made, used and freed on the device's one stream,
+    // which is an order already; whoever adds a second stream for copies orders it against this one with events of their own.
+    unsafe { cuda.disable_event_tracking() };
+    let refused = |e: DriverError| format!("the GPU does not take this build's kernels: {}", plain(&e));
+    let module = context.load_module(Ptx::from_binary(KERNELS.to_vec())).map_err(refused)?;
+    Ok(Opened { device, module, functions: HashMap::new() })
+}
+
+/// The driver's own words for an error.
+fn plain(error: &DriverError) -> String {
+    error.error_string().map_or_else(|_| format!("{:?}", error.0), |words| words.to_string_lossy().into_owned())
+}
+
+/// An error of the tensor library without the backtrace that it may carry.
+fn first_line(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}
+
+/// Has the pool that allocations come from keep what is freed, for the next layer or step.
+///
+/// Its default is to give everything back to the system whenever somebody waits for the GPU, and to ask for it again right after.
+fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), DriverError> {
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    context.bind_to_thread()?;
+    let mut all = u64::MAX;
+    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: device and pool are the open context's own; the attribute is a u64 that the call reads before it returns.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        result::mem_pool::set_attribute(pool, threshold, (&raw mut all).cast())
+    }
+}
+
+/// A kernel of ours by name, on a device that [`open`] gave; found once, then kept. Error: no kernel of that name, or another device.
+pub fn function(device: &CudaDevice, name: &'static str) -> candle_core::Result<CudaFunction> {
+    let ordinal = device.cuda_stream().context().ordinal();
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(here) = opened.get_mut(&ordinal) else {
+        candle_core::bail!("kernel {name}: device cuda:{ordinal} was not opened with our kernels");
+    };
+    if let Some(function) = here.functions.get(name) {
+        return Ok(function.clone());
+    }
+    let function =
+        here.module.load_function(name).map_err(|e| candle_core::Error::msg(format!("kernel {name}: {}", plain(&e))))?;
+    here.functions.insert(name, function.clone());
+    Ok(function)
+}
+
+/// Memory of a device, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// What nobody holds. What a pool keeps for later counts as held.
+    pub free: usize,
+    /// All there is.
+    pub total: usize,
+}
+
+/// How much memory a device has, and has free.
+pub fn memory(device: &CudaDevice) -> candle_core::Result<Memory> {
+    let (free, total) = device.cuda_stream().context().mem_get_info().w()?;
+    Ok(Memory { free, total })
+}
+
+/// What a device is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// The product's name.
+    pub name: String,
+    /// Major and minor number of its instruction set, such as (9, 0).
+    pub compute_capability: (i32, i32),
+    /// All its memory, in bytes.
+    pub memory: usize,
+    /// The newest CUDA that its driver speaks, major and minor, such as (13, 0).
+    pub driver: (i32, i32),
+}
+
+/// What a device is.
+pub fn describe(device: &CudaDevice) -> candle_core::Result<Description> {
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    let mut version = 0;
+    // SAFETY: writes one number to the place that it is given.
+    unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().w()?;
+    Ok(Description {
+        name: context.name().w()?,
+        compute_capability: context.compute_capability().w()?,
+        memory: context.total_mem().w()?,
+        driver: (version / 1000, version % 1000 / 10),
+    })
+}
