@@ -1,4 +1,4 @@
-//! What the feature `cuda` needs before anything is compiled: our kernels as one fatbin, and empty libraries to link to.
+//! What the feature `cuda` needs before anything is compiled: our kernels, and empty libraries to link to.
 //!
 //! Refuses to look for CUDA in a build without the feature. The tensor library's crates ask the linker for CUDA's libraries by name;
 //! archives without members satisfy that, and `src/cuda/bind.rs` brings the functions, from the real libraries, when a GPU is asked for.
@@ -10,8 +10,14 @@ use std::{env, fs, io};
 /// What the tensor library's crates name to the linker.
 const LINKED: [&str; 6] = ["cuda", "cudart", "cublas", "cublasLt", "curand", "nvrtc"];
 
-/// PTX that every newer GPU compiles for itself, and machine code of Hopper with its own instructions.
-const TARGETS: [&str; 2] = ["-gencode=arch=compute_80,code=compute_80", "-gencode=arch=compute_90a,code=sm_90a"];
+/// Machine code for Hopper, with the instructions that are Hopper's alone.
+const MACHINE_CODE: [&str; 2] = ["-cubin", "-gencode=arch=compute_90a,code=sm_90a"];
+
+/// PTX, which every GPU of compute capability 8.0 and newer has its driver compile.
+const PTX: [&str; 2] = ["-ptx", "-gencode=arch=compute_80,code=compute_80"];
+
+/// The version that PTX is marked with: CUDA 12.0's. nvcc marks it with its own, which older drivers refuse whatever it holds.
+const PTX_VERSION: &str = "8.0";
 
 /// Variables that name nvcc, the first that is set wins.
 const NVCC: [&str; 2] = ["POTSTILL_NVCC", "NVCC"];
@@ -32,7 +38,7 @@ fn main() -> ExitCode {
 
 fn prepare() -> Result<(), String> {
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets no OUT_DIR")?);
-    compile_kernels(Path::new("kernels"), &out.join("kernels.fatbin"))?;
+    compile_kernels(Path::new("kernels"), &out)?;
     for library in LINKED {
         let file = out.join(format!("lib{library}.a"));
         fs::write(&file, b"!<arch>\n").map_err(|e| format!("{}: {e}", file.display()))?;
@@ -41,8 +47,8 @@ fn prepare() -> Result<(), String> {
     Ok(())
 }
 
-/// Compiles `all.cu` of a folder, and has cargo look at every source beside it.
-fn compile_kernels(folder: &Path, fatbin: &Path) -> Result<(), String> {
+/// Compiles `all.cu` of a folder to `kernels.cubin` and `kernels.ptx`, and has cargo look at every source beside it.
+fn compile_kernels(folder: &Path, out: &Path) -> Result<(), String> {
     let unreadable = |e: io::Error| format!("{}: {e}", folder.display());
     for entry in fs::read_dir(folder).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
@@ -50,22 +56,33 @@ fn compile_kernels(folder: &Path, fatbin: &Path) -> Result<(), String> {
             println!("cargo::rerun-if-changed={}", path.display());
         }
     }
-    let nvcc = nvcc();
-    let ran = Command::new(&nvcc)
-        .args(["-fatbin", "-std=c++17", "-O3", "-lineinfo"])
-        .args(TARGETS)
-        .arg("-o")
-        .arg(fatbin)
-        .arg(folder.join("all.cu"))
+    const OPTIONS: [&str; 3] = ["-std=c++17", "-O3", "-lineinfo"];
+    let (nvcc, source, ptx) = (nvcc(), folder.join("all.cu"), out.join("kernels.ptx"));
+    run(Command::new(&nvcc).args(MACHINE_CODE).args(OPTIONS).arg("-o").arg(out.join("kernels.cubin")).arg(&source))?;
+    run(Command::new(&nvcc).args(PTX).args(OPTIONS).arg("-o").arg(&ptx).arg(&source))?;
+    let failed = |e: io::Error| format!("{}: {e}", ptx.display());
+    let text = fs::read_to_string(&ptx).map_err(failed)?;
+    fs::write(&ptx, marked_older(&text).ok_or_else(|| format!("{} names no version", ptx.display()))?).map_err(failed)?;
+    // The assembler refuses what is newer than the mark.
+    run(Command::new(&nvcc).args(["-cubin", "-arch=sm_80", "-Xptxas=-O0", "-o"]).arg(out.join("tried.cubin")).arg(&ptx))
+}
+
+/// PTX with `PTX_VERSION` in the place of its own version.
+fn marked_older(ptx: &str) -> Option<String> {
+    let start = ptx.lines().find(|line| line.starts_with(".version "))?;
+    Some(ptx.replacen(start, &format!(".version {PTX_VERSION}"), 1))
+}
+
+fn run(nvcc: &mut Command) -> Result<(), String> {
+    let name = nvcc.get_program().to_string_lossy().into_owned();
+    let ran = nvcc
         .output()
-        .map_err(|e| {
-            format!("{}: {e}; the feature cuda is built with nvcc 13 (scripts/build-cuda.sh fetches one)", nvcc.display())
-        })?;
+        .map_err(|e| format!("{name}: {e}; the feature cuda is built with nvcc (scripts/build-cuda.sh fetches one)"))?;
     if ran.status.success() {
         return Ok(());
     }
     let said = [ran.stdout, ran.stderr].concat();
-    Err(format!("{} cannot compile the kernels: {}", nvcc.display(), String::from_utf8_lossy(&said).replace('\n', " | ")))
+    Err(format!("{name} cannot compile the kernels: {}", String::from_utf8_lossy(&said).trim().replace('\n', " | ")))
 }
 
 /// The compiler: named, else on the path, else of the toolkit that `CUDA_HOME` names.

@@ -7,16 +7,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target/cuda-emulated}
-mkdir -p "$CARGO_TARGET_DIR/driver"
-driver=$(cd "$CARGO_TARGET_DIR/driver" && pwd)
+driver=$PWD/target/cuda-emulated
 bash pipeline/kernels/emulated/build.sh "$driver"
 for library in libcuda.so.1 libcublas.so.13 libcurand.so.10; do
     [ -f "$driver/$library" ] || { echo "test-cuda-emulated.sh: the emulated driver has no $library" >&2; exit 1; }
 done
 export POTSTILL_CUDA_LIBRARIES=$driver
-# A compiler that compiles nothing: the program's own fatbin is empty, and the emulated driver has the kernels inside it.
-unset POTSTILL_NVCC
-export NVCC=$PWD/scripts/nvcc-stand-in CUDA_COMPUTE_CAP=75
-cargo test --locked -p potstill-pipeline --features cuda --lib "$@" -- cuda::
-cargo test --locked -p potstill-pipeline --features cuda --test cuda "$@"
+# A compiler that compiles nothing: the program holds no kernels, the emulated driver has them inside it.
+export NVCC=$PWD/scripts/nvcc-stand-in POTSTILL_NVCC=$PWD/scripts/nvcc-stand-in CUDA_COMPUTE_CAP=75
+cargo test --locked -p potstill-pipeline --features cuda --lib "$@" -- cuda:: device::
+POTSTILL_TEST_DEVICE=cuda cargo test --locked -p potstill-pipeline --features cuda --test cuda "$@"

@@ -1,15 +1,17 @@
 //! Which device a run computes on.
 
+use crate::run::RunContext;
 use crate::{Error, Result};
 use candle_core::Device;
 
 /// Picks the device named by `--device`: `auto`, `cpu`, `cuda` or `cuda:N`.
 ///
-/// `auto` takes a GPU when this build has one to offer and one answers, else the CPU. Errors: an unknown name, or a GPU that is not there.
-pub fn pick(name: &str) -> Result<Device> {
+/// `auto` takes a GPU when this build has one to offer and one answers, else the CPU; where a GPU is there and cannot be used, `context` is
+/// warned. Errors: an unknown name, or a GPU that is not there.
+pub fn pick(name: &str, context: &RunContext) -> Result<Device> {
     let refuse = |why: String| Error::Device { asked: name.into(), why };
     let number = match name {
-        "auto" if AUTO_TAKES_A_GPU => return Ok(open(0).unwrap_or(Device::Cpu)),
+        "auto" if AUTO_TAKES_A_GPU => return Ok(gpu_if_one_answers(context)),
         "auto" | "cpu" => return Ok(Device::Cpu),
         "cuda" => Some("0"),
         other => other.strip_prefix("cuda:"),
@@ -23,10 +25,57 @@ pub fn pick(name: &str) -> Result<Device> {
 /// Whether `auto` looks for a GPU. It must not before every operation of both stages runs on one.
 const AUTO_TAKES_A_GPU: bool = false;
 
+/// A machine without a GPU is no matter to speak of; one that sits idle for want of a library is.
+fn gpu_if_one_answers(context: &RunContext) -> Device {
+    if count() == 0 {
+        return Device::Cpu;
+    }
+    open(0).unwrap_or_else(|why| {
+        context.warn(format!("computing on the CPU, although there is a GPU: {why}"));
+        Device::Cpu
+    })
+}
+
 #[cfg(feature = "cuda")]
 use crate::cuda::open;
+
+#[cfg(feature = "cuda")]
+fn count() -> usize {
+    crate::cuda::count().unwrap_or(0)
+}
 
 #[cfg(not(feature = "cuda"))]
 fn open(_: usize) -> std::result::Result<Device, String> {
     Err("this build computes on the CPU only".into())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn count() -> usize {
+    0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        let context = RunContext::default();
+        for name in ["auto", "cpu"] {
+            assert!(matches!(pick(name, &context), Ok(Device::Cpu)), "{name}");
+        }
+        for name in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:70000", "cuda0"] {
+            let said = pick(name, &context).map(|_| ()).map_err(|e| e.to_string());
+            assert_eq!(said, Err(format!("device {name:?}: expected auto, cpu, cuda or cuda:N")));
+        }
+        assert!(context.take_warnings().is_empty());
+    }
+
+    /// No machine has that many, so this is refused whatever the build.
+    #[test]
+    fn a_gpu_that_is_not_there() {
+        let said = pick("cuda:65535", &RunContext::default()).map(|_| ()).map_err(|e| e.to_string());
+        let Err(said) = said else { panic!("opened") };
+        assert!(said.starts_with("device \"cuda:65535\": ") && said.ends_with("; use --device cpu or auto"), "{said}");
+    }
 }

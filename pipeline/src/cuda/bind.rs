@@ -67,21 +67,21 @@ library! { driver,
         cuInit cuDriverGetVersion cuGetErrorName cuGetErrorString
         cuDeviceGet cuDeviceGetCount cuDeviceGetName cuDeviceGetAttribute cuDeviceTotalMem_v2
         cuDevicePrimaryCtxRetain cuDevicePrimaryCtxRelease_v2 cuCtxGetCurrent cuCtxSetCurrent cuCtxSynchronize cuCtxDestroy_v2
-        cuDeviceGetDefaultMemPool cuMemPoolSetAttribute cuMemPoolGetAttribute cuMemPoolTrimTo
+        cuDeviceGetDefaultMemPool cuMemPoolSetAttribute cuMemPoolTrimTo
         cuMemAllocAsync cuMemAlloc_v2 cuMemFreeAsync cuMemFree_v2 cuMemGetInfo_v2 cuMemHostAlloc cuMemFreeHost
         cuMemcpyDtoDAsync_v2 cuMemcpyDtoHAsync_v2 cuMemcpyHtoDAsync_v2 cuMemcpyPeerAsync cuMemsetD8Async
         cuStreamCreate cuStreamDestroy_v2 cuStreamSynchronize cuStreamWaitEvent cuStreamIsCapturing
         cuEventCreate cuEventDestroy_v2 cuEventRecord cuEventQuery cuEventSynchronize
-        cuModuleLoad cuModuleLoadData cuModuleUnload cuModuleGetFunction cuFuncSetAttribute cuFuncGetAttribute cuLaunchKernel
+        cuModuleLoad cuModuleLoadData cuModuleUnload cuModuleGetFunction cuFuncSetAttribute cuLaunchKernel
     }
     optional 801 { // CUDA_ERROR_NOT_SUPPORTED
-        cuEventElapsedTime cuEventElapsedTime_v2 cuLaunchCooperativeKernel cuLaunchHostFunc cuStreamCreateWithPriority
-        cuCtxGetStreamPriorityRange cuOccupancyMaxActiveBlocksPerMultiprocessor cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags
-        cuOccupancyMaxPotentialBlockSize cuOccupancyMaxPotentialBlockSizeWithFlags cuOccupancyAvailableDynamicSMemPerBlock
-        cuOccupancyMaxActiveClusters cuOccupancyMaxPotentialClusterSize cuFuncSetCacheConfig cuModuleGetGlobal_v2
-        cuMemcpyDtoD_v2 cuMemcpyDtoH_v2 cuMemcpyHtoD_v2 cuMemsetD8_v2 cuProfilerStart cuProfilerStop
-        cuStreamBeginCapture_v2 cuStreamEndCapture cuGraphInstantiateWithFlags cuGraphLaunch cuGraphUpload cuGraphDestroy cuGraphExecDestroy
-        cuTensorMapEncodeTiled
+        cuFuncGetAttribute cuMemPoolGetAttribute cuEventElapsedTime cuEventElapsedTime_v2 cuLaunchCooperativeKernel
+        cuLaunchHostFunc cuStreamCreateWithPriority cuCtxGetStreamPriorityRange cuOccupancyMaxActiveBlocksPerMultiprocessor
+        cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags cuOccupancyMaxPotentialBlockSize
+        cuOccupancyMaxPotentialBlockSizeWithFlags cuOccupancyAvailableDynamicSMemPerBlock cuOccupancyMaxActiveClusters
+        cuOccupancyMaxPotentialClusterSize cuFuncSetCacheConfig cuModuleGetGlobal_v2 cuMemcpyDtoD_v2 cuMemcpyDtoH_v2
+        cuMemcpyHtoD_v2 cuMemsetD8_v2 cuProfilerStart cuProfilerStop cuStreamBeginCapture_v2 cuStreamEndCapture
+        cuGraphInstantiateWithFlags cuGraphLaunch cuGraphUpload cuGraphDestroy cuGraphExecDestroy cuTensorMapEncodeTiled
     }
 }
 
@@ -157,4 +157,31 @@ pub(super) fn bind(part: Part, library: &Library) -> Result<(), String> {
         slot.0.store(address, Ordering::Release);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// The C library is no library of CUDA's: it is refused by the names that it lacks, and nothing is bound.
+    #[test]
+    fn a_library_without_the_functions_is_refused() {
+        // SAFETY: the library that this process runs on already.
+        let library = unsafe { Library::new("libc.so.6") }.unwrap();
+        let before: Vec<usize> = random::FUNCTIONS.iter().map(|f| f.slot.0.load(Ordering::Acquire)).collect();
+        let lacking = bind(Part::Random, &library).unwrap_err();
+        assert!(lacking.starts_with("curandCreateGenerator, ") && !lacking.contains("curandGenerateNormal"), "{lacking}");
+        let after: Vec<usize> = random::FUNCTIONS.iter().map(|f| f.slot.0.load(Ordering::Acquire)).collect();
+        assert_eq!(before, after);
+    }
+
+    /// One trampoline for every name, each with a slot of its own.
+    #[test]
+    fn no_two_functions_share_a_slot() {
+        let all: Vec<&Function> = [Part::Driver, Part::Blas, Part::Random].iter().flat_map(|part| part.functions()).collect();
+        let names: std::collections::BTreeSet<&str> = all.iter().map(|f| f.name).collect();
+        let slots: std::collections::BTreeSet<usize> = all.iter().map(|f| std::ptr::from_ref(f.slot) as usize).collect();
+        assert_eq!((names.len(), slots.len()), (all.len(), all.len()));
+    }
 }

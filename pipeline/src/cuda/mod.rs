@@ -14,8 +14,14 @@ use cudarc::nvrtc::Ptx;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Our kernels: PTX for compute capability 8.0 and what is newer, machine code for 9.0.
-static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
+/// Our kernels as text that a driver compiles, for compute capability 8.0 and newer.
+static PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
+
+/// Our kernels as machine code of compute capability 9.0.
+static MACHINE_CODE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.cubin"));
+
+/// The oldest driver, as CUDA counts, that takes the machine code of the compiler that the kernels are built with.
+const DRIVER_OF_MACHINE_CODE: i32 = 13000;
 
 /// The oldest compute capability that the kernels are built for.
 const OLDEST: (i32, i32) = (8, 0);
@@ -35,7 +41,6 @@ struct Opened {
 /// All work of a device goes over one stream of its own, whichever thread gives it, and in that order. (The tensor library's default is one
 /// stream a thread, between which nothing is ordered.) Freed memory stays in the driver's pool instead of going back at every synchronisation.
 pub fn open(ordinal: usize) -> Result<Device, String> {
-    search::open()?;
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(known) = opened.get(&ordinal) {
         return Ok(known.device.clone());
@@ -46,9 +51,20 @@ pub fn open(ordinal: usize) -> Result<Device, String> {
     Ok(device)
 }
 
+/// How many GPUs there are here. Error: one sentence, where the driver is not there or does not answer.
+pub fn count() -> Result<usize, String> {
+    search::driver()?;
+    let no_gpu = sys::CUresult::CUDA_ERROR_NO_DEVICE;
+    match CudaContext::device_count() {
+        Err(e) if e.0 == no_gpu => Ok(0),
+        counted => counted
+            .map(|n| usize::try_from(n).unwrap_or(0))
+            .map_err(|e| format!("the NVIDIA driver does not answer: {}", plain(&e))),
+    }
+}
+
 fn start(ordinal: usize) -> Result<Opened, String> {
-    let count = CudaContext::device_count().map_err(|e| format!("the NVIDIA driver offers no GPU: {}", plain(&e)))?;
-    let count = usize::try_from(count).unwrap_or(0);
+    let count = count()?;
     if ordinal >= count {
         return Err(match count {
             0 => "the NVIDIA driver finds no GPU here".into(),
@@ -56,6 +72,7 @@ fn start(ordinal: usize) -> Result<Opened, String> {
             _ => format!("there are {count} GPUs here, cuda:0 to cuda:{}", count - 1),
         });
     }
+    search::mathematics()?;
     let cannot = |e: candle_core::Error| format!("the GPU cannot be opened: {}", first_line(&e));
     let device = Device::new_cuda_with_stream(ordinal).map_err(cannot)?;
     let cuda = device.as_cuda_device().map_err(cannot)?;
@@ -70,7 +87,9 @@ fn start(ordinal: usize) -> Result<Opened, String> {
     // which is an order already; whoever adds a second stream for copies orders it against this one with events of their own.
     unsafe { cuda.disable_event_tracking() };
     let refused = |e: DriverError| format!("the GPU does not take this build's kernels: {}", plain(&e));
-    let module = context.load_module(Ptx::from_binary(KERNELS.to_vec())).map_err(refused)?;
+    let runs_machine_code = capability == (9, 0) && driver_version().map_err(refused)? >= DRIVER_OF_MACHINE_CODE;
+    let kernels = if runs_machine_code { Ptx::from_binary(MACHINE_CODE.to_vec()) } else { Ptx::from_src(PTX) };
+    let module = context.load_module(kernels).map_err(refused)?;
     Ok(Opened { device, module, functions: HashMap::new() })
 }
 
@@ -145,17 +164,57 @@ pub struct Description {
     pub driver: (i32, i32),
 }
 
+/// The newest CUDA that the driver speaks: 13010 is 13.1.
+fn driver_version() -> Result<i32, DriverError> {
+    let mut version = 0;
+    // SAFETY: writes one number to the place that it is given.
+    unsafe { sys::cuDriverGetVersion(&raw mut version) }.result()?;
+    Ok(version)
+}
+
 /// What a device is.
 pub fn describe(device: &CudaDevice) -> candle_core::Result<Description> {
     let stream = device.cuda_stream();
     let context = stream.context();
-    let mut version = 0;
-    // SAFETY: writes one number to the place that it is given.
-    unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().w()?;
+    let version = driver_version().w()?;
     Ok(Description {
         name: context.name().w()?,
         compute_capability: context.compute_capability().w()?,
         memory: context.total_mem().w()?,
         driver: (version / 1000, version % 1000 / 10),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// With a GPU, or an emulated one, it is opened once; without, one sentence says why, and a call to CUDA is an error and no crash.
+    #[test]
+    fn a_gpu_is_opened_or_one_sentence_says_why_not() {
+        match open(0) {
+            Ok(device) => {
+                let cuda = device.as_cuda_device().unwrap();
+                assert!(device.same_device(&open(0).unwrap()), "a second stream, not ordered with the first");
+                assert!(!cuda.is_event_tracking());
+                let (memory, description) = (memory(cuda).unwrap(), describe(cuda).unwrap());
+                assert!(memory.free <= memory.total && description.memory >= memory.total, "{memory:?} {description:?}");
+                assert!(description.compute_capability >= OLDEST && !description.name.is_empty(), "{description:?}");
+                let error = function(cuda, "no_such_kernel").unwrap_err().to_string();
+                assert!(error.starts_with("kernel no_such_kernel: "), "{error}");
+            }
+            Err(why) => {
+                assert!(!why.is_empty() && !why.contains('\n'), "{why}");
+                assert_eq!(open(0).unwrap_err(), why);
+                assert!(count().is_ok() || result::device::get(0).is_err(), "a driver that is not bound answered");
+            }
+        }
+    }
+
+    #[test]
+    fn a_number_that_is_not_there_is_refused() {
+        let Err(why) = open(1000) else { panic!("a thousand GPUs") };
+        assert!(count().map_or(!why.is_empty(), |n| why.contains(if n == 0 { "no GPU" } else { "cuda:0" })), "{why}");
+    }
 }

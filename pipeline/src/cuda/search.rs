@@ -12,14 +12,21 @@ use std::{env, fs};
 /// Folders to search first, separated by colons.
 pub(super) const FOLDERS: &str = "POTSTILL_CUDA_LIBRARIES";
 
-/// Opens and binds all libraries, once a process; later calls give the first one's answer. Error: one sentence about what is missing.
-pub(super) fn open() -> Result<(), String> {
+/// Opens and binds the driver, once a process; later calls give the first one's answer. Error: one sentence about what is missing.
+pub(super) fn driver() -> Result<(), String> {
     static OPENED: OnceLock<Result<(), String>> = OnceLock::new();
-    OPENED.get_or_init(|| [Part::Driver, Part::Blas, Part::Random].into_iter().try_for_each(open_part)).clone()
+    OPENED.get_or_init(|| open(Part::Driver)).clone()
 }
 
-fn open_part(part: Part) -> Result<(), String> {
-    let (place, library) = find(part)?;
+/// The same for the libraries that compute.
+pub(super) fn mathematics() -> Result<(), String> {
+    static OPENED: OnceLock<Result<(), String>> = OnceLock::new();
+    OPENED.get_or_init(|| open(Part::Blas).and_then(|()| open(Part::Random))).clone()
+}
+
+fn open(part: Part) -> Result<(), String> {
+    let named = env::var_os(FOLDERS).map(|folders| env::split_paths(&folders).collect::<Vec<_>>()).unwrap_or_default();
+    let (place, library) = find(part, &named)?;
     bind::bind(part, &library).map_err(|lacking| format!("{place} is too old, it lacks {lacking}"))?;
     // Trampolines point into it until the process ends.
     std::mem::forget(library);
@@ -27,9 +34,8 @@ fn open_part(part: Part) -> Result<(), String> {
 }
 
 /// The first library that opens, with its place. A file that is there and does not open is the answer: skipping it would hide why.
-fn find(part: Part) -> Result<(String, Library), String> {
-    let named = env::var_os(FOLDERS).map(|folders| env::split_paths(&folders).collect::<Vec<_>>()).unwrap_or_default();
-    if let Some(path) = first_file(&named, part) {
+fn find(part: Part, named: &[PathBuf]) -> Result<(String, Library), String> {
+    if let Some(path) = first_file(named, part) {
         return load(&path);
     }
     for file in part.files() {
@@ -38,19 +44,16 @@ fn find(part: Part) -> Result<(String, Library), String> {
             return Ok((file.to_string(), library));
         }
     }
-    // The driver's library comes with the driver, never with a package.
-    if part != Part::Driver
-        && let Some(path) = first_file(&usual_folders(), part)
-    {
-        return load(&path);
+    let file = part.files()[0];
+    if part == Part::Driver {
+        // It comes with the driver, never with a package.
+        return Err(format!("{file} was not found, so no NVIDIA driver is installed here"));
     }
-    Err(match part {
-        Part::Driver => format!("{} was not found, so no NVIDIA driver is installed here", part.files()[0]),
-        _ => format!(
-            "{} was not found; install CUDA 13's libraries (pip install nvidia-cublas nvidia-curand) or name their folders in {FOLDERS}",
-            part.files()[0]
-        ),
-    })
+    let Some(path) = first_file(&usual_folders(), part) else {
+        const HOW: &str = "install CUDA's libraries (pip install nvidia-cublas nvidia-curand) or name their folders in";
+        return Err(format!("{file} was not found; {HOW} {FOLDERS}"));
+    };
+    load(&path)
 }
 
 fn first_file(folders: &[PathBuf], part: Part) -> Option<PathBuf> {
@@ -87,26 +90,47 @@ fn usual_folders() -> Vec<PathBuf> {
             prefixes.extend(python.parent().and_then(Path::parent).map(Path::to_path_buf));
         }
     }
-    let mut folders = Vec::new();
-    for prefix in &prefixes {
-        folders.extend(packages(prefix).iter().flat_map(|packages| wheels(packages)));
-        folders.push(prefix.join("lib"));
+    let below = prefixes.iter().flat_map(|prefix| folders_below(prefix));
+    below.chain([PathBuf::from("/usr/local/cuda/lib64")]).collect()
+}
+
+/// The folders below the prefix of a python, or of conda, that may hold the libraries: of NVIDIA's wheels for CUDA 13 and 12, then `lib`.
+fn folders_below(prefix: &Path) -> Vec<PathBuf> {
+    let lib = prefix.join("lib");
+    let entries = fs::read_dir(&lib).into_iter().flatten().flatten();
+    let pythons = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("python3")).map(|entry| entry.path());
+    let packages = pythons.flat_map(|python| ["site-packages", "dist-packages"].map(|kind| python.join(kind).join("nvidia")));
+    let wheels = packages.flat_map(|nvidia| ["cu13", "cublas", "curand"].map(|wheel| nvidia.join(wheel).join("lib")));
+    wheels.filter(|folder| folder.is_dir()).chain([lib.clone()]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Were it passed over, the loader's own library would be opened, or said to be missing, and nobody would know why.
+    #[test]
+    fn a_named_folder_comes_first_and_is_not_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("libcuda.so.1");
+        fs::write(&file, "no library").unwrap();
+        let Err(why) = find(Part::Driver, &["/nowhere".into(), folder.path().into()]) else {
+            panic!("text was opened as a library")
+        };
+        assert!(why.starts_with(&format!("{} cannot be loaded: ", file.display())), "{why}");
     }
-    folders.push("/usr/local/cuda/lib64".into());
-    folders
-}
 
-/// The package folders of a python below a prefix, pip's and Debian's.
-fn packages(prefix: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(prefix.join("lib")) else { return Vec::new() };
-    let pythons = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("python3"));
-    pythons
-        .flat_map(|python| ["site-packages", "dist-packages"].map(|kind| python.path().join(kind)))
-        .filter(|p| p.is_dir())
-        .collect()
-}
-
-/// The folders of NVIDIA's wheels for CUDA 13 and 12 that hold the libraries in question.
-fn wheels(packages: &Path) -> [PathBuf; 3] {
-    ["cu13", "cublas", "curand"].map(|wheel| packages.join("nvidia").join(wheel).join("lib"))
+    #[test]
+    fn wheels_are_found_beside_a_python() {
+        let prefix = tempfile::tempdir().unwrap();
+        let wheel = prefix.path().join("lib/python3.12/site-packages/nvidia/cu13/lib");
+        fs::create_dir_all(&wheel).unwrap();
+        fs::create_dir_all(prefix.path().join("lib/perl5/site-packages/nvidia/cu13/lib")).unwrap();
+        fs::write(wheel.join("libcublas.so.13"), "").unwrap();
+        let folders = folders_below(prefix.path());
+        assert_eq!(folders, [wheel.clone(), prefix.path().join("lib")]);
+        assert_eq!(first_file(&folders, Part::Blas), Some(wheel.join("libcublas.so.13")));
+        assert_eq!(first_file(&folders, Part::Random), None);
+    }
 }

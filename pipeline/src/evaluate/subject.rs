@@ -57,7 +57,7 @@ impl Subject {
 
     /// Reads it. Errors: a device that is not here, a folder that cannot be read, an adapter that does not fit, a stop.
     pub(crate) fn load(&self, context: &RunContext) -> Result<Student> {
-        let device = device::pick(&self.device)?;
+        let device = device::pick(&self.device, context)?;
         let config = ModelConfig::from_folder(&self.student)?;
         let adapter = self.adapter.as_deref().map(|folder| FittedAdapter::read(folder, &config)).transpose()?;
         let holding = match self.held() {

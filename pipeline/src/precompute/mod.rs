@@ -77,7 +77,7 @@ pub struct PrecomputeReport {
 pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<PrecomputeReport> {
     let config = &*config.placed()?;
     let storage = config.storage()?;
-    let device = device::pick(&config.device)?;
+    let device = device::pick(&config.device, context)?;
     let model = ModelConfig::from_folder(&config.teacher)?;
     if config.max_length as usize > model.context {
         let expected = format!("at most the teacher's context of {} tokens", model.context);

@@ -116,7 +116,7 @@ struct Run<'a> {
 fn prepare<'a>(config: &'a TrainConfig, context: &RunContext) -> Result<(Run<'a>, Steps)> {
     let mut plan = config.loss_plan()?;
     config.check_schedule()?;
-    let device = device::pick(&config.device)?;
+    let device = device::pick(&config.device, context)?;
     let rows = Rows::open(config, context)?;
     config.check_layers(ModelConfig::from_folder(&config.student)?.layers)?;
     let reading = rows.cache().map(|cache| Reading::of(config, cache, &mut plan)).transpose()?;
