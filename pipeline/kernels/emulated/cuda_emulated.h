@@ -25,7 +25,7 @@
 #define __host__
 #define __constant__ static const
 // Shared memory is one place for all threads, and a block is over before the next begins.
-#define __shared__ static
+#define __shared__ static __attribute__((unused))
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))

@@ -127,9 +127,28 @@ class Random {
     uint64_t state_;
 };
 
-// Every value must lie within relative * |expected| + absolute of the expected one; a NaN never does.
-void near(const char* what, const std::vector<float>& found, const std::vector<double>& expected, double relative, double absolute);
-void near(const char* what, const std::vector<double>& found, const std::vector<double>& expected, double relative, double absolute);
+// Every value must lie within what is allowed of the expected one; a NaN never does.
+template <class T>
+void near(const char* what, const std::vector<T>& found, const std::vector<double>& expected, const std::vector<double>& allowed) {
+    EXPECT(found.size() == expected.size(), "%s: %zu values, expected %zu", what, found.size(), expected.size());
+    for (size_t i = 0; i < found.size(); i++) {
+        EXPECT(std::fabs(double(found[i]) - expected[i]) <= allowed[i], "%s: value %zu of %zu: found %.9g, expected %.9g within %.2g", what, i,
+               found.size(), double(found[i]), expected[i], allowed[i]);
+    }
+}
+
+// The same with a part of each expected value.
+template <class T>
+void near(const char* what, const std::vector<T>& found, const std::vector<double>& expected, double relative) {
+    std::vector<double> allowed;
+    for (double value : expected) {
+        allowed.push_back(relative * std::fabs(value));
+    }
+    near(what, found, expected, allowed);
+}
+
+// Half of an f32's unit, relative: what one rounding costs at most.
+constexpr double ROUNDING = 0x1p-24;
 
 // Every value must have the expected bits.
 template <class T>

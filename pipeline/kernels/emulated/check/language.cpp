@@ -122,7 +122,7 @@ TEST(a_tensor_core_multiplies) {
     Values<float> c = Values<float>::made(128);
     launch("check_mma", {1}, {32}, 0, da, db, c);
     // One rounding of a sum below 17.
-    near("product", c.read(), expected, 0x1p-24, 0);
+    near("product", c.read(), expected, ROUNDING);
 }
 
 TEST(halves_round_to_nearest_even) {

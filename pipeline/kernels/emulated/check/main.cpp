@@ -21,24 +21,6 @@ void failed(const char* file, int line, const char* format, ...) {
     exit(1);
 }
 
-template <class T>
-static void compare(const char* what, const std::vector<T>& found, const std::vector<double>& expected, double relative, double absolute) {
-    EXPECT(found.size() == expected.size(), "%s: %zu values, expected %zu", what, found.size(), expected.size());
-    for (size_t i = 0; i < found.size(); i++) {
-        double allowed = relative * std::fabs(expected[i]) + absolute;
-        EXPECT(std::fabs(double(found[i]) - expected[i]) <= allowed, "%s: value %zu of %zu: found %.9g, expected %.9g within %.2g", what, i,
-               found.size(), double(found[i]), expected[i], allowed);
-    }
-}
-
-void near(const char* what, const std::vector<float>& found, const std::vector<double>& expected, double relative, double absolute) {
-    compare(what, found, expected, relative, absolute);
-}
-
-void near(const char* what, const std::vector<double>& found, const std::vector<double>& expected, double relative, double absolute) {
-    compare(what, found, expected, relative, absolute);
-}
-
 }  // namespace check
 
 int main(int count, char** arguments) {
