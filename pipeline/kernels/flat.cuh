@@ -7,7 +7,7 @@
 // Threads of a block, of every kernel that does not say otherwise; and values that a block of a flat kernel takes: launch
 // ceil(n / PER_BLOCK) blocks.
 constexpr int THREADS = 256;
-constexpr int PER_BLOCK = 2048;
+constexpr int PER_BLOCK = 4096;
 
 // N values side by side; what is larger than 16 bytes is moved 16 at a time.
 template <class T, int N>

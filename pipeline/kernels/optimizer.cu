@@ -1,7 +1,7 @@
 // AdamW and the sum behind gradient clipping. CPU definition: pipeline/src/train/optimizer.rs: every value in f64 from f32 state, rounded
 // once, product by product, so an update has the same bits; the sum of squares is added in another order.
 //
-// Launch: adamw ceil(n / 2048) blocks, sum_squares ceil(n / 16384), of 256 threads. Time limit: bytes moved at 4.8 TB/s, for the 69 million
+// Launch: adamw ceil(n / 4096) blocks, sum_squares ceil(n / 16384), of 256 threads. Time limit: bytes moved at 4.8 TB/s, for the 69 million
 // parameters of rank 16 on all projections of a 14B model.
 //   adamw    28 bytes a value    0.4 ms          sum_squares    4    58 us
 // f64 here is some 60 instructions a value, two thirds of what adamw's bytes leave time for where f64 runs at half of f32's rate.

@@ -10,7 +10,8 @@
 #include "flat.cuh"
 
 // y[i] = row for every i.
-extern "C" __global__ void __launch_bounds__(THREADS) broadcast_rows(const float* row, float* y, int rows, int width) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    broadcast_rows(const float* __restrict__ row, float* __restrict__ y, int rows, int width) {
     float* to = y + (long long)blockIdx.x * width;
     if (blockIdx.x < rows) {
         along<4>(width, aligned(row, y), [=](auto packed, int i) { store(to, i, load<decltype(packed)::value>(row, i)); });
@@ -19,7 +20,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) broadcast_rows(const float
 EXPORT(broadcast_rows);
 
 // y[rows[i]] += x[i]; the rows are distinct, so no two blocks write to one.
-extern "C" __global__ void __launch_bounds__(THREADS) scatter_rows(const float* x, const unsigned* rows, float* y, int n, int width) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    scatter_rows(const float* __restrict__ x, const unsigned* __restrict__ rows, float* __restrict__ y, int n, int width) {
     if (blockIdx.x >= n) {
         return;
     }
@@ -42,7 +44,7 @@ __device__ __forceinline__ float widened(__nv_bfloat16 value) { return __bfloat1
 
 // y[i] = table[rows[i]], in f32; packs of 16 bytes of the table.
 template <class T>
-__device__ __forceinline__ void gather(const T* table, const unsigned* rows, float* y, int n, int width) {
+__device__ __forceinline__ void gather(const T* __restrict__ table, const unsigned* __restrict__ rows, float* __restrict__ y, int n, int width) {
     if (blockIdx.x >= n) {
         return;
     }

@@ -1,7 +1,7 @@
 // Packed weights unpacked for a product. CPU definitions: pipeline/src/linear/awq.rs and nf4.rs; f32 has their very bits, bf16 the same
 // numbers rounded once.
 //
-// Launch: awq_unpack_* ceil(ceil(inputs / 8) * (outputs / 8) / 256) blocks, nf4_unpack_* ceil(n / 2048), of 256 threads.
+// Launch: awq_unpack_* ceil(ceil(inputs / 8) * (outputs / 8) / 256) blocks, nf4_unpack_* ceil(n / 4096), of 256 threads.
 // Time limit: bytes moved at 4.8 TB/s, for a weight of 5120 x 13824 (70.8 million values).
 //   awq_unpack_bf16, groups of 128    2.52 bytes a value    37 us          awq_unpack_f32    4.52    67 us
 //   nf4_unpack_bf16                   2.52                  37             nf4_unpack_f32    4.52    67
@@ -26,8 +26,8 @@ __device__ __forceinline__ void round_to(float from, __nv_bfloat16& to) { to = _
 
 // A thread takes one word of ROWS inputs; neighbours take neighbouring words, so a warp reads 128 and writes 512 or 1024 bytes in a row.
 template <class T>
-__device__ __forceinline__ void awq_unpack(const unsigned* qweight, const unsigned* qzeros, const __half* scales, T* w, int inputs,
-                                           int outputs, int group) {
+__device__ __forceinline__ void awq_unpack(const unsigned* __restrict__ qweight, const unsigned* __restrict__ qzeros,
+                                           const __half* __restrict__ scales, T* __restrict__ w, int inputs, int outputs, int group) {
     int words = outputs / 8;
     long long item = (long long)blockIdx.x * THREADS + threadIdx.x;
     int first = int(item / words) * ROWS, c = int(item % words);
@@ -99,8 +99,9 @@ __constant__ float NF4_LEVELS[16] = {-1.0f,          -0.6961928f,  -0.52507305f,
 
 // A thread takes eight values, which lie in one block of 64: four bytes of codes, one scale.
 template <class T>
-__device__ __forceinline__ void nf4_unpack(const unsigned char* codes, const unsigned char* absmax, const float* nested, float offset,
-                                           const float* map256, T* w, long long n) {
+__device__ __forceinline__ void nf4_unpack(const unsigned char* __restrict__ codes, const unsigned char* __restrict__ absmax,
+                                           const float* __restrict__ nested, float offset, const float* __restrict__ map256,
+                                           T* __restrict__ w, long long n) {
     // In shared memory each lane may read another level in the same cycle; constant memory would serve one level after the other.
     __shared__ float levels[16];
     if (threadIdx.x < 16) {

@@ -55,6 +55,9 @@ namespace {
 
 constexpr int SUCCESS = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700;
 
+// CUfunction_attribute.
+constexpr int MAX_THREADS_PER_BLOCK = 0, MAX_DYNAMIC_SHARED_SIZE_BYTES = 8, PREFERRED_SHARED_MEMORY_CARVEOUT = 9;
+
 // Handles only have to differ from null.
 char context, stream, module_handle, pool;
 thread_local void* current_context;
@@ -174,6 +177,15 @@ API cuDeviceGetDefaultMemPool(void** found, int) {
 }
 API cuDeviceGetMemPool(void** found, int device) { return cuDeviceGetDefaultMemPool(found, device); }
 API cuMemPoolSetAttribute(void*, int, void*) { return SUCCESS; }
+API cuMemPoolGetAttribute(void*, int attribute, unsigned long long* value) {
+    constexpr int RESERVED = 5, USED = 7;
+    if (attribute != RESERVED && attribute != USED) {
+        return refuse(INVALID_VALUE, "cuMemPoolGetAttribute: attribute %d is not emulated", attribute);
+    }
+    // Nothing that was freed is kept.
+    *value = allocated();
+    return SUCCESS;
+}
 API cuMemPoolTrimTo(void*, size_t) { return SUCCESS; }
 
 // Whatever image is given, the kernels are those that this library was built with.
@@ -188,8 +200,17 @@ API cuModuleGetFunction(void** found, void*, const char* name) {
     return *found == nullptr ? refuse(NOT_FOUND, "no kernel is called %s", name) : SUCCESS;
 }
 
+API cuFuncGetAttribute(int* value, int attribute, void* function) {
+    const auto* kernel = static_cast<Kernel*>(function);
+    // Static and constant memory, stack, registers and versions are the compiler's business and not known here.
+    if (attribute != MAX_THREADS_PER_BLOCK && attribute != MAX_DYNAMIC_SHARED_SIZE_BYTES) {
+        return refuse(INVALID_VALUE, "cuFuncGetAttribute: %s: attribute %d is not emulated", kernel->name, attribute);
+    }
+    *value = attribute == MAX_THREADS_PER_BLOCK ? int(MOST_THREADS) : int(kernel->most_shared);
+    return SUCCESS;
+}
+
 API cuFuncSetAttribute(void* function, int attribute, int value) {
-    constexpr int MAX_DYNAMIC_SHARED_SIZE_BYTES = 8, PREFERRED_SHARED_MEMORY_CARVEOUT = 9;
     auto* kernel = static_cast<Kernel*>(function);
     if (attribute == PREFERRED_SHARED_MEMORY_CARVEOUT) {
         return SUCCESS;

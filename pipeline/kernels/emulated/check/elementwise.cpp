@@ -6,9 +6,9 @@ using namespace check;
 
 namespace {
 
-const size_t SIZES[] = {1, 7, 2047, 2048, 2049, 5000};
+const size_t SIZES[] = {1, 7, 4095, 4096, 4097, 9000};
 
-Size blocks(size_t n) { return {unsigned((n + 2047) / 2048)}; }
+Size blocks(size_t n) { return {unsigned((n + 4095) / 4096)}; }
 
 // The nearest number of `digits` binary digits, ties to even, as long as it is a normal one.
 double nearest(double value, int digits) {

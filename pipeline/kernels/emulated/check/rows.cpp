@@ -151,7 +151,7 @@ TEST(dropout_has_its_definition_s_bits) {
 }
 
 TEST(adamw_has_its_definition_s_bits) {
-    for (size_t n : {1, 2048, 2051}) {
+    for (size_t n : {1, 4096, 4099}) {
         for (double clip : {1.0, 0.37}) {
             Random random(n);
             std::vector<float> w = random.values(n), g = random.values(n, 0.01f), m = random.values(n, 0.01f), v = random.values(n, 1e-4f);
@@ -168,7 +168,7 @@ TEST(adamw_has_its_definition_s_bits) {
                 double root = std::sqrt(v[i] / correction2) + eps;
                 w[i] = float(w[i] * (1 - lr * decay) - lr * (m[i] / correction1) / root);
             }
-            launch("adamw", {unsigned((n + 2047) / 2048)}, {256}, 0, dev_w, dev_g, dev_m, dev_v, (long long)n, lr, beta1, beta2, eps, decay,
+            launch("adamw", {unsigned((n + 4095) / 4096)}, {256}, 0, dev_w, dev_g, dev_m, dev_v, (long long)n, lr, beta1, beta2, eps, decay,
                    correction1, correction2, clip);
             same("w", dev_w.read(), w);
             same("m", dev_m.read(), m);

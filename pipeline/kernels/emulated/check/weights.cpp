@@ -74,7 +74,7 @@ TEST(nf4_unpacks_as_its_formula_says) {
     static const float LEVELS[16] = {-1.0f, -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f, -0.091050036f, 0.0f,
                                      0.0795803f, 0.1609302f, 0.2461123f, 0.33791524f, 0.44070983f, 0.562617f, 0.72295684f, 1.0f};
     // The last has more than 256 blocks of 64.
-    for (size_t n : {1, 63, 64, 65, 2048, 4097, 20001}) {
+    for (size_t n : {1, 63, 64, 65, 4096, 4097, 20001}) {
         for (size_t offset : {0, 3}) {
             Random random(n);
             std::vector<unsigned char> codes((n + 1) / 2), absmax((n + 63) / 64);
@@ -99,7 +99,7 @@ TEST(nf4_unpacks_as_its_formula_says) {
             Values<unsigned char> c(codes, offset), a(absmax);
             Values<float> m(map), s(nested), w = Values<float>::made(n, offset);
             Values<__nv_bfloat16> narrow = Values<__nv_bfloat16>::made(n, offset);
-            Size grid = {unsigned((n + 2047) / 2048)};
+            Size grid = {unsigned((n + 4095) / 4096)};
             launch("nf4_unpack_f32", grid, {256}, 0, c, a, s, offset_of_maxima, m, w, (long long)n);
             near("f32", w.read(), expected, allowed);
             launch("nf4_unpack_bf16", grid, {256}, 0, c, a, s, offset_of_maxima, m, narrow, (long long)n);
