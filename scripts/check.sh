@@ -72,6 +72,15 @@ panics=$(git ls-files -- 'src/*.rs' 'cache/src/*.rs' 'pipeline/src/*.rs' | grep 
 done || true)
 [ -z "$panics" ] || { printf '%s\n' "$panics" >&2; wrong "something panics on purpose outside tests"; }
 
+step "the GPU's kernels, on the CPU"
+if command -v "${CXX:-g++}" > /dev/null; then
+    said=$(mktemp)
+    pipeline/kernels/emulated/check.sh 2> "$said" || { cat "$said" >&2; wrong "a kernel does not agree with its definition"; }
+    rm -f "$said"
+else
+    echo "skipped: no g++"
+fi
+
 step "clippy"
 cargo clippy --workspace --all-targets --locked -- -D warnings
 

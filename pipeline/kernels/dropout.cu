@@ -1,6 +1,6 @@
 // LoRA's dropout mask. CPU definition: pipeline/src/linear/dropout.rs; the very bits, of the mask and of the values.
 //
-// Launch: one block of 256 threads a row. Time limit: bytes moved at 4.8 TB/s, for 4096 rows of 5120 values.
+// Launch: a block a row. Time limit: bytes moved at 4.8 TB/s, for 4096 rows of 5120 values.
 //   dropout_apply    8 bytes a value    35 us          dropout_add    12    52 us
 // The seven rounds are about 16 integer instructions a value, two thirds of what dropout_apply's bytes leave time for.
 
@@ -25,7 +25,7 @@ template <bool ADD>
 __device__ __forceinline__ void masked(const float* x, float* out, int width, unsigned long long key, unsigned threshold, float scale,
                                        unsigned long long row) {
     int blocks = (width + 31) / 32 * 8;
-    for (int block = threadIdx.x; block < blocks; block += THREADS) {
+    for (int block = threadIdx.x; block < blocks; block += blockDim.x) {
         int first = block / 8 * 32 + block % 8;
         // Read before the words are made, which takes about as long as the memory does.
         float from[4], to[4];
@@ -49,7 +49,7 @@ __device__ __forceinline__ void masked(const float* x, float* out, int width, un
 }
 
 // out = M x. out may be x.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK)
     dropout_apply(const float* x, float* out, int rows, int width, unsigned long long key, unsigned threshold, float scale,
                   unsigned long long first_row) {
     long long begin = (long long)blockIdx.x * width;
@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 EXPORT(dropout_apply);
 
 // out += M x.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK)
     dropout_add(const float* x, float* out, int rows, int width, unsigned long long key, unsigned threshold, float scale,
                 unsigned long long first_row) {
     long long begin = (long long)blockIdx.x * width;

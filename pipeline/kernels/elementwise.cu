@@ -1,6 +1,6 @@
 // Casts, sums and SwiGLU. CPU definitions: half's conversions (to nearest even), pipeline/src/ops/swiglu.rs; the same bits.
 //
-// Launch: ceil(n / 4096) blocks of 256 threads. Time limit: bytes moved at 4.8 TB/s.
+// Launch: any grid and block. Time limit: bytes moved at 4.8 TB/s.
 //   cast to 16 bits, from 16 bits    6 bytes a value     1.25 ns per 1000
 //   add, swiglu_forward             12                   2.5
 //   swiglu_backward                 20                   4.2
@@ -28,17 +28,17 @@ __device__ __forceinline__ void cast(const From* __restrict__ x, To* __restrict_
     });
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) cast_f32_bf16(const float* x, __nv_bfloat16* y, long long n) { cast(x, y, n); }
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK) cast_f32_bf16(const float* x, __nv_bfloat16* y, long long n) { cast(x, y, n); }
 EXPORT(cast_f32_bf16);
-extern "C" __global__ void __launch_bounds__(THREADS) cast_f16_bf16(const __half* x, __nv_bfloat16* y, long long n) { cast(x, y, n); }
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK) cast_f16_bf16(const __half* x, __nv_bfloat16* y, long long n) { cast(x, y, n); }
 EXPORT(cast_f16_bf16);
-extern "C" __global__ void __launch_bounds__(THREADS) cast_bf16_f32(const __nv_bfloat16* x, float* y, long long n) { cast(x, y, n); }
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK) cast_bf16_f32(const __nv_bfloat16* x, float* y, long long n) { cast(x, y, n); }
 EXPORT(cast_bf16_f32);
-extern "C" __global__ void __launch_bounds__(THREADS) cast_f16_f32(const __half* x, float* y, long long n) { cast(x, y, n); }
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK) cast_f16_f32(const __half* x, float* y, long long n) { cast(x, y, n); }
 EXPORT(cast_f16_f32);
 
 // sum may be x or y.
-extern "C" __global__ void __launch_bounds__(THREADS) add(const float* x, const float* y, float* sum, long long n) {
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK) add(const float* x, const float* y, float* sum, long long n) {
     each<4>(n, aligned(x, y, sum), [=](auto width, long long i) {
         constexpr int N = decltype(width)::value;
         Pack<float, N> a = load<N>(x, i), b = load<N>(y, i);
@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) add(const float* x, const 
 EXPORT(add);
 
 // y = u (g sigmoid(g)).
-extern "C" __global__ void __launch_bounds__(THREADS) swiglu_forward(const float* g, const float* u, float* y, long long n) {
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK) swiglu_forward(const float* g, const float* u, float* y, long long n) {
     each<4>(n, aligned(g, u, y), [=](auto width, long long i) {
         constexpr int N = decltype(width)::value;
         Pack<float, N> gate = load<N>(g, i), up = load<N>(u, i);
@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) swiglu_forward(const float
 EXPORT(swiglu_forward);
 
 // With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK)
     swiglu_backward(const float* g, const float* u, const float* dy, float* dg, float* du, long long n) {
     each<4>(n, aligned(g, u, dy, dg, du), [=](auto width, long long i) {
         constexpr int N = decltype(width)::value;

@@ -1,13 +1,11 @@
-// How kernels walk over memory: packs of neighbouring values, so that a thread moves 16 bytes at a time, blocks of a fixed number of
-// values, and one value at a time where packs do not fit.
+// How kernels walk over memory: packs of neighbouring values, so that a thread moves 16 bytes at a time, and one value at a time where packs
+// do not fit. Right for any grid and any block of whole warps; 256 threads and ceil(n / 2048) blocks keep an H200 busy.
 #pragma once
 
 #include "ptx.cuh"
 
-// Threads of a block, of every kernel that does not say otherwise; and values that a block of a flat kernel takes: launch
-// ceil(n / PER_BLOCK) blocks.
-constexpr int THREADS = 256;
-constexpr int PER_BLOCK = 4096;
+// The largest block that any kernel must take: it leaves each thread 64 registers.
+constexpr int LARGEST_BLOCK = 1024;
 
 // N values side by side; what is larger than 16 bytes is moved 16 at a time.
 template <class T, int N>
@@ -37,35 +35,27 @@ __device__ __forceinline__ bool aligned(const P*... pointers) {
     return ((reinterpret_cast<unsigned long long>(pointers) | ...) & 15) == 0;
 }
 
-// f(Width<N>, i) for the block's packs of N values, i their first; f(Width<1>, i) for single values in the last block and without alignment.
+// f(Width<N>, i) for every pack of N values, i its first, spread over the grid; f(Width<1>, i) for what is left and without alignment.
 template <int N, class F>
 __device__ __forceinline__ void each(long long n, bool packs, F f) {
-    long long first = (long long)blockIdx.x * PER_BLOCK;
-    if (packs && first + PER_BLOCK <= n) {
-#pragma unroll
-        for (int k = 0; k < PER_BLOCK / (THREADS * N); k++) {
-            f(Width<N>(), first + (k * THREADS + (int)threadIdx.x) * N);
-        }
-        return;
+    long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x, threads = (long long)gridDim.x * blockDim.x;
+    long long packed = packs ? n / N : 0;
+    for (long long i = thread; i < packed; i += threads) {
+        f(Width<N>(), i * N);
     }
-    for (int k = 0; k < PER_BLOCK / THREADS; k++) {
-        long long i = first + k * THREADS + threadIdx.x;
-        if (i < n) {
-            f(Width<1>(), i);
-        }
+    for (long long i = packed * N + thread; i < n; i += threads) {
+        f(Width<1>(), i);
     }
 }
 
-// The same for one row of `width` values that the whole block walks over: f(Width, i) with i within the row.
+// The same for one row of `width` values that the block walks over alone; packs must fit the width.
 template <int N, class F>
 __device__ __forceinline__ void along(int width, bool packs, F f) {
-    if (packs && width % N == 0) {
-        for (int i = threadIdx.x * N; i < width; i += THREADS * N) {
-            f(Width<N>(), i);
-        }
-        return;
+    int packed = packs && width % N == 0 ? width : 0;
+    for (int i = threadIdx.x * N; i < packed; i += blockDim.x * N) {
+        f(Width<N>(), i);
     }
-    for (int i = threadIdx.x; i < width; i += THREADS) {
+    for (int i = packed + threadIdx.x; i < width; i += blockDim.x) {
         f(Width<1>(), i);
     }
 }

@@ -1,19 +1,19 @@
 // RMSNorm there and back. CPU definition: pipeline/src/ops/rms_norm.rs; the same steps, but the two sums (f64) are added in another order,
 // which after their rounding to f32 shows about once in a hundred thousand rows.
 //
-// Launch: one block of 256 threads a row. A row of up to 8192 values is read once and stays in registers; what is beyond is read again.
-// Time limit: bytes moved at 4.8 TB/s, for 4096 rows of 5120 values.
+// Launch: a block a row. A thread keeps its first 16 (backward: 12) values in registers; what a row has beyond comes from the caches the second
+// time, so 512 threads suit a row of 5120. Time limit: bytes moved at 4.8 TB/s, for 4096 rows of 5120 values.
 //   rms_norm_forward    8 bytes a value    35 us          rms_norm_backward    12    52 us
 
 #include "sums.cuh"
 
-// Values of a row that a thread keeps.
-constexpr int KEPT = 32;
+// Values of a row that a thread keeps, as many as its registers hold.
+constexpr int KEPT = 16, KEPT_BACK = 12;
 
-// One block's row, as thread `threadIdx.x` sees it: pack k of N values lies at (k * THREADS + threadIdx.x) * N.
+// One block's row, as thread `threadIdx.x` sees it: pack k of N values lies at (k * threads + threadIdx.x) * N.
 template <int N>
 __device__ __forceinline__ int place_of(int k) {
-    return (k * THREADS + (int)threadIdx.x) * N;
+    return (k * (int)blockDim.x + (int)threadIdx.x) * N;
 }
 
 template <int N>
@@ -25,7 +25,7 @@ __device__ __forceinline__ void add_squares(const Pack<float, N>& x, double2& su
 
 template <int N>
 __device__ __forceinline__ void forward_row(const float* x, const float* w, float* y, int width, double eps) {
-    __shared__ double2 part[THREADS / 32];
+    __shared__ double2 part[LARGEST_BLOCK / 32];
     Pack<float, N> kept[KEPT / N];
     double2 sum = make_double2(0, 0);
 #pragma unroll
@@ -58,7 +58,7 @@ __device__ __forceinline__ void forward_row(const float* x, const float* w, floa
 }
 
 // y = w x r with r = 1 / sqrt(mean(x^2) + eps). y may be x.
-extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_forward(const float* x, const float* w, float* y, int rows, int width, double eps) {
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK) rms_norm_forward(const float* x, const float* w, float* y, int rows, int width, double eps) {
     long long begin = (long long)blockIdx.x * width;
     if (blockIdx.x >= rows) {
         return;
@@ -83,18 +83,18 @@ __device__ __forceinline__ void add_both(const Pack<float, N>& x, const float* w
 
 template <int N>
 __device__ __forceinline__ void backward_row(const float* x, const float* w, const float* dy, float* dx, int width, double eps) {
-    __shared__ double2 part[THREADS / 32];
-    Pack<float, N> kept_x[KEPT / N], kept_dy[KEPT / N];
+    __shared__ double2 part[LARGEST_BLOCK / 32];
+    Pack<float, N> kept_x[KEPT_BACK / N], kept_dy[KEPT_BACK / N];
     double2 sum = make_double2(0, 0);
 #pragma unroll
-    for (int k = 0; k < KEPT / N; k++) {
+    for (int k = 0; k < KEPT_BACK / N; k++) {
         if (place_of<N>(k) < width) {
             kept_x[k] = load<N>(x, place_of<N>(k));
             kept_dy[k] = load<N>(dy, place_of<N>(k));
             add_both(kept_x[k], w, place_of<N>(k), kept_dy[k], sum);
         }
     }
-    for (int k = KEPT / N; place_of<N>(k) < width; k++) {
+    for (int k = KEPT_BACK / N; place_of<N>(k) < width; k++) {
         add_both(load<N>(x, place_of<N>(k)), w, place_of<N>(k), load<N>(dy, place_of<N>(k)), sum);
     }
     sum = block_sum(sum, part);
@@ -109,18 +109,18 @@ __device__ __forceinline__ void backward_row(const float* x, const float* w, con
         store(dx, i, values);
     };
 #pragma unroll
-    for (int k = 0; k < KEPT / N; k++) {
+    for (int k = 0; k < KEPT_BACK / N; k++) {
         if (place_of<N>(k) < width) {
             write(place_of<N>(k), kept_x[k], kept_dy[k]);
         }
     }
-    for (int k = KEPT / N; place_of<N>(k) < width; k++) {
+    for (int k = KEPT_BACK / N; place_of<N>(k) < width; k++) {
         write(place_of<N>(k), load<N>(x, place_of<N>(k)), load<N>(dy, place_of<N>(k)));
     }
 }
 
 // dx = r (w dy - x r^2 mean(x w dy)). dx may be x or dy.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK)
     rms_norm_backward(const float* x, const float* w, const float* dy, float* dx, int rows, int width, double eps) {
     long long begin = (long long)blockIdx.x * width;
     if (blockIdx.x >= rows) {

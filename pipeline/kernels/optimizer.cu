@@ -1,8 +1,8 @@
 // AdamW and the sum behind gradient clipping. CPU definition: pipeline/src/train/optimizer.rs: every value in f64 from f32 state, rounded
 // once, product by product, so an update has the same bits; the sum of squares is added in another order.
 //
-// Launch: adamw ceil(n / 4096) blocks, sum_squares ceil(n / 16384), of 256 threads. Time limit: bytes moved at 4.8 TB/s, for the 69 million
-// parameters of rank 16 on all projections of a 14B model.
+// Launch: adamw any grid and block, sum_squares ceil(n / 16384) blocks. Time limit: bytes moved at 4.8 TB/s, for the 69 million parameters
+// of rank 16 on all projections of a 14B model.
 //   adamw    28 bytes a value    0.4 ms          sum_squares    4    58 us
 // f64 here is some 60 instructions a value, two thirds of what adamw's bytes leave time for where f64 runs at half of f32's rate.
 
@@ -10,7 +10,7 @@
 
 // With t updates done before the next: correction1 = 1 - beta1^t, correction2 = 1 - beta2^t. `clip` scales the gradient, rounded to f32,
 // where it is not 1.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK)
     adamw(float* w, const float* g, float* m, float* v, long long n, double lr, double beta1, double beta2, double eps, double weight_decay,
           double correction1, double correction2, double clip) {
     double keep = __dsub_rn(1.0, __dmul_rn(lr, weight_decay));
@@ -37,8 +37,8 @@ EXPORT(adamw);
 constexpr int SQUARES_PER_BLOCK = 16384;
 
 // partial[b] = the sum of g^2 over values 16384 b and on.
-extern "C" __global__ void __launch_bounds__(THREADS) sum_squares(const float* g, double* partial, long long n) {
-    __shared__ double2 part[THREADS / 32];
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK) sum_squares(const float* g, double* partial, long long n) {
+    __shared__ double2 part[LARGEST_BLOCK / 32];
     long long first = (long long)blockIdx.x * SQUARES_PER_BLOCK, left = n - first;
     double2 sum = make_double2(0, 0);
     auto add = [&](auto width, int i) {

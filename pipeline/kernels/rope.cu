@@ -1,12 +1,12 @@
 // Rotary position embedding, half-split. CPU definition: pipeline/src/ops/rope.rs; the same bits.
 //
-// Launch: one block of 256 threads a token. Time limit: 8 bytes a value at 4.8 TB/s, for 4096 tokens of 40 heads of 128: 35 us. The angles
+// Launch: a block a token. Time limit: 8 bytes a value at 4.8 TB/s, for 4096 tokens of 40 heads of 128: 35 us. The angles
 // (4 bytes a value of one head) are read once from memory and again for every head from the cache.
 
 #include "flat.cuh"
 
 // y [tokens, heads, 2 half] of x; sign 1 turns forward, -1 backward. y may be x.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK)
     rope(const float* x, const float* cos, const float* sin, float sign, float* y, int tokens, int heads, int half) {
     long long token = blockIdx.x;
     if (token >= tokens) {
@@ -27,11 +27,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         store(to, first + half, y1);
     };
     if (aligned(x, cos, sin, y) && half % 4 == 0) {
-        for (int item = threadIdx.x; item < heads * (half / 4); item += THREADS) {
+        for (int item = threadIdx.x; item < heads * (half / 4); item += blockDim.x) {
             turn(Width<4>(), item);
         }
     } else {
-        for (int item = threadIdx.x; item < heads * half; item += THREADS) {
+        for (int item = threadIdx.x; item < heads * half; item += blockDim.x) {
             turn(Width<1>(), item);
         }
     }

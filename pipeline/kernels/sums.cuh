@@ -3,7 +3,7 @@
 
 #include "flat.cuh"
 
-// Both sums over all THREADS threads, for every thread. `part` is shared memory for THREADS / 32 values, free again when the call returns.
+// Both sums over the block's threads, for every thread. `part` is shared memory for 32 values, free again when the call returns.
 __device__ __forceinline__ double2 block_sum(double2 sum, double2* part) {
     for (int other = 16; other > 0; other /= 2) {
         sum.x += __shfl_xor_sync(0xffffffff, sum.x, other);
@@ -14,7 +14,7 @@ __device__ __forceinline__ double2 block_sum(double2 sum, double2* part) {
     }
     __syncthreads();
     sum = part[0];
-    for (int warp = 1; warp < THREADS / 32; warp++) {
+    for (unsigned warp = 1; warp < blockDim.x / 32; warp++) {
         sum.x += part[warp].x;
         sum.y += part[warp].y;
     }

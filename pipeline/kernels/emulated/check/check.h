@@ -81,6 +81,10 @@ struct Size {
     unsigned x = 1, y = 1, z = 1;
 };
 
+// Launches that a flat kernel over n values must be right for, by turns: as many blocks as keep a device busy, too few, and the largest.
+inline Size grid_for(size_t n) { return {n % 3 == 0 ? unsigned((n + 2047) / 2048) : n % 3 == 1 ? 1 : 2}; }
+inline Size block_for(size_t n) { return {n % 3 == 0 ? 256u : n % 3 == 1 ? 96 : 1024}; }
+
 // Launches a kernel; gives the driver's code. Scalars must have the very types of the kernel's parameters, as with the real driver.
 template <class... A>
 int try_launch(const char* name, Size grid, Size block, unsigned shared, const A&... arguments) {

@@ -6,9 +6,7 @@ using namespace check;
 
 namespace {
 
-const size_t SIZES[] = {1, 7, 4095, 4096, 4097, 9000};
-
-Size blocks(size_t n) { return {unsigned((n + 4095) / 4096)}; }
+const size_t SIZES[] = {1, 3, 7, 2048, 2049, 4095, 9000, 9002};
 
 // The nearest number of `digits` binary digits, ties to even, as long as it is a normal one.
 double nearest(double value, int digits) {
@@ -42,8 +40,8 @@ TEST(casts_round_to_nearest_even) {
             }
             Values<float> in(x, offset), back = Values<float>::made(n, offset);
             Values<__nv_bfloat16> narrow = Values<__nv_bfloat16>::made(n, offset);
-            launch("cast_f32_bf16", blocks(n), {256}, 0, in, narrow, (long long)n);
-            launch("cast_bf16_f32", blocks(n), {256}, 0, narrow, back, (long long)n);
+            launch("cast_f32_bf16", grid_for(n), block_for(n), 0, in, narrow, (long long)n);
+            launch("cast_bf16_f32", grid_for(n), block_for(n), 0, narrow, back, (long long)n);
             near("f32 to bf16 and back", back.read(), expected, 0.0);
 
             // A half has 11 digits, three more than bf16.
@@ -55,10 +53,10 @@ TEST(casts_round_to_nearest_even) {
                 expected[i] = nearest(exact[i], 8);
             }
             Values<__half> half(halves, offset);
-            launch("cast_f16_f32", blocks(n), {256}, 0, half, back, (long long)n);
+            launch("cast_f16_f32", grid_for(n), block_for(n), 0, half, back, (long long)n);
             near("f16 to f32", back.read(), exact, 0.0);
-            launch("cast_f16_bf16", blocks(n), {256}, 0, half, narrow, (long long)n);
-            launch("cast_bf16_f32", blocks(n), {256}, 0, narrow, back, (long long)n);
+            launch("cast_f16_bf16", grid_for(n), block_for(n), 0, half, narrow, (long long)n);
+            launch("cast_bf16_f32", grid_for(n), block_for(n), 0, narrow, back, (long long)n);
             near("f16 to bf16", back.read(), expected, 0.0);
         }
     }
@@ -73,7 +71,7 @@ TEST(add_adds) {
                 sum.push_back(x[i] + y[i]);
             }
             Values<float> a(x), b(y, offset);
-            launch("add", blocks(n), {256}, 0, a, b, b, (long long)n);
+            launch("add", grid_for(n), block_for(n), 0, a, b, b, (long long)n);
             same("sums", b.read(), sum);
         }
     }
@@ -100,10 +98,10 @@ TEST(swiglu_goes_there_and_back) {
                 dg_allowed.push_back(1.01 * outer * (slope_allowed + 5.5 * unit * std::fabs(slope)) + lost * std::fabs(g[i]));
             }
             Values<float> dev_g(g, offset), dev_u(u, offset), dev_dy(dy, offset), out = Values<float>::made(n, offset);
-            launch("swiglu_forward", blocks(n), {256}, 0, dev_g, dev_u, out, (long long)n);
+            launch("swiglu_forward", grid_for(n), block_for(n), 0, dev_g, dev_u, out, (long long)n);
             near("y", out.read(), y, y_allowed);
             Values<float> to_g = Values<float>::made(n, offset), to_u = Values<float>::made(n, offset);
-            launch("swiglu_backward", blocks(n), {256}, 0, dev_g, dev_u, dev_dy, to_g, to_u, (long long)n);
+            launch("swiglu_backward", grid_for(n), block_for(n), 0, dev_g, dev_u, dev_dy, to_g, to_u, (long long)n);
             near("dg", to_g.read(), dg, dg_allowed);
             near("du", to_u.read(), du, du_allowed);
         }

@@ -1,4 +1,4 @@
-// The emulation itself: barriers, warps, shared memory, half types, tensor cores, and that what is wrong is refused.
+// The emulation itself: barriers, warps, shared memory, half types, tensor cores.
 
 #include "../../ptx.cuh"
 #include "check.h"
@@ -150,48 +150,3 @@ TEST(halves_round_to_nearest_even) {
     EXPECT(__bfloat16_as_ushort(__float2bfloat16(1.01171875f)) == 0x3f82, "a tie goes to the even bf16");
     EXPECT(__bfloat16_as_ushort(__float2bfloat16(3.4e38f)) == 0x7f80, "beyond the largest bf16");
 }
-
-extern "C" __global__ void check_write(int* x, int at) {
-    if (threadIdx.x == 0) {
-        x[at] = 7;
-    }
-}
-EXPORT(check_write);
-
-TEST(launches_that_no_device_takes_are_refused) {
-    Values<int> x = Values<int>::made(4);
-    EXPECT(try_launch("check_write", {0}, {32}, 0, x, 0) == 1, "no blocks");
-    EXPECT(try_launch("check_write", {1}, {2048}, 0, x, 0) == 1, "2048 threads");
-    EXPECT(try_launch("check_write", {1, 70000}, {32}, 0, x, 0) == 1, "70000 rows of blocks");
-    EXPECT(try_launch("check_write", {1}, {32}, 48 << 10, x, 0) == 0, "48 KiB");
-    EXPECT(try_launch("check_write", {1}, {32}, 227 << 10, x, 1) == 0, "227 KiB that were asked for");
-    void *module, *function, *pointers[] = {nullptr};
-    EXPECT(cuModuleLoadData(&module, "") == 0 && cuModuleGetFunction(&function, module, "check_sum") == 0, "kernel");
-    EXPECT(cuLaunchKernel(function, 1, 1, 1, 32, 1, 1, (48 << 10) + 1, nullptr, pointers, nullptr) == 1, "more than 48 KiB");
-    EXPECT(cuFuncSetAttribute(function, 8, (227 << 10) + 1) == 1, "more than 227 KiB");
-    EXPECT(cuModuleGetFunction(&function, module, "check_nothing") == 500, "an unknown kernel");
-    same("written", x.read(), {7, 7, -1, -1});
-}
-
-TEST(copies_outside_an_allocation_are_refused) {
-    unsigned long long begin;
-    char bytes[20] = {};
-    EXPECT(cuMemAlloc_v2(&begin, 16) == 0 && begin % 256 == 0, "allocation");
-    EXPECT(cuMemcpyHtoD_v2(begin, bytes, 16) == 0 && cuMemcpyHtoD_v2(begin + 4, bytes, 13) == 1, "copy to");
-    EXPECT(cuMemcpyDtoH_v2(bytes, begin + 16, 1) == 1 && cuMemcpyDtoH_v2(bytes, begin - 1, 1) == 1, "copy from");
-    EXPECT(cuMemFree_v2(begin) == 0 && cuMemFree_v2(begin) == 1, "freed twice");
-    EXPECT(cuMemcpyDtoH_v2(bytes, begin, 1) == 1, "copy from what was freed");
-}
-
-#if !defined(__SANITIZE_ADDRESS__)
-// With a sanitizer the write itself ends the run.
-TEST(a_write_beside_an_allocation_is_seen) {
-    unsigned long long begin;
-    EXPECT(cuMemAlloc_v2(&begin, 16) == 0, "allocation");
-    int end = 4;
-    void *module, *function, *pointers[] = {&begin, &end};
-    EXPECT(cuModuleLoadData(&module, "") == 0 && cuModuleGetFunction(&function, module, "check_write") == 0, "kernel");
-    EXPECT(cuLaunchKernel(function, 1, 1, 1, 32, 1, 1, 0, nullptr, pointers, nullptr) == 700, "a write after the end");
-    EXPECT(cuMemFree_v2(begin) == 1, "freed although damaged");
-}
-#endif

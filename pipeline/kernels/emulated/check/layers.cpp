@@ -40,7 +40,7 @@ Norm norm_of(const std::vector<float>& x, const std::vector<float>& w, const std
 }  // namespace
 
 TEST(rms_norm_goes_there_and_back) {
-    // Beyond 8192 values a row is read twice.
+    // Beyond 16 values a thread a row is read twice.
     for (int width : {1, 3, 64, 100, 1028, 5120, 8191, 8192, 9000, 9001}) {
         for (size_t offset : {0, 1}) {
             int rows = 3;
@@ -49,10 +49,10 @@ TEST(rms_norm_goes_there_and_back) {
             std::vector<float> x = random.values(width * rows, 4), w = random.values(width), dy = random.values(width * rows);
             Norm expected = norm_of(x, w, dy, eps);
             Values<float> dev_x(x, offset), dev_w(w, offset), dev_dy(dy, offset), y = Values<float>::made(x.size(), offset);
-            launch("rms_norm_forward", {unsigned(rows)}, {256}, 0, dev_x, dev_w, y, rows, width, eps);
+            launch("rms_norm_forward", {unsigned(rows)}, block_for(width), 0, dev_x, dev_w, y, rows, width, eps);
             // r, and two products.
             near("y", y.read(), expected.y, 3.01 * ROUNDING);
-            launch("rms_norm_backward", {unsigned(rows)}, {256}, 0, dev_x, dev_w, dev_dy, dev_dy, rows, width, eps);
+            launch("rms_norm_backward", {unsigned(rows)}, block_for(width), 0, dev_x, dev_w, dev_dy, dev_dy, rows, width, eps);
             near("dx", dev_dy.read(), expected.dx, expected.dx_allowed);
         }
     }
@@ -79,7 +79,7 @@ TEST(rope_turns_both_ways) {
             }
             for (size_t offset : {0, 2}) {
                 Values<float> dev_x(x, offset), c(cos), s(sin);
-                launch("rope", {unsigned(tokens)}, {256}, 0, dev_x, c, s, sign, dev_x, tokens, heads, half);
+                launch("rope", {unsigned(tokens)}, block_for(half), 0, dev_x, c, s, sign, dev_x, tokens, heads, half);
                 near("y", dev_x.read(), y, allowed);
             }
         }

@@ -32,7 +32,7 @@ void embeds(const char* kernel, const std::vector<T>& table, const std::vector<u
     Values<T> dev(table, offset);
     Values<unsigned> rows(ids);
     Values<float> y = Values<float>::made(expected.size());
-    launch(kernel, {unsigned(ids.size())}, {256}, 0, dev, rows, y, int(ids.size()), width);
+    launch(kernel, {unsigned(ids.size())}, block_for(width), 0, dev, rows, y, int(ids.size()), width);
     same(kernel, y.read(), expected);
 }
 
@@ -65,9 +65,9 @@ TEST(rows_move) {
             }
             Values<float> from(x, offset), to(table), one(row, offset), y = Values<float>::made(many.size());
             Values<unsigned> numbers(ids);
-            launch("scatter_rows", {n}, {256}, 0, from, numbers, to, int(n), width);
+            launch("scatter_rows", {n}, block_for(width), 0, from, numbers, to, int(n), width);
             same("scatter_rows", to.read(), sum);
-            launch("broadcast_rows", {n}, {256}, 0, one, y, int(n), width);
+            launch("broadcast_rows", {n}, block_for(width), 0, one, y, int(n), width);
             same("broadcast_rows", y.read(), many);
         }
     }
@@ -142,16 +142,16 @@ TEST(dropout_has_its_definition_s_bits) {
                 sum[0] = before[0] + 0.0f;
             }
             Values<float> in(x, 1), out = Values<float>::made(x.size()), to(before);
-            launch("dropout_apply", {rows}, {256}, 0, in, out, rows, width, key, threshold, scale, first_row);
+            launch("dropout_apply", {rows}, block_for(width), 0, in, out, rows, width, key, threshold, scale, first_row);
             same("dropout_apply", out.read(), apply);
-            launch("dropout_add", {rows}, {256}, 0, in, to, rows, width, key, threshold, scale, first_row);
+            launch("dropout_add", {rows}, block_for(width), 0, in, to, rows, width, key, threshold, scale, first_row);
             same("dropout_add", to.read(), sum);
         }
     }
 }
 
 TEST(adamw_has_its_definition_s_bits) {
-    for (size_t n : {1, 4096, 4099}) {
+    for (size_t n : {1, 4096, 4098, 4100}) {
         for (double clip : {1.0, 0.37}) {
             Random random(n);
             std::vector<float> w = random.values(n), g = random.values(n, 0.01f), m = random.values(n, 0.01f), v = random.values(n, 1e-4f);
@@ -168,7 +168,7 @@ TEST(adamw_has_its_definition_s_bits) {
                 double root = std::sqrt(v[i] / correction2) + eps;
                 w[i] = float(w[i] * (1 - lr * decay) - lr * (m[i] / correction1) / root);
             }
-            launch("adamw", {unsigned((n + 4095) / 4096)}, {256}, 0, dev_w, dev_g, dev_m, dev_v, (long long)n, lr, beta1, beta2, eps, decay,
+            launch("adamw", grid_for(n), block_for(n), 0, dev_w, dev_g, dev_m, dev_v, (long long)n, lr, beta1, beta2, eps, decay,
                    correction1, correction2, clip);
             same("w", dev_w.read(), w);
             same("m", dev_m.read(), m);
@@ -187,8 +187,8 @@ TEST(squares_are_summed_in_a_fixed_order) {
             }
             Values<float> in(g, offset);
             Values<double> partial = Values<double>::made(expected.size()), again = Values<double>::made(expected.size());
-            launch("sum_squares", {unsigned(expected.size())}, {256}, 0, in, partial, (long long)n);
-            launch("sum_squares", {unsigned(expected.size())}, {256}, 0, in, again, (long long)n);
+            launch("sum_squares", {unsigned(expected.size())}, block_for(n), 0, in, partial, (long long)n);
+            launch("sum_squares", {unsigned(expected.size())}, block_for(n), 0, in, again, (long long)n);
             // A rounding of 2^-53 for each sum at most.
             near("sums", partial.read(), expected, 16384 * 0x1p-53);
             same("sums again", again.read(), partial.read());

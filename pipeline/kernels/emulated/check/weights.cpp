@@ -61,10 +61,10 @@ TEST(awq_unpacks_exactly) {
             Values<__half> factors(scales, offset);
             Values<float> w = Values<float>::made(expected.size(), offset);
             Values<__nv_bfloat16> narrow = Values<__nv_bfloat16>::made(expected.size(), offset);
-            Size grid = {unsigned(((inputs + 7) / 8 * (outputs / 8) + 255) / 256)};
-            launch("awq_unpack_f32", grid, {256}, 0, words, zeros, factors, w, inputs, outputs, group);
+            Size grid = grid_for(inputs + offset), block = block_for(inputs + offset);
+            launch("awq_unpack_f32", grid, block, 0, words, zeros, factors, w, inputs, outputs, group);
             near("f32", w.read(), std::vector<double>(expected.begin(), expected.end()), 0.0);
-            launch("awq_unpack_bf16", grid, {256}, 0, words, zeros, factors, narrow, inputs, outputs, group);
+            launch("awq_unpack_bf16", grid, block, 0, words, zeros, factors, narrow, inputs, outputs, group);
             near("bf16", widened(narrow.read()), [&] { auto r = rounded(expected); return std::vector<double>(r.begin(), r.end()); }(), 0.0);
         }
     }
@@ -99,10 +99,10 @@ TEST(nf4_unpacks_as_its_formula_says) {
             Values<unsigned char> c(codes, offset), a(absmax);
             Values<float> m(map), s(nested), w = Values<float>::made(n, offset);
             Values<__nv_bfloat16> narrow = Values<__nv_bfloat16>::made(n, offset);
-            Size grid = {unsigned((n + 4095) / 4096)};
-            launch("nf4_unpack_f32", grid, {256}, 0, c, a, s, offset_of_maxima, m, w, (long long)n);
+            Size grid = grid_for(n + offset / 3), block = block_for(n + offset / 3);
+            launch("nf4_unpack_f32", grid, block, 0, c, a, s, offset_of_maxima, m, w, (long long)n);
             near("f32", w.read(), expected, allowed);
-            launch("nf4_unpack_bf16", grid, {256}, 0, c, a, s, offset_of_maxima, m, narrow, (long long)n);
+            launch("nf4_unpack_bf16", grid, block, 0, c, a, s, offset_of_maxima, m, narrow, (long long)n);
             std::vector<float> bf16 = widened(narrow.read());
             near("bf16", bf16, expected, allowed_bf16);
             same("bf16 of f32", bf16, rounded(w.read()));
