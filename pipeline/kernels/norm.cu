@@ -58,7 +58,8 @@ __device__ __forceinline__ void forward_row(const float* x, const float* w, floa
 }
 
 // y = w x r with r = 1 / sqrt(mean(x^2) + eps). y may be x.
-extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK) rms_norm_forward(const float* x, const float* w, float* y, int rows, int width, double eps) {
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK)
+    rms_norm_forward(const float* x, const float* w, float* y, int rows, int width, double eps) {
     long long begin = (long long)blockIdx.x * width;
     if (blockIdx.x >= rows) {
         return;

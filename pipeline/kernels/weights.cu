@@ -1,7 +1,8 @@
 // Packed weights unpacked for a product. CPU definitions: pipeline/src/linear/awq.rs and nf4.rs; f32 has their very bits, bf16 the same
 // numbers rounded once.
 //
-// Launch: any grid and block; a thread of awq_unpack_* takes 64 values at a time. Time limit: bytes moved at 4.8 TB/s, for a weight of 5120 x 13824 (70.8 million values).
+// Launch: any grid and block; a thread of awq_unpack_* takes 64 values at a time. Time limit: bytes moved at
+// 4.8 TB/s, for a weight of 5120 x 13824 (70.8 million values).
 //   awq_unpack_bf16, groups of 128    2.52 bytes a value    37 us          awq_unpack_f32    4.52    67 us
 //   nf4_unpack_bf16                   2.52                  37             nf4_unpack_f32    4.52    67
 // outputs must be a multiple of 8, inputs of group; what the parts hold is checked before.
