@@ -39,18 +39,17 @@ __device__ __forceinline__ void awq_unpack(const unsigned* __restrict__ qweight,
         for (int k = 0; k < AWQ_ROWS; k++) {
             word[k] = first + k < inputs ? qweight[(long long)(first + k) * words + c] : 0;
         }
-        int loaded = -1;
-        float zero[8], scale[8];
+        float zero[8] = {}, scale[8] = {};
 #pragma unroll
         for (int k = 0; k < AWQ_ROWS; k++) {
             int i = first + k;
             if (i >= inputs) {
                 break;
             }
-            if (i / group != loaded) {
-                loaded = i / group;
-                unsigned zeros = qzeros[(long long)loaded * words + c];
-                long long at = (long long)loaded * outputs + 8 * c;
+            if (k == 0 || i % group == 0) {
+                int row = i / group;
+                unsigned zeros = qzeros[(long long)row * words + c];
+                long long at = (long long)row * outputs + 8 * c;
                 Pack<__half, 8> halves;
                 if (packs) {
                     halves = load<8>(scales, at);
