@@ -1,5 +1,7 @@
 // Every kernel, for one image: a family a file, each opening with its CPU definition, its launch and its time limit.
 
+#include "attention.cu"
+#include "attention_mma.cu"
 #include "dropout.cu"
 #include "elementwise.cu"
 #include "norm.cu"
