@@ -4,6 +4,7 @@
 #include "attention_mma.cu"
 #include "dropout.cu"
 #include "elementwise.cu"
+#include "head.cu"
 #include "norm.cu"
 #include "optimizer.cu"
 #include "rope.cu"
