@@ -5,6 +5,7 @@
 #include "dropout.cu"
 #include "elementwise.cu"
 #include "head.cu"
+#include "loss.cu"
 #include "norm.cu"
 #include "optimizer.cu"
 #include "rope.cu"
