@@ -40,7 +40,7 @@ fn main() -> Result<(), Failure> {
 
     let before = peak()?;
     let began = Instant::now();
-    let head = Head { weight: &head, precision: Precision::F32 };
+    let head = Head::new(&head, Precision::F32);
     let (sums, _) = fused(&states, head, &labels, Some(&targets), &LossSettings::default(), 1.0 / n as f64, chunk)?;
     println!(
         "chunk {chunk} of {n} positions, {vocab} ids: {:.1} s, {:.0} MiB above the {before:.0} MiB of what goes in; loss {:.6}",

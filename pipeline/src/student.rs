@@ -16,7 +16,7 @@ use crate::linear::dropout::Dropout;
 use crate::linear::{Head, Lora};
 use crate::model::decoder::{Decoder, Holding, features};
 use crate::model::layer::{Activations, Geometry, PROJECTIONS};
-use crate::ops::add;
+use crate::ops::{add, rows};
 use crate::run::RunContext;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -159,7 +159,7 @@ impl Student {
 
     /// The head as the loss takes it.
     pub fn head(&self) -> Head<'_> {
-        Head { weight: self.decoder.head(), precision: self.decoder.precision() }
+        self.decoder.head_of_loss()
     }
 
     /// The trainable tensors: `model.layers.I.PROJECTION.lora_A.weight` f32 [r, in] and `….lora_B.weight` f32 [out, r], layer by
@@ -246,7 +246,7 @@ impl Student {
         context: &RunContext,
         mut through: impl FnMut(usize, &Tensor, &Geometry) -> candle_core::Result<Tensor>,
     ) -> Result<Option<(Tensor, Tensor, Geometry)>> {
-        let geometry = Geometry::new(pack, &self.decoder.config);
+        let geometry = Geometry::new(pack, &self.decoder.config, self.decoder.device())?;
         let mut x = self.decoder.embed(pack.input_ids())?;
         for i in 0..self.decoder.layers.len() {
             if context.stopping() {
@@ -255,7 +255,7 @@ impl Student {
             x = through(i, &x, &geometry)?;
         }
         let rows = Tensor::new(pack.scored(), self.decoder.device())?;
-        Ok(Some((x.index_select(&rows, 0)?, rows, geometry)))
+        Ok(Some((rows::gather(&x, &rows)?, rows, geometry)))
     }
 
     /// From dL/d(result of [`forward`](Self::forward)): the gradients of the trainable tensors, in the order of
@@ -272,8 +272,7 @@ impl Student {
     pub fn backward_training(&self, tape: Tape, d_normed: &Tensor, sums: &mut Vec<Tensor>, context: &RunContext) -> Result<Walk> {
         let Tape { geometry, mut inputs, mut kept, scored, rows, tokens, dropout } = tape;
         let d_scored = self.decoder.final_norm_backward(&scored, d_normed)?;
-        let zeros = Tensor::zeros((tokens, self.decoder.config.hidden_size), d_scored.dtype(), d_scored.device())?;
-        let mut dx = zeros.index_add(&rows, &d_scored, 0)?;
+        let mut dx = rows::scatter(&d_scored, &rows, tokens)?;
         let mut first = Vec::with_capacity(inputs.len());
         let mut end = sums.len();
         for (i, layer) in self.decoder.layers.iter().enumerate().rev() {

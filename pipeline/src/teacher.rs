@@ -17,6 +17,7 @@ use crate::model::layer::Geometry;
 use crate::model::weights::Weights;
 use crate::ops::capture::{Capture, Captured};
 use crate::ops::draw::Place;
+use crate::ops::rows;
 use crate::run::RunContext;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -84,7 +85,9 @@ impl Teacher {
     /// as far as it got, the head being the last of `layers + 1` equal steps.
     pub fn hidden(&self, packs: &[Pack], context: &RunContext) -> Result<Option<Vec<ScoredHidden>>> {
         let config = &self.decoder.config;
-        let geometries: Vec<Geometry> = packs.iter().map(|pack| Geometry::new(pack, config)).collect();
+        let device = self.decoder.device();
+        let geometries =
+            packs.iter().map(|pack| Geometry::new(pack, config, device)).collect::<candle_core::Result<Vec<Geometry>>>()?;
         let mut states =
             packs.iter().map(|pack| self.decoder.embed(pack.input_ids())).collect::<candle_core::Result<Vec<_>>>()?;
         if self.residency == Residency::Streamed {
@@ -115,8 +118,8 @@ impl Teacher {
         }
         self.warm.store(true, Ordering::Relaxed);
         let scored = |(pack, x): (&Pack, Tensor)| -> Result<ScoredHidden> {
-            let rows = Tensor::new(pack.scored(), self.decoder.device())?;
-            Ok(ScoredHidden(self.decoder.final_norm(&x.index_select(&rows, 0)?)?))
+            let scored = rows::gather(&x, &Tensor::new(pack.scored(), device)?)?;
+            Ok(ScoredHidden(self.decoder.final_norm(&scored)?))
         };
         packs.iter().zip(states).map(scored).collect::<Result<_>>().map(Some)
     }

@@ -90,7 +90,7 @@ fn every_part_is_seen() {
 /// dL/d(embeddings) of L = Σ logits · cotangent.
 fn gradient(decoder: &Decoder, expected: &HashMap<String, Tensor>) -> Tensor {
     let pack = pack(expected);
-    let geometry = Geometry::new(&pack, &decoder.config);
+    let geometry = Geometry::new(&pack, &decoder.config, decoder.device()).unwrap();
     let mut inputs = vec![decoder.embed(pack.input_ids()).unwrap()];
     for layer in &decoder.layers {
         inputs.push(layer.forward(inputs.last().unwrap(), &geometry, None).unwrap());
@@ -123,7 +123,7 @@ fn the_gradient_through_norms_of_heads_is_the_slope() {
     for name in ["qwen3", "qwen3_bias", "qwen3_awq"] {
         let (decoder, expected) = (decoder(name), expected(name));
         let pack = pack(&expected);
-        let geometry = Geometry::new(&pack, &decoder.config);
+        let geometry = Geometry::new(&pack, &decoder.config, decoder.device()).unwrap();
         let layer = &decoder.layers[0];
         let x = decoder.embed(pack.input_ids()).unwrap();
         let wave = |salt: usize| {

@@ -171,7 +171,8 @@ fn backward_equals_finite_differences() {
     let (x, g) = (tensor(t, inputs, 2), tensor(t, outputs, 3));
     for weight in weights {
         let lora = Lora { a: tensor(rank, inputs, 4), b: tensor(outputs, rank, 5), scale: 0.5 };
-        let layer = Linear { weight, bias: Some(tensor(1, outputs, 6).squeeze(0).unwrap()), lora: Some(lora) };
+        let mut layer = Linear::new(weight, Some(tensor(1, outputs, 6).squeeze(0).unwrap()));
+        layer.lora = Some(lora);
         let objective = |layer: &Linear, x: &Tensor| -> f64 {
             let y = layer.forward(x).unwrap();
             floats(&y).iter().zip(floats(&g)).map(|(a, b)| f64::from(*a) * f64::from(b)).sum()

@@ -212,7 +212,7 @@ struct Problem {
 
 impl Problem {
     fn head(&self) -> Head<'_> {
-        Head { weight: &self.head, precision: Precision::F32 }
+        Head::new(&self.head, Precision::F32)
     }
 }
 

@@ -97,7 +97,7 @@ fn rope_and_its_backward() {
         }
         y
     };
-    let table = Table::new(&positions, d, theta);
+    let table = Table::new(&positions, d, theta, &Device::Cpu).unwrap();
     let shape = [positions.len(), heads, d];
     // Position 700 times a frequency rounded to f32: an angle off by 700 · 2^-24 ≈ 4e-5 at most.
     let ours = floats(&table.apply(&tensor(&x, &shape), Turn::Forward).unwrap());

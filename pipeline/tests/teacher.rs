@@ -91,7 +91,7 @@ fn hidden_states_equal_transformers() {
         Decoder::from_folder(&golden("teacher-awq"), Holding::AsStored, Precision::F32, &Device::Cpu, &RunContext::default())
             .unwrap();
     let pack = Pack::new([Sequence { input_ids: &input_ids, positions: &[] }]);
-    let geometry = Geometry::new(&pack, &decoder.config);
+    let geometry = Geometry::new(&pack, &decoder.config, decoder.device()).unwrap();
     let mut x = decoder.embed(&input_ids).unwrap();
     assert_eq!(floats(&x), floats(&expected["hidden_00"]), "embeddings");
     for (i, layer) in decoder.layers.iter().enumerate() {

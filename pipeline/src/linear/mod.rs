@@ -11,6 +11,8 @@ pub mod panel;
 mod pass;
 pub mod product;
 
+#[cfg(feature = "cuda")]
+pub use crate::cuda::DeviceWeight;
 pub use pass::{Low, Pass, backward_all, forward_all, forward_kept};
 
 use crate::kernel::Precision;
@@ -46,6 +48,16 @@ impl Weight {
         }
     }
 
+    /// A copy on `device`, if that is a GPU.
+    pub fn placed(&self, device: &Device) -> Result<Option<DeviceWeight>> {
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = device {
+            return DeviceWeight::new(self, device).map(Some);
+        }
+        let _ = device;
+        Ok(None)
+    }
+
     /// All of it as f32 [out, in].
     pub fn to_tensor(&self) -> Result<Tensor> {
         let (outputs, inputs) = (self.outputs(), self.inputs());
@@ -64,7 +76,21 @@ pub struct Head<'a> {
     pub weight: &'a dense::DenseWeight,
     /// What the factors of its products are rounded to.
     pub precision: Precision,
+    /// Its copy on a GPU.
+    pub placed: Option<&'a DeviceWeight>,
 }
+
+impl<'a> Head<'a> {
+    /// A head in the host's memory.
+    pub fn new(weight: &'a dense::DenseWeight, precision: Precision) -> Self {
+        Self { weight, precision, placed: None }
+    }
+}
+
+/// A weight's copy on a GPU: without the feature `cuda` there is none.
+#[cfg(not(feature = "cuda"))]
+#[derive(Debug, Clone)]
+pub enum DeviceWeight {}
 
 /// Low-rank factors added to a frozen layer: y += scale · B (A x).
 #[derive(Debug, Clone)]
@@ -95,12 +121,19 @@ pub struct Linear {
     pub bias: Option<Tensor>,
     /// Trainable factors.
     pub lora: Option<Lora>,
+    /// The weight's copy on a GPU.
+    pub(crate) placed: Option<DeviceWeight>,
 }
 
 impl Linear {
     /// A frozen layer.
     pub fn new(weight: Weight, bias: Option<Tensor>) -> Self {
-        Self { weight, bias, lora: None }
+        Self { weight, bias, lora: None, placed: None }
+    }
+
+    /// The same layer with a copy of its weight on `device`; as it is where that is the CPU.
+    pub fn placed(&self, device: &Device) -> Result<Self> {
+        Ok(Self { placed: self.weight.placed(device)?, ..self.clone() })
     }
 
     /// y [T, out] of x [T, in], both f32 and contiguous.

@@ -19,8 +19,8 @@ use crate::kernel::{Precision, Rows};
 use crate::ops::{Floats, floats};
 use candle_core::{Result, Tensor, bail};
 
-/// u = s · x Aᵀ of a layer, f32 [T, r]; empty for a layer without an adapter.
-pub type Low = Vec<f32>;
+/// u = s · x Aᵀ of a layer, f32 [T, r]; `None` for a layer without an adapter.
+pub type Low = Option<Tensor>;
 
 /// How layers are passed through.
 #[derive(Debug, Clone, Copy)]
@@ -69,7 +69,7 @@ impl<'a> Factors<'a> {
     }
 
     /// s · (M ∘ x) Aᵀ: f32 [T, r]. `rows` are x's, packed.
-    fn seen(&self, x: &[f32], rows: &Rows, mask: Option<RowMask>) -> Low {
+    fn seen(&self, x: &[f32], rows: &Rows, mask: Option<RowMask>) -> Vec<f32> {
         match mask {
             None => self.low(rows, self.a(Way::Forward)),
             Some(mask) => {
@@ -80,7 +80,7 @@ impl<'a> Factors<'a> {
     }
 
     /// rows · A or B, scaled: f32 [T, r].
-    fn low(&self, rows: &Rows, factor: Factor) -> Low {
+    fn low(&self, rows: &Rows, factor: Factor) -> Vec<f32> {
         let mut low = products(&[Product::of(rows, factor)]).swap_remove(0);
         low.iter_mut().for_each(|v| *v *= self.scale);
         low
@@ -100,10 +100,12 @@ pub fn forward_kept<const N: usize>(layers: [&Linear; N], x: &Tensor, pass: Pass
     let rows = Rows::pack(&x_values, width, precision);
     let factors = layers.iter().map(|layer| Factors::of(layer)).collect::<Result<Vec<_>>>()?;
     let biases = layers.iter().map(|layer| layer.bias.as_ref().map(floats).transpose()).collect::<Result<Vec<_>>>()?;
-    let seen = |(f, mask): (&Option<Factors>, _)| f.as_ref().map_or_else(Vec::new, |f| f.seen(&x_values, &rows, mask));
-    let low: Vec<Low> = factors.iter().zip(pass.masks).map(seen).collect();
-    let packed: Vec<Option<Rows>> =
-        factors.iter().zip(&low).map(|(f, low)| f.as_ref().map(|f| Rows::pack(low, f.rank, precision))).collect();
+    let (mut low, mut packed) = (Vec::with_capacity(N), Vec::with_capacity(N));
+    for (factors, mask) in factors.iter().zip(pass.masks) {
+        let seen = factors.as_ref().map(|f| (f.seen(&x_values, &rows, mask), f.rank));
+        packed.push(seen.as_ref().map(|(seen, rank)| Rows::pack(seen, *rank, precision)));
+        low.push(seen.map(|(seen, rank)| Tensor::from_vec(seen, (t, rank), x.device())).transpose()?);
+    }
     let mut sums = Vec::with_capacity(N);
     for (((layer, bias), factors), low) in layers.iter().zip(&biases).zip(&factors).zip(&packed) {
         if let Some(bias) = bias.as_ref().filter(|bias| bias.len() != layer.weight.outputs()) {
@@ -123,11 +125,12 @@ pub fn forward_kept<const N: usize>(layers: [&Linear; N], x: &Tensor, pass: Pass
 impl Linear {
     /// What [`forward_kept`] keeps of x [T, in], without the product.
     pub fn low(&self, x: &Tensor, pass: Pass<1>) -> Result<Low> {
-        let (_, width) = x.dims2()?;
+        let (t, width) = x.dims2()?;
         check_inputs(&[self], width, x)?;
-        let Some(factors) = Factors::of(self)? else { return Ok(Low::new()) };
-        let (x, [mask]) = (floats(x)?, pass.masks);
-        Ok(factors.seen(&x, &Rows::pack(&x, width, pass.precision), mask))
+        let Some(factors) = Factors::of(self)? else { return Ok(None) };
+        let (values, [mask]) = (floats(x)?, pass.masks);
+        let seen = factors.seen(&values, &Rows::pack(&values, width, pass.precision), mask);
+        Tensor::from_vec(seen, (t, factors.rank), x.device()).map(Some)
     }
 }
 
@@ -158,12 +161,13 @@ pub fn backward_all<const N: usize>(
             continue;
         };
         let rank = factors.rank;
-        if low.len() != t * rank {
-            bail!("linear: {} values of A x do not fit {t} rows of rank {rank}", low.len());
-        }
+        let Some(low) = low.as_ref().filter(|low| low.dims() == [t, rank]) else {
+            bail!("linear: A x {:?} does not fit {t} rows of rank {rank}", low.as_ref().map(Tensor::dims));
+        };
+        let low = floats(low)?;
         let du = factors.low(&packed, factors.b(Way::Backward));
         let (mut a, mut b) = (vec![0f32; rank * width], vec![0f32; outputs * rank]);
-        add_outer((&dy, outputs), (low, rank), Lies::Straight, &mut b);
+        add_outer((&dy, outputs), (&low, rank), Lies::Straight, &mut b);
         match mask {
             None => add_outer((&x_values, width), (&du, rank), Lies::Turned, &mut a),
             Some(mask) => add_outer((&mask.of(&x_values, width), width), (&du, rank), Lies::Turned, &mut a),

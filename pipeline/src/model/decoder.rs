@@ -12,7 +12,7 @@ use crate::kernel::Precision;
 use crate::linear::awq::{AwqWeight, PER_WORD};
 use crate::linear::dense::{DenseWeight, Stored};
 use crate::linear::nf4::Nf4Weight;
-use crate::linear::{Linear, Weight, forward_all};
+use crate::linear::{DeviceWeight, Head, Linear, Weight, forward_all};
 use crate::ops::{rms_norm, with_f32};
 use crate::run::RunContext;
 use candle_core::{DType, Device, Tensor};
@@ -43,6 +43,9 @@ pub struct Decoder {
     norm: Tensor,
     /// [V, H]; the embedding where the config ties them.
     head: DenseWeight,
+    /// Copies of both on a GPU.
+    embed_placed: Option<DeviceWeight>,
+    head_placed: Option<DeviceWeight>,
     device: Device,
     /// The files that weights held as stored lie in.
     weights: Arc<Weights>,
@@ -94,7 +97,7 @@ impl Decoder {
 
     /// Hidden states after the last layer, before the final norm, f32 [T, H].
     pub fn hidden(&self, pack: &Pack) -> candle_core::Result<Tensor> {
-        let geometry = Geometry::new(pack, &self.config);
+        let geometry = Geometry::new(pack, &self.config, &self.device)?;
         let mut x = self.embed(pack.input_ids())?;
         for layer in &self.layers {
             x = layer.forward(&x, &geometry, None)?;
@@ -117,9 +120,33 @@ impl Decoder {
         &self.head
     }
 
+    /// The same as a loss takes it.
+    pub fn head_of_loss(&self) -> Head<'_> {
+        Head { weight: &self.head, precision: self.precision, placed: self.head_placed.as_ref() }
+    }
+
+    /// Copies to the device, if it is a GPU, whatever is not there yet: all weights.
+    pub fn place(&mut self) -> candle_core::Result<()> {
+        for layer in &mut self.layers {
+            *layer = layer.placed(&self.device)?;
+        }
+        self.place_ends()
+    }
+
+    /// The same of the embedding and the head alone.
+    pub fn place_ends(&mut self) -> candle_core::Result<()> {
+        self.head_placed = Weight::Dense(self.head.clone()).placed(&self.device)?;
+        self.embed_placed = match self.config.tied {
+            true => self.head_placed.clone(),
+            false => Weight::Dense(self.embed_tokens.clone()).placed(&self.device)?,
+        };
+        Ok(())
+    }
+
     /// Logits f32 [n, V] of normed hidden states x [n, H].
     pub fn logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let head = Linear::new(Weight::Dense(self.head.clone()), None);
+        let mut head = Linear::new(Weight::Dense(self.head.clone()), None);
+        head.placed = self.head_placed.clone();
         let [logits] = forward_all([&head], x, self.precision)?;
         Ok(logits)
     }
@@ -211,7 +238,18 @@ impl Reader<'_> {
         context.progress.end();
         let norm = self.float("model.norm.weight", &[c.hidden_size])?;
         let (device, weights) = (self.device.clone(), Arc::clone(files));
-        Ok(Decoder { config: c.clone(), embed_tokens, layers, norm, head, device, weights, precision: self.precision })
+        Ok(Decoder {
+            config: c.clone(),
+            embed_tokens,
+            layers,
+            norm,
+            head,
+            embed_placed: None,
+            head_placed: None,
+            device,
+            weights,
+            precision: self.precision,
+        })
     }
 
     /// Group size first, since a wrong one makes every tensor look misshapen; then all names and shapes; then what packed words hold.

@@ -7,6 +7,7 @@ use super::config::ModelConfig;
 use super::decoder::Decoder;
 use super::layer::Geometry;
 use crate::ops::attention::KeysValues;
+use crate::ops::rows;
 use crate::run::RunContext;
 use candle_core::Tensor;
 
@@ -46,7 +47,7 @@ impl Decoder {
     /// `None` when a stop was asked for: the caches mean nothing then.
     pub fn hidden_cached(&self, new: &mut [(&[u32], &mut KvCache)], context: &RunContext) -> candle_core::Result<Option<Tensor>> {
         let lengths: Vec<(usize, usize)> = new.iter().map(|(ids, past)| (past.len(), ids.len())).collect();
-        let geometry = Geometry::continued(&lengths, &self.config);
+        let geometry = Geometry::continued(&lengths, &self.config, self.device())?;
         let ids: Vec<u32> = new.iter().flat_map(|(ids, _)| ids.iter().copied()).collect();
         let mut x = self.embed(&ids)?;
         for (i, layer) in self.layers.iter().enumerate() {
@@ -56,12 +57,12 @@ impl Decoder {
             let mut past: Vec<&mut KeysValues> = new.iter_mut().filter_map(|(_, past)| past.layers.get_mut(i)).collect();
             x = layer.forward_cached(&x, &geometry, &mut past)?;
         }
-        let mut rows = 0;
+        let mut end = 0;
         let last = lengths.iter().map(|(_, new)| {
-            rows += *new as u32;
-            rows.saturating_sub(1)
+            end += *new as u32;
+            end.saturating_sub(1)
         });
         let last = Tensor::new(last.collect::<Vec<u32>>(), self.device())?;
-        Ok(Some(x.index_select(&last, 0)?))
+        rows::gather(&x, &last).map(Some)
     }
 }

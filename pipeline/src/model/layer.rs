@@ -14,7 +14,7 @@ use crate::linear::{Linear, LoraGradient, Low, Pass, backward_all, forward_kept}
 use crate::ops::attention::{self, KeysValues};
 use crate::ops::rope::{Table, Turn};
 use crate::ops::{add, rms_norm, swiglu};
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 /// The seven linear layers, named as in the checkpoint, in the order of [`Layer::linears`].
 pub const PROJECTIONS: [&str; 7] = [
@@ -41,20 +41,21 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// The geometry of `pack` for a model.
-    pub fn new(pack: &Pack, config: &ModelConfig) -> Self {
-        Self { segments: pack.segments().to_vec(), rope: Table::new(&pack.positions(), config.head_dim, config.rope_theta) }
+    /// The geometry of `pack` for a model on `device`.
+    pub fn new(pack: &Pack, config: &ModelConfig, device: &Device) -> Result<Self> {
+        let rope = Table::new(&pack.positions(), config.head_dim, config.rope_theta, device)?;
+        Ok(Self { segments: pack.segments().to_vec(), rope })
     }
 
     /// The geometry of conversations that go on: (rows before, new rows) of each.
-    pub fn continued(conversations: &[(usize, usize)], config: &ModelConfig) -> Self {
+    pub fn continued(conversations: &[(usize, usize)], config: &ModelConfig, device: &Device) -> Result<Self> {
         let positions = conversations.iter().flat_map(|(before, new)| *before as u32..(before + new) as u32);
         let ends = conversations.iter().scan(0, |end, (_, new)| {
             *end += *new as u32;
             Some(*end)
         });
-        let rope = Table::new(&positions.collect::<Vec<u32>>(), config.head_dim, config.rope_theta);
-        Self { segments: std::iter::once(0).chain(ends).collect(), rope }
+        let rope = Table::new(&positions.collect::<Vec<u32>>(), config.head_dim, config.rope_theta, device)?;
+        Ok(Self { segments: std::iter::once(0).chain(ends).collect(), rope })
     }
 }
 
@@ -161,6 +162,16 @@ impl Layer {
     pub fn linears_mut(&mut self) -> [&mut Linear; 7] {
         let Self { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, .. } = self;
         [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]
+    }
+
+    /// The same layer with copies of its weights on `device`; as it is where that is the CPU. Norms, biases and adapters stay where they
+    /// are, which is where they were read to.
+    pub fn placed(&self, device: &Device) -> Result<Self> {
+        let mut layer = self.clone();
+        for linear in layer.linears_mut() {
+            *linear = linear.placed(device)?;
+        }
+        Ok(layer)
     }
 
     /// y [T, H] of x [T, H], f32. `dropout` is for training alone.

@@ -10,6 +10,7 @@ pub mod exponential;
 mod largest;
 pub mod rms_norm;
 pub mod rope;
+pub mod rows;
 pub mod swiglu;
 mod weights;
 

@@ -6,18 +6,18 @@
 //! ```
 //! Angles are f32, as the models' own code has them; the turn's backward is the turn the other way.
 
-use super::with_f32;
+use super::{floats, with_f32};
 use crate::kernel::vectorised;
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 /// Cosines and sines of a pack's positions.
 #[derive(Debug, Clone)]
 pub struct Table {
     half: usize,
-    /// [T, d/2], row-major.
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    /// f32 [T, d/2].
+    cos: Tensor,
+    sin: Tensor,
 }
 
 /// Which way to turn.
@@ -30,27 +30,29 @@ pub enum Turn {
 }
 
 impl Table {
-    /// The table of `positions` for heads of `head_dim` dimensions.
-    pub fn new(positions: &[u32], head_dim: usize, theta: f64) -> Self {
+    /// The table of `positions` for heads of `head_dim` dimensions, for tensors on `device`.
+    pub fn new(positions: &[u32], head_dim: usize, theta: f64, device: &Device) -> Result<Self> {
         let half = head_dim / 2;
         let inverse: Vec<f32> = (0..half).map(|i| (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32).collect();
         let angles = positions.iter().flat_map(|p| inverse.iter().map(move |f| *p as f32 * f));
-        let (cos, sin) = angles.map(|a| (a.cos(), a.sin())).unzip();
-        Self { half, cos, sin }
+        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.map(|a| (a.cos(), a.sin())).unzip();
+        let tensor = |values| Tensor::from_vec(values, (positions.len(), half), device);
+        Ok(Self { half, cos: tensor(cos)?, sin: tensor(sin)? })
     }
 
     /// Turns x [T, heads, d] (f32).
     pub fn apply(&self, x: &Tensor, turn: Turn) -> Result<Tensor> {
         let (t, heads, d) = x.dims3()?;
         let half = self.half;
-        if t * half != self.cos.len() || d != 2 * half || heads == 0 {
-            bail!("rope: x {:?} does not fit a table of {} angles, {half} a token", x.dims(), self.cos.len());
+        if self.cos.dims() != [t, half] || d != 2 * half || heads == 0 {
+            bail!("rope: x {:?} does not fit a table of {:?} angles", x.dims(), self.cos.dims());
         }
         let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
+        let (cos, sin) = (floats(&self.cos)?, floats(&self.sin)?);
         let y = with_f32(x, |x| {
             let mut y = vec![0f32; x.len()];
             y.par_chunks_mut(heads * d).zip(x.par_chunks(heads * d)).enumerate().for_each(|(t, (y, x))| {
-                let (cos, sin) = (&self.cos[t * half..(t + 1) * half], &self.sin[t * half..(t + 1) * half]);
+                let (cos, sin) = (&cos[t * half..(t + 1) * half], &sin[t * half..(t + 1) * half]);
                 turn_heads(x, cos, sin, sign, y);
             });
             Ok(y)

@@ -63,11 +63,10 @@ pub fn backward(
     segments: &[u32],
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let shape = Shape::of(q, k, v, segments)?;
-    if dy.dims() != q.dims() || attended.output.dims() != q.dims() || attended.lse.len() != shape.heads * shape.tokens {
-        bail!("attention: o {:?} and dy {:?} do not fit q {:?}", attended.output.dims(), dy.dims(), q.dims());
-    }
+    let lse = attended.log_sums(dy, q, shape)?;
     let (qs, ks, vs, os, dys) = (floats(q)?, floats(k)?, floats(v)?, floats(&attended.output)?, floats(dy)?);
-    let given = Given { q: &qs, o: &os, dy: &dys, lse: &attended.lse, shape };
+    let lse = floats(lse)?;
+    let given = Given { q: &qs, o: &os, dy: &dys, lse: &lse, shape };
     let (ks, vs) = (&ks[..], &vs[..]);
 
     let spans: Vec<((usize, usize), usize)> =

@@ -114,7 +114,7 @@ pub fn forward_cached(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32], past
             SCORES.with_borrow_mut(|scores| attend_row(q, &past[conversation].heads[kv], keys, shape, o, scores));
         }
     });
-    Ok(Attended { output: Tensor::from_vec(o, q.dims(), q.device())?, lse: Vec::new() })
+    Ok(Attended { output: Tensor::from_vec(o, q.dims(), q.device())?, lse: None })
 }
 
 thread_local! {

@@ -64,7 +64,8 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32]) -> Result<A
         o.set_len(size * shape.d);
         lse.set_len(size);
     }
-    Ok(Attended { output: Tensor::from_vec(o, q.dims(), q.device())?, lse })
+    let lse = Tensor::from_vec(lse, size, q.device())?;
+    Ok(Attended { output: Tensor::from_vec(o, q.dims(), q.device())?, lse: Some(lse) })
 }
 
 /// Writes o and lse of the rows of these conversations, given as (begin, end), into o [T, heads, d] and lse [heads · T].

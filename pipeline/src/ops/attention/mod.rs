@@ -27,8 +27,20 @@ use candle_core::{Result, Tensor, bail};
 pub struct Attended {
     /// o f32 [T, heads, d].
     pub output: Tensor,
-    /// By head, then token: f32 [heads · T]; nothing where no backward follows.
-    lse: Vec<f32>,
+    /// By head, then token: f32 [heads · T]; `None` where no backward follows.
+    lse: Option<Tensor>,
+}
+
+impl Attended {
+    /// The log-sum-exps. Errors: there are none, or what came out does not fit what went in and dL/do.
+    fn log_sums(&self, dy: &Tensor, q: &Tensor, shape: Shape) -> Result<&Tensor> {
+        match &self.lse {
+            Some(lse) if [dy.dims(), self.output.dims()] == [q.dims(); 2] && lse.dims() == [shape.heads * shape.tokens] => {
+                Ok(lse)
+            }
+            _ => bail!("attention: o {:?} and dy {:?} do not fit q {:?}", self.output.dims(), dy.dims(), q.dims()),
+        }
+    }
 }
 
 /// Sizes of one call.
