@@ -22,6 +22,17 @@ pub fn pick(name: &str, context: &RunContext) -> Result<Device> {
     }
 }
 
+/// Gives the result of an operation's launch on the GPU that this tensor is on; goes on with what follows where it is on the CPU.
+macro_rules! on_gpu {
+    ($tensor:expr => $launch:expr) => {
+        #[cfg(feature = "cuda")]
+        if $tensor.device().is_cuda() {
+            return $launch;
+        }
+    };
+}
+pub(crate) use on_gpu;
+
 /// Whether `auto` looks for a GPU. It must not before every operation of both stages runs on one.
 const AUTO_TAKES_A_GPU: bool = false;
 

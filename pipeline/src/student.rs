@@ -123,6 +123,7 @@ impl Student {
     /// A is uniform in ±1/√in, the bound that PEFT's `kaiming_uniform_(a=√5)` works out to; B is 0.
     pub fn new(mut decoder: Decoder, lora: &LoraSettings) -> Result<Self> {
         lora.check()?;
+        decoder.place()?;
         let (rank, scale) = (lora.rank as usize, lora.scaling.factor(lora.alpha, lora.rank));
         let mut random = ChaCha8Rng::seed_from_u64(lora.seed);
         let device = decoder.device().clone();
@@ -177,7 +178,7 @@ impl Student {
         all
     }
 
-    /// Replaces the trainable tensors by ones of the same names and shapes, in the order of [`parameters`](Self::parameters).
+    /// Replaces the trainable tensors by ones of the same names and shapes, wherever those lie, in the order of [`parameters`](Self::parameters).
     pub fn set_parameters(&mut self, parameters: &[(String, Tensor)]) -> Result<()> {
         let expected = self.parameters();
         let fits = |(a, b): (&(String, Tensor), &(String, Tensor))| a.0 == b.0 && a.1.dims() == b.1.dims();
@@ -190,7 +191,9 @@ impl Student {
                 expected: wrong.map_or(format!("{} tensors", expected.len()), |(a, _)| show(a)),
             });
         }
-        let mut tensors = parameters.iter().map(|(_, tensor)| tensor.clone());
+        let device = self.decoder.device().clone();
+        let tensors = parameters.iter().map(|(_, tensor)| tensor.to_device(&device));
+        let mut tensors = tensors.collect::<candle_core::Result<Vec<Tensor>>>()?.into_iter();
         let linears = self.decoder.layers.iter_mut().flat_map(|layer| layer.linears_mut());
         for lora in linears.filter_map(|linear| linear.lora.as_mut()) {
             if let (Some(a), Some(b)) = (tensors.next(), tensors.next()) {

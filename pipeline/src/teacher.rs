@@ -64,11 +64,15 @@ impl Teacher {
         device: &Device,
         context: &RunContext,
     ) -> Result<Self> {
-        let decoder = Decoder::from_folder(folder, Holding::AsStored, precision, device, context)?;
+        let mut decoder = Decoder::from_folder(folder, Holding::AsStored, precision, device, context)?;
+        if residency == Residency::Resident {
+            decoder.place_layers()?;
+            decoder.place_embedding()?;
+        }
         let head = check_width(folder, &decoder.config, width, decoder.head().first_rows(width as usize))?;
         Ok(Self {
             decoder,
-            head: Linear::new(Weight::Dense(head), None),
+            head: Linear::new(Weight::Dense(head), None).placed(device)?,
             residency,
             warm: AtomicBool::new(false),
             head_nanos: AtomicU64::new(0),
@@ -94,7 +98,11 @@ impl Teacher {
             // The embedding, of which a long block has touched most pages.
             self.decoder.release_ends();
         }
-        for (i, layer) in self.decoder.layers.iter().enumerate() {
+        for (i, stored) in self.decoder.layers.iter().enumerate() {
+            let layer = match self.residency {
+                Residency::Resident => stored.clone(),
+                Residency::Streamed => stored.placed(device)?,
+            };
             let done = std::thread::scope(|threads| -> Result<bool> {
                 if self.residency == Residency::Streamed || !self.warm.load(Ordering::Relaxed) {
                     // Where there is no thread to be had, the layer is read when it is touched.

@@ -15,7 +15,8 @@ use support::{floats, golden, max_difference};
 
 fn student(settings: &LoraSettings) -> Student {
     let decoder =
-        Decoder::from_folder(&golden("student"), Holding::Nf4, Precision::F32, &Device::Cpu, &RunContext::default()).unwrap();
+        Decoder::from_folder(&golden("student"), Holding::Nf4, Precision::F32, &support::device(), &RunContext::default())
+            .unwrap();
     Student::new(decoder, settings).unwrap()
 }
 
@@ -41,7 +42,7 @@ fn gradients(student: &Student) -> (Vec<f32>, BTreeMap<String, Vec<f32>>) {
     let pack = Pack::new([Sequence { input_ids: &input_ids, positions: &positions }]);
     let (hidden, tape) = student.forward(&pack).unwrap();
     let d: Vec<f32> = (0..hidden.elem_count()).map(|i| (i as f32 * 0.7).sin() * 0.01).collect();
-    let d = Tensor::from_vec(d, hidden.dims(), &Device::Cpu).unwrap();
+    let d = Tensor::from_vec(d, hidden.dims(), &support::device()).unwrap();
     let all = student.backward(tape, &d).unwrap();
     let names = student.parameters();
     assert_eq!(names.len(), all.len(), "a gradient for each parameter and no other");

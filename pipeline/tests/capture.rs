@@ -6,7 +6,9 @@
 //! A kept log-probability has only the whole sum's error in it.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use candle_core::{Device, Tensor};
+mod support;
+
+use candle_core::Tensor;
 use potstill_cache::{Cutoff, RowKey, Selection, SoftTargets, Storage, Values};
 use potstill_pipeline::loss::{self, LossSettings, Tail};
 use potstill_pipeline::ops::capture::Capture;
@@ -16,7 +18,7 @@ const TEMPERATURES: [f32; 2] = [0.5, 2.0];
 
 fn tensor(rows: &[Vec<f32>]) -> Tensor {
     let vocab = rows[0].len();
-    Tensor::from_vec(rows.concat(), (rows.len(), vocab), &Device::Cpu).unwrap()
+    Tensor::from_vec(rows.concat(), (rows.len(), vocab), &support::device()).unwrap()
 }
 
 fn places(n: usize) -> Vec<Place> {

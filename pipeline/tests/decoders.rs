@@ -31,11 +31,14 @@ const DENSE: [&str; 9] =
 const AWQ: [&str; 2] = ["llama_awq", "qwen3_awq"];
 
 fn folder(name: &str) -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/decoders")).join(name)
+    support::fixture("decoders").join(name)
 }
 
 fn decoder(name: &str) -> Decoder {
-    Decoder::from_folder(&folder(name), Holding::AsStored, Precision::F32, &Device::Cpu, &RunContext::default()).unwrap()
+    let (device, context) = (support::device(), RunContext::default());
+    let mut decoder = Decoder::from_folder(&folder(name), Holding::AsStored, Precision::F32, &device, &context).unwrap();
+    decoder.place().unwrap();
+    decoder
 }
 
 fn expected(name: &str) -> HashMap<String, Tensor> {
@@ -96,6 +99,7 @@ fn gradient(decoder: &Decoder, expected: &HashMap<String, Tensor>) -> Tensor {
         inputs.push(layer.forward(inputs.last().unwrap(), &geometry, None).unwrap());
     }
     let d_normed = expected["cotangent"].matmul(&Weight::Dense(decoder.head().clone()).to_tensor().unwrap()).unwrap();
+    let d_normed = d_normed.to_device(decoder.device()).unwrap();
     let mut d = decoder.final_norm_backward(&inputs.pop().unwrap(), &d_normed).unwrap();
     for (layer, x) in decoder.layers.iter().zip(&inputs).rev() {
         let below = layer.backward(x, None, &d, &geometry, None).unwrap().0;
@@ -126,18 +130,20 @@ fn the_gradient_through_norms_of_heads_is_the_slope() {
         let geometry = Geometry::new(&pack, &decoder.config, decoder.device()).unwrap();
         let layer = &decoder.layers[0];
         let x = decoder.embed(pack.input_ids()).unwrap();
-        let wave = |salt: usize| {
-            let values: Vec<f32> = (0..x.elem_count()).map(|i| ((i * 7919 + salt) % 1009) as f32 / 504.0 - 1.0).collect();
-            Tensor::from_vec(values, x.dims(), &Device::Cpu).unwrap()
-        };
-        let dy = wave(1);
+        let wave =
+            |salt: usize| (0..x.elem_count()).map(|i| ((i * 7919 + salt) % 1009) as f32 / 504.0 - 1.0).collect::<Vec<f32>>();
+        let tensor = |values| Tensor::from_vec(values, x.dims(), x.device()).unwrap();
+        let dy = tensor(wave(1));
         let (dx, _) = layer.backward(&x, None, &dy, &geometry, None).unwrap();
         let dot = |a: &Tensor, b: &Tensor| floats(a).iter().zip(floats(b)).map(|(a, b)| f64::from(a * b)).sum::<f64>();
         let h = 2e-3;
         for salt in [2, 3, 4] {
             let way = wave(salt * 31);
-            let at = |h: f64| dot(&layer.forward(&(&x + (&way * h).unwrap()).unwrap(), &geometry, None).unwrap(), &dy);
-            let (slope, ours) = ((at(h) - at(-h)) / (2.0 * h), dot(&dx, &way));
+            let at = |h: f64| {
+                let moved = floats(&x).iter().zip(&way).map(|(x, way)| x + way * h as f32).collect::<Vec<f32>>();
+                dot(&layer.forward(&tensor(moved), &geometry, None).unwrap(), &dy)
+            };
+            let (slope, ours) = ((at(h) - at(-h)) / (2.0 * h), dot(&dx, &tensor(way.clone())));
             println!("{name}: slope {slope}, ours {ours}");
             // f32 sums of some 1,400 products of size 10 differ by about √1400 · 10 · 2^-24 = 2e-5, over 2h: 6e-3; the
             // curve's third derivative adds h² of the slope's own size, about the number of values: 6e-3.

@@ -3,7 +3,7 @@
 
 mod support;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use half::f16;
 use potstill_pipeline::linear::awq::{self, AwqWeight};
 use potstill_pipeline::linear::dense::DenseWeight;
@@ -157,7 +157,7 @@ fn backward_equals_finite_differences() {
     let value = |i: usize, m: usize| ((i * 37 + m * 11) % 101) as f32 / 50.0 - 1.0;
     let tensor = |rows: usize, columns: usize, m: usize| {
         let values: Vec<f32> = (0..rows * columns).map(|i| value(i, m)).collect();
-        Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap()
+        Tensor::from_vec(values, (rows, columns), &support::device()).unwrap()
     };
     let dense = tensor(outputs, inputs, 1);
     let scales: Vec<f16> = (0..outputs).map(|i| f16::from_f32(0.01 * (i + 1) as f32)).collect();
@@ -173,6 +173,7 @@ fn backward_equals_finite_differences() {
         let lora = Lora { a: tensor(rank, inputs, 4), b: tensor(outputs, rank, 5), scale: 0.5 };
         let mut layer = Linear::new(weight, Some(tensor(1, outputs, 6).squeeze(0).unwrap()));
         layer.lora = Some(lora);
+        let layer = layer.placed(&support::device()).unwrap();
         let objective = |layer: &Linear, x: &Tensor| -> f64 {
             let y = layer.forward(x).unwrap();
             floats(&y).iter().zip(floats(&g)).map(|(a, b)| f64::from(*a) * f64::from(b)).sum()
@@ -182,7 +183,7 @@ fn backward_equals_finite_differences() {
         let nudged = |t: &Tensor, i: usize, by: f32| {
             let mut v = floats(t);
             v[i] += by;
-            Tensor::from_vec(v, t.dims(), &Device::Cpu).unwrap()
+            Tensor::from_vec(v, t.dims(), &support::device()).unwrap()
         };
         // The objective is linear in each single element, so a wide step leaves only f32 rounding: sums below 60, 7e-6 each side.
         let h = 0.25f32;
@@ -217,7 +218,8 @@ fn backward_equals_finite_differences() {
 #[test]
 fn a_bias_or_an_input_of_another_width_is_an_error() {
     let weight = || Weight::Dense(DenseWeight::from_f32(4, 3, &[0.5; 12]).unwrap());
-    let tensor = |rows: usize, columns: usize| Tensor::zeros((rows, columns), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let tensor =
+        |rows: usize, columns: usize| Tensor::zeros((rows, columns), candle_core::DType::F32, &support::device()).unwrap();
     let bias = |n: usize| Some(tensor(1, n).squeeze(0).unwrap());
     assert_eq!(Linear::new(weight(), bias(4)).forward(&tensor(2, 3)).unwrap().dims(), [2, 4]);
     let error = Linear::new(weight(), bias(2)).forward(&tensor(2, 3)).unwrap_err().to_string();

@@ -1,11 +1,13 @@
 //! Gradients against finite differences of a float64 twin, the fused head against a dense one, and what is refused.
 #![allow(clippy::result_large_err, clippy::unwrap_used, clippy::expect_used)]
 
-use candle_core::{DType, Device, Tensor};
+mod support;
+
+use candle_core::{DType, Tensor};
 use potstill_cache::SoftTargets;
 use potstill_pipeline::kernel::Precision;
-use potstill_pipeline::linear::Head;
 use potstill_pipeline::linear::dense::DenseWeight;
+use potstill_pipeline::linear::{DeviceWeight, Head, Weight};
 use potstill_pipeline::loss::{Batch, Divergence, LossSettings, Tail, fused, fused_batch, rows};
 use potstill_pipeline::run::RunContext;
 use rand_chacha::ChaCha8Rng;
@@ -205,6 +207,7 @@ fn gradients_equal_finite_differences() {
 struct Problem {
     hidden: Tensor,
     head: DenseWeight,
+    placed: Option<DeviceWeight>,
     labels: Vec<u32>,
     targets: SoftTargets,
     lse_t: Vec<f32>,
@@ -212,7 +215,7 @@ struct Problem {
 
 impl Problem {
     fn head(&self) -> Head<'_> {
-        Head::new(&self.head, Precision::F32)
+        Head { placed: self.placed.as_ref(), ..Head::new(&self.head, Precision::F32) }
     }
 }
 
@@ -223,6 +226,7 @@ const KEPT: usize = 12;
 fn problem(n: usize, t: f64) -> Problem {
     let mut dice = Dice::new(7);
     let (hidden, head) = (dice.values(n * H, 1.0), dice.values(V * H, 0.5));
+    let head = DenseWeight::from_f32(V, H, &head).unwrap();
     let (mut targets, mut lse_t) = (SoftTargets::default(), Vec::new());
     for _ in 0..n {
         let (ids, logprobs, tail, lse) = teacher(&mut dice, V - 3, KEPT, t);
@@ -230,8 +234,9 @@ fn problem(n: usize, t: f64) -> Problem {
         lse_t.push(lse as f32);
     }
     Problem {
-        hidden: Tensor::from_vec(hidden, (n, H), &Device::Cpu).unwrap(),
-        head: DenseWeight::from_f32(V, H, &head).unwrap(),
+        hidden: Tensor::from_vec(hidden, (n, H), &support::device()).unwrap(),
+        placed: Weight::Dense(head.clone()).placed(&support::device()).unwrap(),
+        head,
         labels: (0..n).map(|_| dice.below(V) as u32).collect(),
         targets,
         lse_t,
@@ -323,7 +328,7 @@ fn without_targets_it_is_plain_cross_entropy() {
 #[test]
 fn no_position_no_loss() {
     let p = problem(1, 1.0);
-    let hidden = Tensor::zeros((0, H), DType::F32, &Device::Cpu).unwrap();
+    let hidden = Tensor::zeros((0, H), DType::F32, &support::device()).unwrap();
     let (sums, gradient) =
         fused(&hidden, p.head(), &[], Some(&SoftTargets::default()), &LossSettings::default(), 1.0, 8).unwrap();
     assert_eq!((sums.total, gradient.dims()), (0.0, &[0, H][..]));

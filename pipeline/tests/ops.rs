@@ -6,7 +6,7 @@
 
 mod support;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use potstill_pipeline::ops::rope::{Table, Turn};
 use potstill_pipeline::ops::{attention, rms_norm, swiglu};
 use support::floats;
@@ -20,7 +20,7 @@ fn values(n: usize, salt: usize) -> Vec<f64> {
 
 fn tensor(values: &[f64], shape: &[usize]) -> Tensor {
     let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    Tensor::from_vec(values, shape, &support::device()).unwrap()
 }
 
 fn close(ours: &Tensor, twin: &[f64], what: &str) {
@@ -97,7 +97,7 @@ fn rope_and_its_backward() {
         }
         y
     };
-    let table = Table::new(&positions, d, theta, &Device::Cpu).unwrap();
+    let table = Table::new(&positions, d, theta, &support::device()).unwrap();
     let shape = [positions.len(), heads, d];
     // Position 700 times a frequency rounded to f32: an angle off by 700 · 2^-24 ≈ 4e-5 at most.
     let ours = floats(&table.apply(&tensor(&x, &shape), Turn::Forward).unwrap());

@@ -1,6 +1,8 @@
 //! AdamW against a float64 twin, hand numbers and bitsandbytes, its state through a file, and clipping.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod support;
+
 use candle_core::{DType, Device, Tensor};
 use potstill_cache::ErrorClass;
 use potstill_pipeline::dynamic_map::{self, Sign};
@@ -9,7 +11,7 @@ use potstill_pipeline::train::optimizer::{AdamW, AdamWConfig, OptimizerKind, cli
 use std::collections::HashMap;
 
 fn tensor(values: &[f32], shape: &[usize]) -> Tensor {
-    Tensor::from_slice(values, shape, &Device::Cpu).unwrap()
+    Tensor::from_slice(values, shape, &support::device()).unwrap()
 }
 
 fn flat(t: &Tensor) -> Vec<f32> {

@@ -3,7 +3,7 @@
 
 mod support;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use potstill_cache::SoftTargets;
 use potstill_pipeline::data::pack::{Pack, Sequence};
 use potstill_pipeline::kernel::Precision;
@@ -11,6 +11,7 @@ use potstill_pipeline::linear::dense::DenseWeight;
 use potstill_pipeline::linear::{Linear, Weight};
 use potstill_pipeline::loss::{self, Divergence, LossSettings, LossSums, Tail};
 use potstill_pipeline::model::decoder::{Decoder, Holding};
+use potstill_pipeline::ops::add;
 use potstill_pipeline::run::RunContext;
 use potstill_pipeline::student::{LoraSettings, Moment, Student, Walk};
 use potstill_pipeline::train::optimizer::{self, AdamW, AdamWConfig};
@@ -22,7 +23,7 @@ fn decoder(holding: Holding) -> Decoder {
 }
 
 fn decoder_at(holding: Holding, precision: Precision) -> Decoder {
-    Decoder::from_folder(&golden("student"), holding, precision, &Device::Cpu, &RunContext::default()).unwrap()
+    Decoder::from_folder(&golden("student"), holding, precision, &support::device(), &RunContext::default()).unwrap()
 }
 
 /// NF4 with the absolute maxima as the library stored them where its byte is not the nearest one: the reference's own base.
@@ -250,7 +251,7 @@ fn any_number_of_ranks_agrees() {
             total += part.total;
             sum = Some(match sum {
                 None => g,
-                Some(sum) => sum.iter().zip(&g).map(|(a, b)| (a + b).unwrap()).collect(),
+                Some(sum) => sum.iter().zip(&g).map(|(a, b)| add(a, b).unwrap()).collect(),
             });
         }
         assert!((one.total - total).abs() < 1e-5 * one.total, "{ranks} ranks: {} {total}", one.total);
@@ -296,8 +297,9 @@ fn five_steps_follow_the_reference_trajectory() {
         for (name, tensor) in student.parameters() {
             let want = finals[&format!("base_model.model.{name}")].to_dtype(DType::F32).unwrap();
             worst = worst.max(max_difference(&floats(&tensor), &floats(&want)));
-            moved.extend(floats(&(&tensor - &start[&name]).unwrap()));
-            moved_want.extend(floats(&(&want - &start[&name]).unwrap()));
+            let from = floats(&start[&name]);
+            moved.extend(floats(&tensor).iter().zip(&from).map(|(to, from)| to - from));
+            moved_want.extend(floats(&want).iter().zip(&from).map(|(to, from)| to - from));
         }
         let relative = relative_l2(&moved, &moved_want);
         println!("run {run}: final adapter differs by {relative:e} of the way, at most {worst:e}");
@@ -339,7 +341,7 @@ fn gradients_with_dropout_equal_finite_differences() {
         let signs = |j: usize| if (j * 7919 + i * 104_729) % 1009 < 504 { 1.0 } else { -1.0 };
         let unit: Vec<f32> = (0..gradient.len()).map(|j| (signs(j) / (gradient.len() as f64).sqrt()) as f32).collect();
         let along: f64 = gradient.iter().zip(&unit).map(|(g, u)| f64::from(*g) * f64::from(*u)).sum();
-        let unit = Tensor::from_vec(unit, parameters[i].1.dims(), &Device::Cpu).unwrap();
+        let unit = Tensor::from_vec(unit, parameters[i].1.dims(), &support::device()).unwrap();
         let mut loss = |way: f64| {
             let mut moved = parameters.clone();
             moved[i].1 = (&moved[i].1 + (&unit * way).unwrap()).unwrap();

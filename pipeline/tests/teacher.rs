@@ -3,7 +3,6 @@
 
 mod support;
 
-use candle_core::Device;
 use potstill_cache::{Selection, SoftTargets};
 use potstill_pipeline::data::pack::{self, Pack, Sequence};
 use potstill_pipeline::kernel::Precision;
@@ -23,7 +22,8 @@ fn teacher() -> Teacher {
 
 fn teacher_of(width: u32, precision: Precision, residency: Residency) -> Result<Teacher, String> {
     let settings = (precision, residency);
-    Teacher::from_folder(&golden("teacher-awq"), width, settings, &Device::Cpu, &RunContext::default()).map_err(|e| e.to_string())
+    Teacher::from_folder(&golden("teacher-awq"), width, settings, &support::device(), &RunContext::default())
+        .map_err(|e| e.to_string())
 }
 
 /// One pack's targets.
@@ -87,9 +87,9 @@ fn top_64_equals_transformers() {
 fn hidden_states_equal_transformers() {
     let expected = load("expected/teacher_debug.safetensors");
     let input_ids = ids(&expected["input_ids"]);
-    let decoder =
-        Decoder::from_folder(&golden("teacher-awq"), Holding::AsStored, Precision::F32, &Device::Cpu, &RunContext::default())
-            .unwrap();
+    let (device, context) = (support::device(), RunContext::default());
+    let mut decoder = Decoder::from_folder(&golden("teacher-awq"), Holding::AsStored, Precision::F32, &device, &context).unwrap();
+    decoder.place().unwrap();
     let pack = Pack::new([Sequence { input_ids: &input_ids, positions: &[] }]);
     let geometry = Geometry::new(&pack, &decoder.config, decoder.device()).unwrap();
     let mut x = decoder.embed(&input_ids).unwrap();
@@ -276,7 +276,7 @@ fn a_streamed_teacher_holds_neither_layers_nor_embedding_after_them() {
     }
     let of = |residency| {
         let settings = (Precision::F32, residency);
-        Teacher::from_folder(copy.path(), 2048, settings, &Device::Cpu, &RunContext::default()).unwrap()
+        Teacher::from_folder(copy.path(), 2048, settings, &support::device(), &RunContext::default()).unwrap()
     };
     let input_ids: Vec<u32> = (0..2048).collect();
     let pack = [Pack::new([Sequence { input_ids: &input_ids, positions: &[5] }])];

@@ -46,13 +46,16 @@ impl FittedAdapter {
         Ok(Self { factors })
     }
 
-    /// Puts it on the layers of the model whose sizes it was read for.
-    pub fn put_on(self, decoder: &mut Decoder) {
+    /// Puts it on the layers of the model whose sizes it was read for, on the model's device.
+    pub fn put_on(self, decoder: &mut Decoder) -> candle_core::Result<()> {
+        let device = decoder.device().clone();
         for ((layer, projection), lora) in self.factors {
             let layer = decoder.layers.get_mut(layer).map(|layer| layer.linears_mut());
             if let Some(linear) = layer.and_then(|linears| linears.into_iter().nth(projection)) {
-                linear.lora = Some(lora);
+                let (a, b) = (lora.a.to_device(&device)?, lora.b.to_device(&device)?);
+                linear.lora = Some(Lora { a, b, ..lora });
             }
         }
+        Ok(())
     }
 }

@@ -5,7 +5,15 @@
 
 mod absent;
 mod bind;
+pub(crate) mod blocks;
+mod launch;
+pub(crate) mod linear;
+pub(crate) mod optimizer;
+mod placed;
+mod product;
 mod search;
+
+pub use placed::DeviceWeight;
 
 use candle_core::cuda_backend::{WrapErr, cudarc};
 use candle_core::{CudaDevice, Device};

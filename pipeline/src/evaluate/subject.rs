@@ -66,8 +66,9 @@ impl Subject {
         };
         let mut decoder = Decoder::from_folder(&self.student, holding, self.compute, &device, context).map_err(Error::from)?;
         if let Some(adapter) = adapter {
-            adapter.put_on(&mut decoder);
+            adapter.put_on(&mut decoder)?;
         }
+        decoder.place()?;
         Ok(Student::of(decoder))
     }
 }

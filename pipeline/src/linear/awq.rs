@@ -109,6 +109,16 @@ impl AwqWeight {
         }
     }
 
+    /// Inputs that share a scale and a zero point.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// The stored parts: `qweight`, `qzeros` and `scales`.
+    pub fn parts(&self) -> [&[u8]; 3] {
+        [&self.qweight, &self.qzeros, &self.scales]
+    }
+
     /// Codes 0..15, row-major [in, out].
     pub fn codes(&self) -> Vec<u8> {
         (0..self.qweight.len() / 4).flat_map(|i| unpack(word_at(&self.qweight, i))).collect()

@@ -59,6 +59,16 @@ impl DenseWeight {
         self.inputs
     }
 
+    /// How an element is stored.
+    pub fn stored(&self) -> Stored {
+        self.stored
+    }
+
+    /// All of it as it is stored.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// The first `outputs` rows, if there are so many.
     pub fn first_rows(&self, outputs: usize) -> Option<Self> {
         self.rows(0..outputs)

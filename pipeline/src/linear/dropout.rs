@@ -86,6 +86,11 @@ pub struct RowMask {
 const ROWS_AT_ONCE: usize = 32;
 
 impl RowMask {
+    /// The mask, and the number of the first row that it is laid on.
+    pub fn parts(&self) -> (Mask, usize) {
+        (self.mask, self.first_row)
+    }
+
     /// M ∘ x for rows of `width` columns.
     pub fn of(&self, x: &[f32], width: usize) -> Vec<f32> {
         let mut out = vec![0f32; x.len()];

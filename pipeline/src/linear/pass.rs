@@ -15,6 +15,9 @@ use super::outer::{Lies, add_outer};
 use super::panel::{Factor, Matrix, Way};
 use super::product::{Product, Term, products};
 use super::{Linear, Lora, LoraGradient};
+#[cfg(feature = "cuda")]
+use crate::cuda::linear as gpu;
+use crate::device::on_gpu;
 use crate::kernel::{Precision, Rows};
 use crate::ops::{Floats, floats};
 use candle_core::{Result, Tensor, bail};
@@ -96,6 +99,7 @@ pub fn forward_all<const N: usize>(layers: [&Linear; N], x: &Tensor, precision: 
 pub fn forward_kept<const N: usize>(layers: [&Linear; N], x: &Tensor, pass: Pass<N>) -> Result<([Tensor; N], [Low; N])> {
     let ((t, width), precision) = (x.dims2()?, pass.precision);
     check_inputs(&layers, width, x)?;
+    on_gpu!(x => gpu::forward_kept(layers, x, pass).and_then(|(y, low)| Ok((array(y)?, array(low)?))));
     let x_values = floats(x)?;
     let rows = Rows::pack(&x_values, width, precision);
     let factors = layers.iter().map(|layer| Factors::of(layer)).collect::<Result<Vec<_>>>()?;
@@ -127,6 +131,7 @@ impl Linear {
     pub fn low(&self, x: &Tensor, pass: Pass<1>) -> Result<Low> {
         let (t, width) = x.dims2()?;
         check_inputs(&[self], width, x)?;
+        on_gpu!(x => gpu::low(self, x, pass));
         let Some(factors) = Factors::of(self)? else { return Ok(None) };
         let (values, [mask]) = (floats(x)?, pass.masks);
         let seen = factors.seen(&values, &Rows::pack(&values, width, pass.precision), mask);
@@ -145,6 +150,7 @@ pub fn backward_all<const N: usize>(
 ) -> Result<(Tensor, [Option<LoraGradient>; N])> {
     let ((t, width), precision) = (x.dims2()?, pass.precision);
     check_inputs(&layers, width, x)?;
+    on_gpu!(x => gpu::backward_all(layers, x, low, dy, pass).and_then(|(dx, gradients)| Ok((dx, array(gradients)?))));
     let factors = layers.iter().map(|layer| Factors::of(layer)).collect::<Result<Vec<_>>>()?;
     let x_values = floats(x)?;
     let (mut rows, mut gradients) = (Vec::with_capacity(N), Vec::with_capacity(N));

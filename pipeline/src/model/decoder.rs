@@ -88,6 +88,10 @@ impl Decoder {
         if let Some(id) = input_ids.iter().find(|id| **id as usize >= self.config.vocab_size) {
             candle_core::bail!("token id {id}: expected ids below the model's vocabulary size, {}", self.config.vocab_size);
         }
+        #[cfg(feature = "cuda")]
+        if let Some(table) = &self.embed_placed {
+            return table.rows(&Tensor::new(input_ids, &self.device)?);
+        }
         let h = self.config.hidden_size;
         let mut x = vec![0f32; input_ids.len() * h];
         let rows = x.par_chunks_mut(h).zip(input_ids);
@@ -125,21 +129,28 @@ impl Decoder {
         Head { weight: &self.head, precision: self.precision, placed: self.head_placed.as_ref() }
     }
 
-    /// Copies to the device, if it is a GPU, whatever is not there yet: all weights.
+    /// Copies all weights to the device, if it is a GPU.
     pub fn place(&mut self) -> candle_core::Result<()> {
+        self.place_layers()?;
+        self.place_embedding()?;
+        self.head_placed = match self.config.tied {
+            true => self.embed_placed.clone(),
+            false => Weight::Dense(self.head.clone()).placed(&self.device)?,
+        };
+        Ok(())
+    }
+
+    /// The same of the layers alone.
+    pub fn place_layers(&mut self) -> candle_core::Result<()> {
         for layer in &mut self.layers {
             *layer = layer.placed(&self.device)?;
         }
-        self.place_ends()
+        Ok(())
     }
 
-    /// The same of the embedding and the head alone.
-    pub fn place_ends(&mut self) -> candle_core::Result<()> {
-        self.head_placed = Weight::Dense(self.head.clone()).placed(&self.device)?;
-        self.embed_placed = match self.config.tied {
-            true => self.head_placed.clone(),
-            false => Weight::Dense(self.embed_tokens.clone()).placed(&self.device)?,
-        };
+    /// The same of the embedding alone; without it, rows are looked up in the host's memory.
+    pub fn place_embedding(&mut self) -> candle_core::Result<()> {
+        self.embed_placed = Weight::Dense(self.embed_tokens.clone()).placed(&self.device)?;
         Ok(())
     }
 

@@ -14,6 +14,9 @@ pub mod rows;
 pub mod swiglu;
 mod weights;
 
+#[cfg(feature = "cuda")]
+use crate::cuda::blocks;
+use crate::device::on_gpu;
 use crate::kernel::vectorised;
 use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
@@ -24,14 +27,21 @@ const STRIDE: usize = 1 << 14;
 
 /// x + y, f32 of one shape.
 pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    combined("add", x, y, add_both)
+    combined(("add", "add"), x, y, add_both)
 }
 
-/// What `combine` writes of stretches of x and y, of one shape.
-fn combined(name: &str, x: &Tensor, y: &Tensor, combine: fn(&[f32], &[f32], &mut [f32])) -> Result<Tensor> {
+/// What `combine`, or the kernel on a GPU, writes of stretches of x and y, of one shape.
+fn combined(
+    (name, kernel): (&str, &'static str),
+    x: &Tensor,
+    y: &Tensor,
+    combine: fn(&[f32], &[f32], &mut [f32]),
+) -> Result<Tensor> {
     if x.dims() != y.dims() {
         bail!("{name}: {:?} and {:?} do not fit", x.dims(), y.dims());
     }
+    on_gpu!(x => blocks::elementwise(kernel, x, y));
+    let _ = kernel;
     let (xs, ys) = (floats(x)?, floats(y)?);
     let mut values = vec![0f32; xs.len()];
     let stretches = values.par_chunks_mut(STRIDE).zip(xs.par_chunks(STRIDE)).zip(ys.par_chunks(STRIDE));

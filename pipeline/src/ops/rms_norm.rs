@@ -1,6 +1,9 @@
 //! Root-mean-square norm: y = w ∘ x · r with r = 1 / sqrt(mean(x²) + eps), row by row.
 
 use super::with_f32;
+#[cfg(feature = "cuda")]
+use crate::cuda::blocks;
+use crate::device::on_gpu;
 use crate::kernel::vectorised;
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
@@ -8,6 +11,7 @@ use rayon::prelude::*;
 /// y [T, H] of x [T, H] and w `[H]`, f32.
 pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let h = width(x, w)?;
+    on_gpu!(x => blocks::rms_norm(x, w, eps));
     let y = with_f32(x, |x| {
         with_f32(w, |w| {
             let mut y = vec![0f32; x.len()];
@@ -24,6 +28,7 @@ pub fn backward(x: &Tensor, w: &Tensor, eps: f64, dy: &Tensor) -> Result<Tensor>
     if dy.dims() != x.dims() {
         bail!("rms_norm: dy {:?} does not fit x {:?}", dy.dims(), x.dims());
     }
+    on_gpu!(x => blocks::rms_norm_backward(x, w, eps, dy));
     let dx = with_f32(x, |x| {
         with_f32(w, |w| {
             with_f32(dy, |dy| {

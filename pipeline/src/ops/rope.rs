@@ -7,6 +7,9 @@
 //! Angles are f32, as the models' own code has them; the turn's backward is the turn the other way.
 
 use super::{floats, with_f32};
+#[cfg(feature = "cuda")]
+use crate::cuda::blocks;
+use crate::device::on_gpu;
 use crate::kernel::vectorised;
 use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
@@ -48,7 +51,9 @@ impl Table {
             bail!("rope: x {:?} does not fit a table of {:?} angles", x.dims(), self.cos.dims());
         }
         let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
+        on_gpu!(x => blocks::rope(x, &self.cos, &self.sin, sign));
         let (cos, sin) = (floats(&self.cos)?, floats(&self.sin)?);
+        let (cos, sin) = (&cos[..], &sin[..]);
         let y = with_f32(x, |x| {
             let mut y = vec![0f32; x.len()];
             y.par_chunks_mut(heads * d).zip(x.par_chunks(heads * d)).enumerate().for_each(|(t, (y, x))| {

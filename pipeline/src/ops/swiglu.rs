@@ -2,19 +2,23 @@
 
 use super::exponential::sigmoid;
 use super::{STRIDE, combined, floats};
+#[cfg(feature = "cuda")]
+use crate::cuda::blocks;
+use crate::device::on_gpu;
 use crate::kernel::vectorised;
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 /// y of gate g and up u, all f32 of one shape.
 pub fn forward(g: &Tensor, u: &Tensor) -> Result<Tensor> {
-    combined("swiglu", g, u, gate)
+    combined(("swiglu", "swiglu_forward"), g, u, gate)
 }
 
 /// (dL/dg, dL/du): dg = dy · u · σ(g) (1 + g (1 − σ(g))), du = dy · g · σ(g).
 pub fn backward(g: &Tensor, u: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
     fit(g, u)?;
     fit(g, dy)?;
+    on_gpu!(g => blocks::swiglu_backward(g, u, dy));
     let (gs, us, dys) = (floats(g)?, floats(u)?, floats(dy)?);
     let (mut dg, mut du) = (vec![0f32; gs.len()], dys.to_vec());
     let rows = dg.par_chunks_mut(STRIDE).zip(du.par_chunks_mut(STRIDE)).zip(gs.par_chunks(STRIDE)).zip(us.par_chunks(STRIDE));

@@ -10,6 +10,7 @@ use super::{Step, TrainError};
 use crate::Result;
 use crate::ops::with_f32;
 use crate::student::Student;
+use candle_core::Device;
 use potstill_cache::Record;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -61,7 +62,7 @@ pub(super) fn skip(
     let parameters = student.parameters();
     let mut tensors = Vec::new();
     for ((name, _), gradient) in parameters.iter().zip(&step.gradients) {
-        let finite = with_f32(gradient, |g| Ok(g.iter().all(|g| g.is_finite())))?;
+        let finite = with_f32(&gradient.to_device(&Device::Cpu)?, |g| Ok(g.iter().all(|g| g.is_finite())))?;
         if !finite && tensors.len() < MOST_TENSORS {
             tensors.push(name.as_str());
         }

@@ -22,7 +22,7 @@ use super::{Resume, TrainConfig, TrainError, digests};
 use crate::ops::with_f32;
 use crate::student::Student;
 use crate::{Error, Result, adapter};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -359,7 +359,7 @@ fn speaks_of(error: &TrainError, checkpoint: &Path) -> bool {
 /// Errors: an adapter or a state that holds a value that is not finite, which must not replace one that does not.
 fn refuse_not_finite<'a>(step: u64, tensors: impl Iterator<Item = &'a (String, Tensor)>) -> Result<()> {
     for (name, tensor) in tensors.filter(|(_, tensor)| tensor.dtype() == DType::F32) {
-        if !with_f32(tensor, |values| Ok(values.iter().all(|value| value.is_finite())))? {
+        if !with_f32(&tensor.to_device(&Device::Cpu)?, |values| Ok(values.iter().all(|value| value.is_finite())))? {
             return Err(TrainError::NotFiniteState { step, name: name.clone() }.into());
         }
     }

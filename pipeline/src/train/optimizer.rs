@@ -11,6 +11,8 @@ mod moments;
 pub use blocks::BLOCK;
 
 use crate::Error;
+#[cfg(feature = "cuda")]
+use crate::cuda::optimizer as gpu;
 use crate::model::ModelError;
 use crate::model::weights::Weights;
 use crate::ops::with_f32;
@@ -142,7 +144,7 @@ impl AdamW {
     pub fn new(config: AdamWConfig, parameters: &[(String, Tensor)]) -> Result<AdamW> {
         check(&config)?;
         let moments = parameters.iter().map(|(name, tensor)| Moments::new(config.kind, name, tensor));
-        Ok(AdamW { config, step: 0, moments: moments.collect::<std::result::Result<_, _>>()? })
+        Ok(AdamW { config, step: 0, moments: moments.collect::<Result<_>>()? })
     }
 
     /// Updates done so far.
@@ -169,12 +171,14 @@ impl AdamW {
         for ((moments, (name, parameter)), gradient) in self.moments.iter().zip(parameters).zip(gradients) {
             moments.fits("parameter", Some(name), parameter)?;
             moments.fits("gradient", None, gradient)?;
-            with_f32(parameter, |_| Ok(()))?;
+            if !parameter.is_contiguous() {
+                return Err(candle_core::Error::Msg(format!("optimizer: {name} does not lie row by row")).into());
+            }
         }
         let update = Update::new(&self.config, self.step + 1, rate);
         self.step += 1;
         for ((moments, (_, parameter)), gradient) in self.moments.iter_mut().zip(parameters).zip(gradients) {
-            with_f32(&gradient.contiguous()?, |g| in_place(parameter, |p| moments.update(&update, p, g)))?;
+            moments.update(&update, parameter, gradient)?;
         }
         Ok(())
     }
@@ -201,7 +205,7 @@ impl AdamW {
         let step = state.bytes(STEP_NAME, Dtype::I64, &[1]).map_err(OptimizerError::State)?;
         let step = step.first_chunk().map(|bytes| i64::from_le_bytes(*bytes)).unwrap_or(-1);
         let step = u64::try_from(step).map_err(|_| OptimizerError::StateStep { found: step })?;
-        let loaded = self.moments.iter().map(|moments| moments.loaded(state)).collect::<Result<Vec<_>, OptimizerError>>()?;
+        let loaded = self.moments.iter().map(|moments| moments.loaded(state)).collect::<Result<Vec<_>>>()?;
         (self.step, self.moments) = (step, loaded);
         Ok(())
     }
@@ -216,12 +220,23 @@ pub fn clip(gradients: &mut [Tensor], max_norm: f64) -> Result<f64> {
     for gradient in gradients.iter_mut() {
         // What is scaled below must lie row by row; what a matrix product gave does.
         *gradient = gradient.contiguous()?;
-        squares.push(with_f32(gradient, |g| Ok(g.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>()))?);
+        if gradient.device().is_cpu() {
+            squares.push(with_f32(gradient, |g| Ok(g.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>()))?);
+        }
+    }
+    #[cfg(feature = "cuda")]
+    if gradients.iter().all(|g| g.device().is_cuda()) {
+        squares = gpu::squares(gradients)?;
     }
     let norm = squares.iter().sum::<f64>().sqrt();
     let factor = max_norm / (norm + NORM_FLOOR);
     if max_norm > 0.0 && norm.is_finite() && factor < 1.0 {
         for gradient in gradients.iter() {
+            #[cfg(feature = "cuda")]
+            if gradient.device().is_cuda() {
+                gpu::scale(gradient, factor)?;
+                continue;
+            }
             in_place(gradient, |g| g.par_iter_mut().for_each(|g| *g = (f64::from(*g) * factor) as f32))?;
         }
     }
@@ -260,6 +275,8 @@ struct Update {
     /// 1 − rate · weight decay.
     keep: f64,
     rate: f64,
+    #[cfg(feature = "cuda")]
+    weight_decay: f64,
     /// 1 − β₁ᵗ and 1 − β₂ᵗ.
     correction: (f64, f64),
 }
@@ -268,7 +285,22 @@ impl Update {
     fn new(config: &AdamWConfig, t: u64, rate: f64) -> Update {
         let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = *config;
         let correction = (1.0 - beta1.powf(t as f64), 1.0 - beta2.powf(t as f64));
-        Update { beta1, beta2, eps, keep: 1.0 - rate * weight_decay, rate, correction }
+        Update {
+            beta1,
+            beta2,
+            eps,
+            keep: 1.0 - rate * weight_decay,
+            rate,
+            #[cfg(feature = "cuda")]
+            weight_decay,
+            correction,
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn constants(&self) -> gpu::Update {
+        let Self { beta1, beta2, eps, weight_decay, rate, correction, .. } = *self;
+        gpu::Update { beta1, beta2, eps, rate, weight_decay, correction }
     }
 
     fn apply(&self, p: &mut f32, g: f32, m: &mut f32, v: &mut f32) {

@@ -5,9 +5,20 @@ use candle_core::{DType, Device, Tensor};
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+/// Where the tests compute: on the CPU, or on what the variable `POTSTILL_TEST_DEVICE` names.
+pub fn device() -> Device {
+    std::env::var("POTSTILL_TEST_DEVICE").map_or(Device::Cpu, |name| potstill_pipeline::device::pick(&name).unwrap())
+}
+
+/// A file or folder of the fixtures, which lie where the variable `POTSTILL_FIXTURES` says when the tests run far from their sources.
+pub fn fixture(name: &str) -> PathBuf {
+    let sources = || concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures").into();
+    PathBuf::from(std::env::var_os("POTSTILL_FIXTURES").unwrap_or_else(sources)).join(name)
+}
+
 /// A file or folder of the reference data.
 pub fn golden(name: &str) -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/golden")).join(name)
+    fixture("golden").join(name)
 }
 
 /// All tensors of a safetensors file of the reference data.

@@ -13,7 +13,7 @@ use super::{Attended, Shape, pairs};
 use crate::kernel::{Isa, TILE_COLUMNS, TILE_ROWS, add_row, transpose, vectorised};
 use crate::ops::exponential::exp;
 use crate::ops::floats;
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::ops::Range;

@@ -12,7 +12,7 @@ use super::{Attended, Shape, pairs};
 use crate::kernel::{Isa, TILE_COLUMNS, vectorised};
 use crate::ops::exponential::exp;
 use crate::ops::floats;
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 use std::cell::RefCell;
 
@@ -83,6 +83,12 @@ impl KeysValues {
 /// o [T, heads, d] of the new rows q [T, heads, d], k and v [T, kv_heads, d]; `segments` are cumulative lengths from 0 to T, one a
 /// conversation, whose earlier rows are in `past`; the new ones are appended there.
 pub fn forward_cached(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32], past: &mut [&mut KeysValues]) -> Result<Attended> {
+    if !q.device().is_cpu() {
+        // Kept rows lie in the host's memory.
+        let host = |t: &Tensor| t.to_device(&Device::Cpu);
+        let attended = forward_cached(&host(q)?, &host(k)?, &host(v)?, segments, past)?;
+        return Ok(Attended { output: attended.output.to_device(q.device())?, lse: None });
+    }
     let shape = Shape::of(q, k, v, segments)?;
     let fits = |kept: &&mut KeysValues| kept.heads.len() == shape.kv_heads && kept.d == shape.d;
     if past.len() + 1 != segments.len() || !past.iter().all(fits) {
