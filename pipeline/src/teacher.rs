@@ -14,6 +14,7 @@ use crate::model::ModelError;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, Holding};
 use crate::model::layer::Geometry;
+use crate::model::turns::Turns;
 use crate::model::weights::Weights;
 use crate::ops::capture::{Capture, Captured};
 use crate::ops::draw::Place;
@@ -98,11 +99,9 @@ impl Teacher {
             // The embedding, of which a long block has touched most pages.
             self.decoder.release_ends();
         }
-        for (i, stored) in self.decoder.layers.iter().enumerate() {
-            let layer = match self.residency {
-                Residency::Resident => stored.clone(),
-                Residency::Streamed => stored.placed(device)?,
-            };
+        let mut turns = Turns::new(&self.decoder, self.residency == Residency::Streamed)?;
+        for i in 0..self.decoder.layers.len() {
+            let layer = turns.begin(i)?;
             let done = std::thread::scope(|threads| -> Result<bool> {
                 if self.residency == Residency::Streamed || !self.warm.load(Ordering::Relaxed) {
                     // Where there is no thread to be had, the layer is read when it is touched.
@@ -115,6 +114,7 @@ impl Teacher {
                     *x = layer.forward(x, geometry, None)?;
                     context.progress.add(self.share(pack, i));
                 }
+                turns.launched()?;
                 Ok(true)
             })?;
             if self.residency == Residency::Streamed {

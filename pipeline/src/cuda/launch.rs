@@ -6,6 +6,7 @@
 
 use super::function;
 use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum;
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg, result};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Shape, Storage, Tensor, bail};
 
@@ -13,6 +14,8 @@ use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Shape, Storage
 const THREADS: u32 = 256;
 /// Values that a block of a flat kernel takes; there too.
 const PER_BLOCK: usize = 2048;
+/// Bytes of a block's own memory that need no asking.
+const PLAIN_SHARED: u32 = 48 << 10;
 
 /// One argument of a kernel.
 #[derive(Debug, Clone, Copy)]
@@ -31,6 +34,8 @@ pub(super) enum Argument {
     Float(f32),
     /// `double`.
     Double(f64),
+    /// A structure of six 8-byte words, by value.
+    Words([u64; 6]),
 }
 
 /// How many threads run a kernel.
@@ -67,6 +72,14 @@ pub(super) unsafe fn launch(device: &CudaDevice, name: &'static str, grid: Grid,
         return Ok(());
     }
     let (function, stream) = (function(device, name)?, device.cuda_stream());
+    if shared > PLAIN_SHARED {
+        let most = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(most, shared as i32).map_err(|e| {
+            candle_core::Error::msg(format!(
+                "kernel {name} wants {shared} bytes of a block's own memory, which this GPU has not: {e}"
+            ))
+        })?;
+    }
     let mut call = stream.launch_builder(&function);
     for argument in arguments {
         match argument {
@@ -76,6 +89,7 @@ pub(super) unsafe fn launch(device: &CudaDevice, name: &'static str, grid: Grid,
             Argument::Long(value) => call.arg(value),
             Argument::Float(value) => call.arg(value),
             Argument::Double(value) => call.arg(value),
+            Argument::Words(value) => call.arg(value),
         };
     }
     let shape = LaunchConfig { grid_dim: (x, y, 1), block_dim: (threads, 1, 1), shared_mem_bytes: shared };

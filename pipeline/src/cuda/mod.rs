@@ -4,14 +4,18 @@
 //! a GPU is asked for (`bind.rs`), so the same program starts where there is none.
 
 mod absent;
+pub(crate) mod attention;
 mod bind;
 pub(crate) mod blocks;
+pub(crate) mod head;
 mod launch;
 pub(crate) mod linear;
+pub(crate) mod loss;
 pub(crate) mod optimizer;
 mod placed;
 mod product;
 mod search;
+pub(crate) mod staging;
 
 pub use placed::DeviceWeight;
 

@@ -40,12 +40,20 @@ pub(super) enum Lies {
 impl DeviceWeight {
     /// Copies a weight to the device.
     pub(crate) fn new(weight: &Weight, device: &CudaDevice) -> Result<Self> {
-        let put = |bytes: &[u8]| upload(bytes, device);
+        Self::with(weight, device, |bytes| upload(bytes, device))
+    }
+
+    /// The same with `put` to bring its bytes there, as u8 `[n]`, before anything that is launched later.
+    pub(crate) fn with<'a>(
+        weight: &'a Weight,
+        device: &CudaDevice,
+        mut put: impl FnMut(&'a [u8]) -> Result<Tensor>,
+    ) -> Result<Self> {
         let floats = |values: &[f32]| Tensor::from_slice(values, values.len(), &Device::Cuda(device.clone()));
         let parts = match weight {
             Weight::Dense(w) => Parts::Dense { stored: w.stored(), values: put(w.bytes())? },
             Weight::Awq(w) => {
-                let [qweight, qzeros, scales] = w.parts().map(put);
+                let [qweight, qzeros, scales] = w.parts().map(&mut put);
                 Parts::Awq { group: w.group(), qweight: qweight?, qzeros: qzeros?, scales: scales? }
             }
             Weight::Nf4(w) => Parts::Nf4 {

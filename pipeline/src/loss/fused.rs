@@ -7,6 +7,8 @@
 //! The second product goes by stretches of the vocabulary, so that only a few of the chunk's columns are ever packed beside it.
 
 use super::{Batch, Checked, LossError, LossSettings, LossSums};
+#[cfg(feature = "cuda")]
+use crate::cuda::loss as gpu;
 use crate::kernel::Rows;
 use crate::linear::dense::DenseWeight;
 use crate::linear::panel::Factor;
@@ -51,6 +53,14 @@ pub fn fused_batch(
         return Err(Error::Setting { name: "head_chunk", found: "0".into(), expected: "1 or more positions".into() });
     }
     batch.check(head.weight.outputs())?;
+    #[cfg(feature = "cuda")]
+    if hidden.device().is_cuda() {
+        let done = gpu::fused_batch(hidden, head, batch, chunk, context)?;
+        return Ok(done.map(|(mut sums, gradient)| {
+            batch.close(&mut sums);
+            (sums, gradient)
+        }));
+    }
     let mut sums = LossSums::default();
     let mut gradient = vec![0f32; n * width];
     let mut logits = vec![Vec::new()];

@@ -258,7 +258,8 @@ impl Layer {
     ) -> Result<(Tensor, [Option<LoraGradient>; 4])> {
         let (d_flat, [o]) = backward_all([&self.o_proj], &s.attended_flat, &s.low_o, [&dh], self.pass(dropout, O))?;
         let d_attended = d_flat.reshape(s.q.dims())?;
-        let (dq, dk, dv) = attention::backward(&s.q, &s.k, &s.v, &s.attended, &d_attended, &geometry.segments)?;
+        let (dq, dk, dv) =
+            attention::backward_at(&s.q, &s.k, &s.v, &s.attended, &d_attended, &geometry.segments, self.precision)?;
         let flat = |t: Tensor| -> Result<Tensor> { t.flatten_from(1) };
         let dq = flat(self.head_norm_backward(&s.q_unnormed, &self.q_norm, geometry.rope.apply(&dq, Turn::Backward)?)?)?;
         let dk = flat(self.head_norm_backward(&s.k_unnormed, &self.k_norm, geometry.rope.apply(&dk, Turn::Backward)?)?)?;
@@ -327,7 +328,7 @@ impl Layer {
         let k = geometry.rope.apply(&k, Turn::Forward)?;
         let v = heads(v)?;
         let attended = match past {
-            None => attention::forward(&q, &k, &v, &geometry.segments)?,
+            None => attention::forward_at(&q, &k, &v, &geometry.segments, self.precision)?,
             Some(past) => attention::forward_cached(&q, &k, &v, &geometry.segments, past)?,
         };
         let attended_flat = attended.output.flatten_from(1)?;

@@ -4,6 +4,7 @@ pub mod config;
 pub mod decoder;
 pub mod kv_cache;
 pub mod layer;
+pub(crate) mod turns;
 pub mod weights;
 
 use potstill_cache::ErrorClass;

@@ -17,8 +17,10 @@ use super::draw::{self, Place};
 use super::largest::{Largest, falling};
 use super::weights::{Weights, tempered_total};
 use super::with_f32;
+#[cfg(feature = "cuda")]
+use crate::cuda::head as gpu;
 use crate::kernel::vectorised;
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 use potstill_cache::{LOGIT_MANTISSA_BITS, Selection, SoftTargets, Storage, Target, Values, round_to_mantissa};
 use rayon::prelude::*;
 
@@ -67,6 +69,12 @@ impl Capture {
         if places.len() != n {
             bail!("expected a place for each of {n} rows of logits, found {}", places.len());
         }
+        #[cfg(feature = "cuda")]
+        if logits.device().is_cuda() && self.selection.draws().is_none() && head <= gpu::MOST_KEPT {
+            return self.rows_of_gpu(logits, head);
+        }
+        // Draws walk a row block by block, which only the host does.
+        let logits = &logits.to_device(&Device::Cpu)?;
         with_f32(logits, |values| {
             let rows = values.par_chunks(vocab.max(1)).zip(places).enumerate();
             let rows: Vec<std::result::Result<Row, BadLogit>> =
@@ -109,18 +117,15 @@ impl Capture {
             (row.sample_ids, row.sample_counts) =
                 draw::counts(weights.sums(), |block| weights.weights(block), weights.total(), &uniforms);
         };
-        self.keep(&mut row, largest, z, (f64::from(max), log_total));
+        let head = largest.ids(z, usize::from(self.selection.head()));
+        self.keep(&mut row, head.iter().map(|id| (*id, z[*id as usize])), (f64::from(max), log_total));
         if let Selection::Sampled { draws, seed } = self.selection {
             draw(&mut row, &weights, seed, draws);
         }
         let mut left_out = if row.ids.is_empty() { row.sample_ids.clone() } else { row.ids.clone() };
         left_out.sort_unstable();
         let rest = weights.without(&left_out);
-        let below = rest.shift() - f64::from(max);
-        // A rest whose likeliest id has no probability in f64 is nothing.
-        let is_something = rest.total() > 0.0 && below.exp() > 0.0;
-        let tail = if is_something { below + rest.total().ln() - log_total } else { f64::NEG_INFINITY };
-        row.tail_logprob = (tail as f32).min(0.0) + 0.0;
+        let is_something = row.set_tail(rest.shift() - f64::from(max), rest.total(), log_total);
         if let Selection::Hybrid { draws, seed, .. } = self.selection
             && is_something
         {
@@ -132,37 +137,83 @@ impl Capture {
 
     /// ln Σ p^(1/T) with ln p = (z − max) − ln W.
     fn lse_at_temperatures(&self, z: &[f32], max: f32, log_total: f64, sums: &mut Vec<f64>) -> Vec<f32> {
-        let at = |t: &f32| {
-            // A factor of ∞ would make the largest logit's 0 a NaN.
-            let sum = tempered_total(z, max, (1.0 / t).min(f32::MAX), sums);
-            (sum.ln() - log_total / f64::from(*t)) as f32
-        };
+        let at = |t: &f32| lse_at(*t, tempered_total(z, max, factor(*t), sums), log_total);
         self.lse_temperatures.iter().map(at).collect()
     }
 
     /// The head: ids by falling stored value, ties by rising id, as far as the selection keeps them.
-    fn keep(&self, row: &mut Row, largest: &mut Largest, z: &[f32], (max, log_total): (f64, f64)) {
-        let head = usize::from(self.selection.head());
+    fn keep(&self, row: &mut Row, largest: impl Iterator<Item = (u32, f32)>, (max, log_total): (f64, f64)) {
         let exact = self.values == Values::LogitBf16;
         row.logsumexp = exact.then_some((max + log_total) as f32);
-        let logprob = |id: u32| {
-            let z = f64::from(z[id as usize]);
+        let logprob = |z: f32| {
+            let z = f64::from(z);
             let l = row.logsumexp.map_or(z - max - log_total, |lse| z - f64::from(lse)) as f32;
             l.min(0.0) + 0.0
         };
-        let mut entries: Vec<(u32, f32)> = largest.ids(z, head).iter().map(|&id| (id, logprob(id))).collect();
+        let mut entries: Vec<(u32, f32, f32)> = largest.map(|(id, z)| (id, logprob(z), z)).collect();
         if !exact {
             // Different logits may meet in one f32 log-probability, which is coarser where it is larger; such ids are ties again.
             entries.sort_unstable_by(|a, b| falling(a.1, b.1).then(a.0.cmp(&b.0)));
         }
-        (row.ids, row.logprobs) = entries.into_iter().unzip();
+        row.ids = entries.iter().map(|entry| entry.0).collect();
+        row.logprobs = entries.iter().map(|entry| entry.1).collect();
         let kept = self.selection.kept(&row.logprobs);
         row.ids.truncate(kept);
         row.logprobs.truncate(kept);
         if exact {
-            row.logits = row.ids.iter().map(|id| z[*id as usize]).collect();
+            row.logits = entries[..kept].iter().map(|entry| entry.2).collect();
         }
     }
+}
+
+#[cfg(feature = "cuda")]
+impl Capture {
+    /// [`rows`](Self::rows) of logits on a GPU, which finds the `head` largest and sums up the rest.
+    fn rows_of_gpu(&self, logits: &Tensor, head: usize) -> Result<Captured> {
+        let factors: Vec<f32> = self.lse_temperatures.iter().map(|t| factor(*t)).collect();
+        let summed = gpu::summed(logits, head, self.values == Values::LogitBf16, &factors)?;
+        let n = summed.bad.len();
+        let mut captured = Captured { targets: SoftTargets::with_capacity(n, head), bad: Vec::new() };
+        for number in 0..n {
+            let row = match u32::try_from(summed.bad[number]) {
+                Err(_) => self.row_of_gpu(&summed, number),
+                Ok(id) => {
+                    let value = logits.get(number)?.get(id as usize)?.to_scalar()?;
+                    captured.bad.push(BadLogit { row: number, id, value });
+                    self.nothing()
+                }
+            };
+            captured.targets.push_target(&row.target());
+        }
+        Ok(captured)
+    }
+
+    fn row_of_gpu(&self, summed: &gpu::Summed, number: usize) -> Row {
+        let place = number * summed.kept..(number + 1) * summed.kept;
+        let (ids, values) = (&summed.ids[place.clone()], &summed.values[place]);
+        let (max, log_total) = (f64::from(summed.max[number]), summed.total[number].ln());
+        let mut row = Row::default();
+        self.keep(&mut row, ids.iter().copied().zip(values.iter().copied()), (max, log_total));
+        // What the selection cut off the k largest belongs to the rest, of which it is the larger part.
+        let cut = || ids.iter().zip(values).filter(|(id, _)| !row.ids.contains(id)).map(|(_, z)| f64::from(*z));
+        let rest_max = f64::from(summed.rest_max[number]);
+        let shift = cut().fold(rest_max, f64::max);
+        let total = summed.rest[number] * (rest_max - shift).exp() + cut().map(|z| (z - shift).exp()).sum::<f64>();
+        row.set_tail(shift - max, total, log_total);
+        let sums = self.lse_temperatures.iter().zip(&summed.tempered);
+        row.lse_t = sums.map(|(t, sums)| lse_at(*t, sums[number], log_total)).collect();
+        row
+    }
+}
+
+/// 1 / T. A factor of ∞ would make the largest logit's 0 a NaN.
+fn factor(t: f32) -> f32 {
+    (1.0 / t).min(f32::MAX)
+}
+
+/// ln Σ p^(1/T) from Σ exp((z − max) / T) and ln W.
+fn lse_at(t: f32, sum: f64, log_total: f64) -> f32 {
+    (sum.ln() - log_total / f64::from(t)) as f32
 }
 
 /// What was captured of rows of logits.
@@ -242,6 +293,15 @@ struct Row {
 }
 
 impl Row {
+    /// The others' log-probability from their sum of weights exp(z − shift), `below` being shift − max. Whether they are anything: a rest
+    /// whose likeliest id has no probability in f64 is nothing.
+    fn set_tail(&mut self, below: f64, total: f64, log_total: f64) -> bool {
+        let is_something = total > 0.0 && below.exp() > 0.0;
+        let tail = if is_something { below + total.ln() - log_total } else { f64::NEG_INFINITY };
+        self.tail_logprob = (tail as f32).min(0.0) + 0.0;
+        is_something
+    }
+
     fn target(&self) -> Target<'_> {
         Target {
             ids: &self.ids,

@@ -10,7 +10,10 @@
 
 use super::forward::{QUERIES, blocks_of_rows, panels_of_columns};
 use super::{Attended, Shape, pairs};
-use crate::kernel::{Isa, TILE_COLUMNS, TILE_ROWS, add_row, transpose, vectorised};
+#[cfg(feature = "cuda")]
+use crate::cuda::attention as gpu;
+use crate::device::on_gpu;
+use crate::kernel::{Isa, Precision, TILE_COLUMNS, TILE_ROWS, add_row, transpose, vectorised};
 use crate::ops::exponential::exp;
 use crate::ops::floats;
 use candle_core::{Result, Tensor};
@@ -62,8 +65,23 @@ pub fn backward(
     dy: &Tensor,
     segments: &[u32],
 ) -> Result<(Tensor, Tensor, Tensor)> {
+    backward_at(q, k, v, attended, dy, segments, Precision::F32)
+}
+
+/// The same after [`forward_at`](super::forward_at).
+pub fn backward_at(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    attended: &Attended,
+    dy: &Tensor,
+    segments: &[u32],
+    precision: Precision,
+) -> Result<(Tensor, Tensor, Tensor)> {
     let shape = Shape::of(q, k, v, segments)?;
     let lse = attended.log_sums(dy, q, shape)?;
+    on_gpu!(q => gpu::backward((q, k, v), (&attended.output, lse), dy, segments, precision));
+    let _ = precision;
     let (qs, ks, vs, os, dys) = (floats(q)?, floats(k)?, floats(v)?, floats(&attended.output)?, floats(dy)?);
     let lse = floats(lse)?;
     let given = Given { q: &qs, o: &os, dy: &dys, lse: &lse, shape };

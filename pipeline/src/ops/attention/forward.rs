@@ -8,7 +8,10 @@
 //! Queries are cut into groups of 32 from the conversation's first on, so a conversation's bits do not depend on the pack.
 
 use super::{Attended, Shape, pairs};
-use crate::kernel::{Isa, TILE_COLUMNS, TILE_ROWS, panels, transpose, vectorised};
+#[cfg(feature = "cuda")]
+use crate::cuda::attention as gpu;
+use crate::device::on_gpu;
+use crate::kernel::{Isa, Precision, TILE_COLUMNS, TILE_ROWS, panels, transpose, vectorised};
 use crate::ops::exponential::exp;
 use crate::ops::with_f32;
 use candle_core::{Result, Tensor};
@@ -47,7 +50,14 @@ unsafe impl Sync for Target {}
 
 /// o [T, heads, d] of q [T, heads, d], k and v [T, kv_heads, d]; `segments` are cumulative lengths from 0 to T.
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32]) -> Result<Attended> {
+    forward_at(q, k, v, segments, Precision::F32)
+}
+
+/// The same with factors rounded to `precision` on a GPU. The CPU's are f32 whatever it says.
+pub fn forward_at(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32], precision: Precision) -> Result<Attended> {
     let shape = Shape::of(q, k, v, segments)?;
+    on_gpu!(q => gpu::forward(q, k, v, segments, precision).map(|(output, lse)| Attended { output, lse: Some(lse) }));
+    let _ = precision;
     let size = shape.tokens * shape.heads;
     let (mut o, mut lse): (Vec<f32>, Vec<f32>) = (Vec::with_capacity(size * shape.d), Vec::with_capacity(size));
     let target = Target { o: o.as_mut_ptr(), lse: lse.as_mut_ptr() };

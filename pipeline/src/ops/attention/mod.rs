@@ -16,9 +16,9 @@ mod backward;
 mod cached;
 mod forward;
 
-pub use backward::backward;
+pub use backward::{backward, backward_at};
 pub use cached::{KeysValues, forward_cached};
-pub use forward::forward;
+pub use forward::{forward, forward_at};
 
 use candle_core::{Result, Tensor, bail};
 
