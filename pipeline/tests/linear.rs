@@ -221,9 +221,10 @@ fn a_bias_or_an_input_of_another_width_is_an_error() {
     let tensor =
         |rows: usize, columns: usize| Tensor::zeros((rows, columns), candle_core::DType::F32, &support::device()).unwrap();
     let bias = |n: usize| Some(tensor(1, n).squeeze(0).unwrap());
-    assert_eq!(Linear::new(weight(), bias(4)).forward(&tensor(2, 3)).unwrap().dims(), [2, 4]);
-    let error = Linear::new(weight(), bias(2)).forward(&tensor(2, 3)).unwrap_err().to_string();
+    let layer = |bias: Option<Tensor>| Linear::new(weight(), bias).placed(&support::device()).unwrap();
+    assert_eq!(layer(bias(4)).forward(&tensor(2, 3)).unwrap().dims(), [2, 4]);
+    let error = layer(bias(2)).forward(&tensor(2, 3)).unwrap_err().to_string();
     assert!(error.contains("a bias of 2 values does not fit 4 outputs"), "{error}");
-    let error = Linear::new(weight(), None).forward(&tensor(2, 5)).unwrap_err().to_string();
+    let error = layer(None).forward(&tensor(2, 5)).unwrap_err().to_string();
     assert!(error.contains("does not fit 3 inputs"), "{error}");
 }

@@ -195,8 +195,10 @@ fn an_update_changes_values_where_they_lie() {
     assert_eq!(flat(&same), flat(&p[0].1));
     // A gradient that does not lie row by row, such as a transposed one, is read as what it means.
     let (p, q) = (parameters(), parameters());
-    let turned = tensor(&[1.0, 4.0, 2.0, 5.0, 3.0, 6.0], &[3, 2]).t().unwrap();
-    let mut turned = [turned, tensor(&[0.0, 0.0], &[2])];
+    let turned = Tensor::from_slice(&[1.0f32, 4.0, 2.0, 5.0, 3.0, 6.0], (3, 2), &Device::Cpu).unwrap().t().unwrap();
+    // What a GPU's products give lies row by row.
+    let turned = if support::device().is_cuda() { turned.contiguous().unwrap() } else { turned };
+    let mut turned = [turned.to_device(&support::device()).unwrap(), tensor(&[0.0, 0.0], &[2])];
     let plain = [tensor(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[2, 3]), tensor(&[0.0, 0.0], &[2])];
     assert!((clip(&mut turned, 0.0).unwrap() - 91f64.sqrt()).abs() < 1e-12);
     AdamW::new(CONFIG, &p).unwrap().step(&p, &turned, 0.1).unwrap();
@@ -241,7 +243,7 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
     let g = gradients(1);
     refused(&mut p, &g[..1], &["gradients", "expected 2", "found 1"]);
     refused(&mut p, &[g[1].clone(), g[0].clone()], &["gradient", "a F32 [2, 3]", "[2]"]);
-    refused(&mut p, &[g[0].to_dtype(DType::F64).unwrap(), g[1].clone()], &["gradient", "F64"]);
+    refused(&mut p, &[Tensor::zeros((2, 3), DType::F64, &support::device()).unwrap(), g[1].clone()], &["gradient", "F64"]);
     p.reverse();
     refused(&mut p, &g, &["parameter", "a F32 [2, 3]", "b F32 [2]"]);
     for (config, words) in [

@@ -401,7 +401,8 @@ impl Reader<'_> {
     }
 
     fn float(&self, name: &str, shape: &[usize]) -> Result<Tensor, ReadError> {
-        Ok(self.weights.tensor(name, shape, self.device)?.to_dtype(DType::F32)?)
+        let values = self.weights.tensor(name, shape, &Device::Cpu)?.to_dtype(DType::F32)?;
+        Ok(values.to_device(self.device)?)
     }
 
     /// Every tensor the model needs, so that all that is wrong is said at once and before anything is allocated.
