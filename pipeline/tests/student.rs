@@ -341,10 +341,11 @@ fn gradients_with_dropout_equal_finite_differences() {
         let signs = |j: usize| if (j * 7919 + i * 104_729) % 1009 < 504 { 1.0 } else { -1.0 };
         let unit: Vec<f32> = (0..gradient.len()).map(|j| (signs(j) / (gradient.len() as f64).sqrt()) as f32).collect();
         let along: f64 = gradient.iter().zip(&unit).map(|(g, u)| f64::from(*g) * f64::from(*u)).sum();
-        let unit = Tensor::from_vec(unit, parameters[i].1.dims(), &support::device()).unwrap();
         let mut loss = |way: f64| {
             let mut moved = parameters.clone();
-            moved[i].1 = (&moved[i].1 + (&unit * way).unwrap()).unwrap();
+            let (from, like) = (floats(&moved[i].1), parameters[i].1.clone());
+            let to = from.iter().zip(&unit).map(|(from, unit)| from + unit * way as f32).collect::<Vec<f32>>();
+            moved[i].1 = Tensor::from_vec(to, like.dims(), like.device()).unwrap();
             student.set_parameters(&moved).unwrap();
             step_at(&student, &reference, &settings, 3).0.total
         };

@@ -1,7 +1,7 @@
 //! The decoder's blocks on the GPU beside linear layers and attention: each is one launch. Formulas and the CPU's definitions are in `ops/`
 //! and `linear/dropout.rs`; shapes were checked there.
 
-use super::launch::{Argument, Grid, device_of, floats, launch, place, room};
+use super::launch::{Argument, Grid, copy, device_of, floats, launch, place, room};
 use crate::linear::dropout::RowMask;
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -89,6 +89,27 @@ pub(crate) fn scatter(x: &Tensor, rows: &Tensor, all: usize) -> Result<Tensor> {
     // SAFETY: x has n rows; the caller's promise about the numbers.
     unsafe { launch(&device, "scatter_rows", Grid::blocks(n), &arguments) }?;
     Ok(y)
+}
+
+/// Rows of several tensors of one width, one after the other.
+pub(crate) fn joined(parts: &[Tensor]) -> Result<Tensor> {
+    let Some(first) = parts.first() else { bail!("rows: expected a tensor, found none") };
+    let (device, h) = (device_of(first)?, first.dim(1)?);
+    let mut end = 0;
+    for part in parts {
+        let (n, width) = part.dims2()?;
+        if width != h {
+            bail!("rows: {width} columns do not go below {h}");
+        }
+        end += n;
+    }
+    let all = room((end, h), DType::F32, &device)?;
+    let mut start = 0;
+    for part in parts {
+        copy(part, &all.narrow(0, start, part.dim(0)?)?)?;
+        start += part.dim(0)?;
+    }
+    Ok(all)
 }
 
 /// M ∘ x for rows [T, H], new; or added to `onto`, which is then given back.

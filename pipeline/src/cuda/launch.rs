@@ -163,6 +163,16 @@ pub(super) fn overwrite(t: &Tensor, values: &[f32]) -> Result<()> {
     unsafe { result::memcpy_htod_async(address(t, DType::F32)?, values, stream.cu_stream()) }.w()
 }
 
+/// Copies f32 values on the device into the place of as many others.
+pub(super) fn copy(from: &Tensor, to: &Tensor) -> Result<()> {
+    if from.elem_count() != to.elem_count() {
+        bail!("{:?} does not fit {:?}", from.dims(), to.dims());
+    }
+    let (stream, bytes) = (device_of(to)?.cuda_stream(), 4 * to.elem_count());
+    // SAFETY: both have as many bytes.
+    unsafe { result::memcpy_dtod_async(address(to, DType::F32)?, address(from, DType::F32)?, bytes, stream.cu_stream()) }.w()
+}
+
 /// Bytes as they are, as u8 `[n]`.
 pub(super) fn upload(bytes: &[u8], device: &CudaDevice) -> Result<Tensor> {
     if bytes.is_empty() {

@@ -67,11 +67,6 @@ impl DeviceWeight {
         Ok(Self { outputs: weight.outputs(), inputs: weight.inputs(), parts })
     }
 
-    /// Output features.
-    pub(super) fn outputs(&self) -> usize {
-        self.outputs
-    }
-
     /// All values, as a product takes them. A dense weight of the product's own dtype is not copied.
     pub(super) fn unpacked(&self, precision: Precision) -> Result<(Factor, Lies)> {
         let (dtype, n) = (if precision == Precision::Bf16 { DType::BF16 } else { DType::F32 }, self.outputs * self.inputs);

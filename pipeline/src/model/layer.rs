@@ -13,7 +13,7 @@ use crate::linear::dropout::Dropout;
 use crate::linear::{Linear, LoraGradient, Low, Pass, backward_all, forward_kept};
 use crate::ops::attention::{self, KeysValues};
 use crate::ops::rope::{Table, Turn};
-use crate::ops::{add, rms_norm, swiglu};
+use crate::ops::{add, rms_norm, rows, swiglu};
 use candle_core::{Device, Result, Tensor};
 
 /// The seven linear layers, named as in the checkpoint, in the order of [`Layer::linears`].
@@ -363,7 +363,7 @@ impl Layer {
 fn joined(parts: Vec<Tensor>) -> Result<Tensor> {
     match &parts[..] {
         [all] => Ok(all.clone()),
-        parts => Tensor::cat(parts, 0),
+        parts => rows::joined(parts),
     }
 }
 

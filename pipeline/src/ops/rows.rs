@@ -17,3 +17,12 @@ pub fn scatter(x: &Tensor, rows: &Tensor, all: usize) -> Result<Tensor> {
     on_gpu!(x => blocks::scatter(x, rows, all));
     Tensor::zeros((all, x.dim(1)?), x.dtype(), x.device())?.index_add(rows, x, 0)
 }
+
+/// Rows of several tensors [n, H], one after the other. Errors: none given, or of different widths.
+pub fn joined(parts: &[Tensor]) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if parts.iter().all(|part| part.device().is_cuda()) {
+        return blocks::joined(parts);
+    }
+    Tensor::cat(parts, 0)
+}

@@ -2,12 +2,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, dead_code)]
 
 use candle_core::{DType, Device, Tensor};
+use potstill_pipeline::run::RunContext;
 use std::collections::HashMap;
 use std::path::PathBuf;
 
 /// Where the tests compute: on the CPU, or on what the variable `POTSTILL_TEST_DEVICE` names.
 pub fn device() -> Device {
-    std::env::var("POTSTILL_TEST_DEVICE").map_or(Device::Cpu, |name| potstill_pipeline::device::pick(&name).unwrap())
+    std::env::var("POTSTILL_TEST_DEVICE")
+        .map_or(Device::Cpu, |name| potstill_pipeline::device::pick(&name, &RunContext::default()).unwrap())
 }
 
 /// A file or folder of the fixtures, which lie where the variable `POTSTILL_FIXTURES` says when the tests run far from their sources.
