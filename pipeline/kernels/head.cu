@@ -13,12 +13,12 @@
 //
 // On paper (H200, 4.8 TB/s, 132 multiprocessors): a row of 152,064 logits is 608 KB, 0.127 us of the device's memory. About 23 instructions a
 // value make 0.12 us of its cores: both in balance. A row has about k ln(V / 1024) candidates after the first 1024 values; with a sort
-// whenever there are 256 more than k, that is 4 (k = 64) to 9 (k = 256) sorts of 512 and one of 1024, each about 2 us of one block, while four
-// blocks of a multiprocessor take turns: a row takes a block 67 us. A row that rises all the way sorts at each step: about ten times as long,
-// and right. Shared memory 16.5 KB, 256 threads, at most 64 registers: four blocks.
+// whenever there are 256 more than k, that is 4 (k = 64) to 9 (k = 256) sorts of 512 and one of 1024, each about 2 us of one block, while six
+// blocks of a multiprocessor take turns: a row takes a block 100 us. A row that rises all the way sorts at each step: about ten times as long,
+// and right. Shared memory 16.5 KB, 256 threads, 40 registers: six blocks, each with 8 KB of the row under way.
 //
 // The host makes a Row (capture.rs) of it so, in f64, with total, rest and the k values of a row:
-//   bad >= 0                    BadLogit of that id, everything else means nothing
+//   bad >= 0                    BadLogit of that id and value 0, which is that logit as it was given; everything else means nothing
 //   ln W = ln total             log-probability of an id: min(z - max - ln W, 0) as f32; with logits kept, of z - f32(max + ln W)
 //   ids                         sorted again by falling f32 log-probability, ties by rising id, unless logits are kept; then the selection's cut
 //   tail                        rest_max - max + ln(rest + sum exp(z - rest_max) over those of the k that the cut left out) - ln W, as f32, at
@@ -51,15 +51,12 @@ __device__ __forceinline__ float counted(float z, int rounded) {
     return rounded != 0 ? __bfloat162float(__float2bfloat16_rn(z)) : z;
 }
 
-// Values `id`.. of a row as far as it goes; beyond it -inf.
-__device__ __forceinline__ float4 four(const float* row, int id, int vocab) {
-    if (id + 3 < vocab && (reinterpret_cast<unsigned long long>(row + id) & 15) == 0) return *reinterpret_cast<const float4*>(row + id);
-    float4 z;
-    z.x = id < vocab ? row[id] : -INFINITY;
-    z.y = id + 1 < vocab ? row[id + 1] : -INFINITY;
-    z.z = id + 2 < vocab ? row[id + 2] : -INFINITY;
-    z.w = id + 3 < vocab ? row[id + 3] : -INFINITY;
-    return z;
+// The thread's four values of the step from `base` on, 256 ids apart, so that a warp reads 32 in a row wherever the row begins; beyond the
+// row -inf. Which values meet in a thread, and so every sum, is the same for a row at any address.
+__device__ __forceinline__ int place(int base, int i) { return base + i * logits::THREADS + int(threadIdx.x); }
+__device__ __forceinline__ void take(float (&values)[4], const float* row, int base, int vocab) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) values[i] = place(base, i) < vocab ? row[place(base, i)] : -INFINITY;
 }
 
 // Sorts n keys by falling value (bitonic); places up to the next power of two are overwritten by 0.
@@ -84,7 +81,7 @@ __device__ void sort(unsigned long long* keys, int n) {
 // Grid rows; 256 threads; k from 1 to 256 and at most vocab. Row r begins at z + r * stride. `rounded`: logits count as bf16 holds them.
 // ids and values [rows, k], by falling value, ties by rising id; max, total = sum exp(z - max), rest_max the largest value and
 // rest = sum exp(z - rest_max) of those not among the k (rest_max = max and rest = 0 where there are none); bad: the first id whose logit is
-// not finite, or -1.
+// not finite, or -1. Of a row that has one, value 0 is that logit as it was given, and nothing else means anything.
 extern "C" __global__ void __launch_bounds__(256, 4) largest(const float* z, int vocab, long long stride, int k, int rounded,
                                                              unsigned* ids, float* values, float* max, double* total,
                                                              float* rest_max, double* rest, long long* bad) {
@@ -96,24 +93,26 @@ extern "C" __global__ void __launch_bounds__(256, 4) largest(const float* z, int
     __syncthreads();
     logits::Tally tally;
     float bound = -INFINITY;
-    float4 next = head::four(row, 4 * threadIdx.x, vocab), after = head::four(row, head::STEP + 4 * threadIdx.x, vocab);
+    float now[4], next[4], after[4];
+    head::take(next, row, 0, vocab);
+    head::take(after, row, head::STEP, vocab);
     for (int base = 0; base < vocab; base += head::STEP) {
-        float now[4] = {next.x, next.y, next.z, next.w};
-        int id = base + 4 * threadIdx.x;
-        next = after;
-        after = head::four(row, id + 2 * head::STEP, vocab);
+#pragma unroll
+        for (int i = 0; i < 4; i++) now[i] = next[i], next[i] = after[i];
+        head::take(after, row, base + 2 * head::STEP, vocab);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            if (id + i >= vocab) break;
+            int id = head::place(base, i);
+            if (id >= vocab) break;
             float value = head::counted(now[i], rounded);
-            if ((__float_as_uint(value) & 0x7f800000u) == 0x7f800000u) atomicMin(&first_bad, id + i);
-            if (value > bound) keys[atomicAdd(&count, 1)] = head::key_of(value, unsigned(id + i));
+            if ((__float_as_uint(value) & 0x7f800000u) == 0x7f800000u) atomicMin(&first_bad, id);
+            if (value > bound) keys[atomicAdd(&count, 1)] = head::key_of(value, unsigned(id));
             else tally.add<false>(value, 1.0f);
         }
         __syncthreads();
         int found = count;
         __syncthreads();
-        // The step after next may bring as many as there are in a step.
+        // There is room for a whole step more.
         if (found <= k + head::MOST && base + head::STEP < vocab) continue;
         head::sort(keys, found);
         for (int i = k + threadIdx.x; i < found; i += logits::THREADS) tally.add<false>(head::value_of(keys[i]), 1.0f);
@@ -132,6 +131,7 @@ extern "C" __global__ void __launch_bounds__(256, 4) largest(const float* z, int
     }
     kept = logits::sum(kept, partials);
     if (threadIdx.x == 0) {
+        if (first_bad < vocab) values[(long long)blockIdx.x * k] = row[first_bad];
         max[blockIdx.x] = top;
         rest_max[blockIdx.x] = float(shift);
         rest[blockIdx.x] = sum;
@@ -148,14 +148,8 @@ extern "C" __global__ void __launch_bounds__(256) tempered_total(const float* z,
     const float* row = z + (long long)blockIdx.x * stride;
     float top = max[blockIdx.x];
     double sum = 0.0;
-#pragma unroll 4
-    for (int id = 4 * threadIdx.x; id < vocab; id += head::STEP) {
-        float4 now = head::four(row, id, vocab);
-        sum += double(exp_fused((head::counted(now.x, rounded) - top) * factor));
-        sum += double(exp_fused((head::counted(now.y, rounded) - top) * factor));
-        sum += double(exp_fused((head::counted(now.z, rounded) - top) * factor));
-        sum += double(exp_fused((head::counted(now.w, rounded) - top) * factor));
-    }
+#pragma unroll 8
+    for (int id = threadIdx.x; id < vocab; id += logits::THREADS) sum += double(exp_fused((head::counted(row[id], rounded) - top) * factor));
     sum = logits::sum(sum, partials);
     if (threadIdx.x == 0) total[blockIdx.x] = sum;
 }

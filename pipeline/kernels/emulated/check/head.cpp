@@ -46,7 +46,11 @@ void check_row(const Rows& rows, size_t row, const Results& found, float factor)
     auto worst = std::find_if(z.begin(), z.end(), [](float value) { return !std::isfinite(value); });
     std::string name = rows.name + ", " + std::to_string(rows.k) + " of " + std::to_string(rows.vocab);
     close(name + ": bad", row, double(found.bad[row]), worst == z.end() ? -1 : double(worst - z.begin()), 0);
-    if (worst != z.end()) return;
+    if (worst != z.end()) {
+        float given = rows.z[row * rows.stride + size_t(worst - z.begin())], kept = found.values[row * rows.k];
+        EXPECT(memcmp(&given, &kept, 4) == 0, "%s: the bad value is %g, found %g", name.c_str(), given, kept);
+        return;
+    }
     std::vector<unsigned> order(z.size());
     for (size_t i = 0; i < z.size(); i++) order[i] = unsigned(i);
     std::stable_sort(order.begin(), order.end(), [&](unsigned a, unsigned b) { return z[a] > z[b]; });
