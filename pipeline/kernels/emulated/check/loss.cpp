@@ -215,9 +215,9 @@ TEST(losses_of_rows_of_every_width) {
                 if (!teacher)
                     for (Row& row : rows) row.ids.clear(), row.logprobs.clear();
                 if (vocab > 10 && std::count(rows[0].ids.begin(), rows[0].ids.end(), 5u) == 0) rows[0].z[5] = -INFINITY, rows[0].label = 6;
-                // Every id is kept: the twin, which has an entry for the rest, is the same with none.
+                // Where every id is kept there is no entry for the rest, whatever is stored for it.
                 loss::Settings twin = s;
-                if (kept == vocab && teacher) twin.tail = loss::RENORM;
+                if (kept == vocab && teacher) twin.tail = loss::RENORM, rows[0].tail = rows[1].tail = -3;
                 Results found = run(rows, s, teacher, dice.word() % 2 == 0, vocab % 3 == 0 ? 1 : 0);
                 for (size_t i = 0; i < rows.size(); i++) check_row(name, rows[i], twin, teacher, found, i, vocab < 100 ? 1 : vocab / 8);
             }
@@ -235,6 +235,19 @@ TEST(losses_of_logits_far_apart) {
             row.tail = -INFINITY;
             Results found = run({row}, s, true, false, 0);
             check_row(std::string("extremes, ") + DIVERGENCES[divergence], row, s, true, found, 0, 1);
+        }
+}
+
+// Values stored in few bits, which leave more of Z_T than the tail can have (at T < 1), or nothing.
+TEST(losses_of_a_teacher_in_few_bits) {
+    Dice dice(7);
+    for (double t : {0.5, 0.8, 2.0})
+        for (float off : {-0.1f, 0.1f}) {
+            loss::Settings s = {t, 1, 0, 1, 0, loss::FORWARD_KL, loss::EXACT_TAIL};
+            Row row = make_row(dice, 40, 6, 2, t);
+            for (float& l : row.logprobs) l += off;
+            Results found = run({row}, s, true, false, 0);
+            check_row("few bits", row, s, true, found, 0, 1);
         }
 }
 
