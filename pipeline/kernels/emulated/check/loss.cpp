@@ -244,7 +244,7 @@ TEST(losses_of_a_teacher_in_few_bits) {
     for (double t : {0.5, 0.8, 2.0})
         for (float off : {-0.1f, 0.1f}) {
             loss::Settings s = {t, 1, 0, 1, 0, loss::FORWARD_KL, loss::EXACT_TAIL};
-            Row row = make_row(dice, 40, 6, 2, t);
+            Row row = make_row(dice, 40, 36, 2, t);
             for (float& l : row.logprobs) l += off;
             Results found = run({row}, s, true, false, 0);
             check_row("few bits", row, s, true, found, 0, 1);
