@@ -1,5 +1,6 @@
 //! How much memory there is to plan with.
 
+use candle_core::Device;
 use std::path::{Path, PathBuf};
 
 /// Bytes that this process may still take before the system gets into need: what the kernel calls available, or what is left of the
@@ -7,6 +8,16 @@ use std::path::{Path, PathBuf};
 pub fn available() -> Option<u64> {
     let free = meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
     Some(group_left().map_or(free, |left| left.min(free)))
+}
+
+/// The same of a device's own memory: a GPU's that nobody holds.
+pub fn available_on(device: &Device) -> Option<u64> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        return crate::cuda::memory(device).ok().map(|memory| memory.free as u64);
+    }
+    let _ = device;
+    available()
 }
 
 /// `MemAvailable` of /proc/meminfo, in bytes.

@@ -115,7 +115,9 @@ impl Student {
         device: &Device,
         context: &RunContext,
     ) -> Result<Self> {
-        Self::new(Decoder::from_folder(folder, Holding::Nf4, precision, device, context)?, lora)
+        let mut decoder = Decoder::from_folder(folder, Holding::Nf4, precision, device, context)?;
+        decoder.place(context)?;
+        Self::new(decoder, lora)
     }
 
     /// Puts a fresh adapter on a decoder's target projections. Errors: a rank or a dropout out of its range.
@@ -123,7 +125,7 @@ impl Student {
     /// A is uniform in ±1/√in, the bound that PEFT's `kaiming_uniform_(a=√5)` works out to; B is 0.
     pub fn new(mut decoder: Decoder, lora: &LoraSettings) -> Result<Self> {
         lora.check()?;
-        decoder.place()?;
+        decoder.place(&RunContext::default())?;
         let (rank, scale) = (lora.rank as usize, lora.scaling.factor(lora.alpha, lora.rank));
         let mut random = ChaCha8Rng::seed_from_u64(lora.seed);
         let device = decoder.device().clone();

@@ -67,7 +67,7 @@ impl Teacher {
     ) -> Result<Self> {
         let mut decoder = Decoder::from_folder(folder, Holding::AsStored, precision, device, context)?;
         if residency == Residency::Resident {
-            decoder.place_layers()?;
+            decoder.place_layers(context)?;
             decoder.place_embedding()?;
         }
         let head = check_width(folder, &decoder.config, width, decoder.head().first_rows(width as usize))?;
@@ -103,7 +103,9 @@ impl Teacher {
         for i in 0..self.decoder.layers.len() {
             let layer = turns.begin(i)?;
             let done = std::thread::scope(|threads| -> Result<bool> {
-                if self.residency == Residency::Streamed || !self.warm.load(Ordering::Relaxed) {
+                // What a GPU holds, or copies for itself, is not read ahead.
+                let reads = device.is_cpu() && (self.residency == Residency::Streamed || !self.warm.load(Ordering::Relaxed));
+                if reads {
                     // Where there is no thread to be had, the layer is read when it is touched.
                     let _ = std::thread::Builder::new().spawn_scoped(threads, || self.decoder.populate_layer(i + 1));
                 }

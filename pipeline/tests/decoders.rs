@@ -37,7 +37,7 @@ fn folder(name: &str) -> PathBuf {
 fn decoder(name: &str) -> Decoder {
     let (device, context) = (support::device(), RunContext::default());
     let mut decoder = Decoder::from_folder(&folder(name), Holding::AsStored, Precision::F32, &device, &context).unwrap();
-    decoder.place().unwrap();
+    decoder.place(&RunContext::default()).unwrap();
     decoder
 }
 

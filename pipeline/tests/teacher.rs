@@ -89,7 +89,7 @@ fn hidden_states_equal_transformers() {
     let input_ids = ids(&expected["input_ids"]);
     let (device, context) = (support::device(), RunContext::default());
     let mut decoder = Decoder::from_folder(&golden("teacher-awq"), Holding::AsStored, Precision::F32, &device, &context).unwrap();
-    decoder.place().unwrap();
+    decoder.place(&RunContext::default()).unwrap();
     let pack = Pack::new([Sequence { input_ids: &input_ids, positions: &[] }]);
     let geometry = Geometry::new(&pack, &decoder.config, decoder.device()).unwrap();
     let mut x = decoder.embed(&input_ids).unwrap();

@@ -9,7 +9,7 @@ pub(crate) const MOST_KEPT: usize = 256;
 /// Rows of logits [n, V] as the kernel sums them up, in the host's memory.
 #[derive(Debug)]
 pub(crate) struct Summed {
-    /// Ids and logits of each row's k largest, by falling logit, ties by rising id: [n, k].
+    /// Ids and logits of each row's k largest, by falling logit, ties by rising id: [n, k]. Of a bad row the first value is the bad logit.
     pub(crate) ids: Vec<u32>,
     pub(crate) values: Vec<f32>,
     pub(crate) kept: usize,

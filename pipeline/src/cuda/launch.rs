@@ -71,7 +71,10 @@ pub(super) unsafe fn launch(device: &CudaDevice, name: &'static str, grid: Grid,
     if x == 0 || y == 0 {
         return Ok(());
     }
-    let (function, stream) = (function(device, name)?, device.cuda_stream());
+    let stream = device.cuda_stream();
+    // The thread may be one that never spoke to this GPU.
+    stream.context().bind_to_thread().w()?;
+    let function = function(device, name)?;
     if shared > PLAIN_SHARED {
         let most = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(most, shared as i32).map_err(|e| {
@@ -159,6 +162,7 @@ pub(super) fn overwrite(t: &Tensor, values: &[f32]) -> Result<()> {
         bail!("{} values do not fit {:?}", values.len(), t.dims());
     }
     let stream = device_of(t)?.cuda_stream();
+    stream.context().bind_to_thread().w()?;
     // SAFETY: the tensor has room for all the values, which the driver has copied when the call returns.
     unsafe { result::memcpy_htod_async(address(t, DType::F32)?, values, stream.cu_stream()) }.w()
 }
@@ -169,6 +173,7 @@ pub(super) fn copy(from: &Tensor, to: &Tensor) -> Result<()> {
         bail!("{:?} does not fit {:?}", from.dims(), to.dims());
     }
     let (stream, bytes) = (device_of(to)?.cuda_stream(), 4 * to.elem_count());
+    stream.context().bind_to_thread().w()?;
     // SAFETY: both have as many bytes.
     unsafe { result::memcpy_dtod_async(address(to, DType::F32)?, address(from, DType::F32)?, bytes, stream.cu_stream()) }.w()
 }

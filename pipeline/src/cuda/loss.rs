@@ -118,7 +118,11 @@ impl Rows {
         Ok(Self {
             labels: Tensor::new(batch.labels, &on_device)?,
             targets,
-            lse_t: batch.lse_t.map(|lse_t| Tensor::new(lse_t, &on_device)).transpose()?,
+            lse_t: batch
+                .lse_t
+                .filter(|_| batch.settings.needs_lse_t())
+                .map(|lse_t| Tensor::new(lse_t, &on_device))
+                .transpose()?,
             settings: words(batch.settings, batch.scale),
         })
     }

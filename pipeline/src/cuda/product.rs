@@ -3,6 +3,7 @@
 
 use super::launch::{Argument, Grid, address, device_of, launch, room};
 use crate::kernel::Precision;
+use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use std::ffi::c_void;
@@ -23,6 +24,9 @@ impl Factor {
     /// A tensor [rows, columns] of f32 or bf16 as it is.
     pub(super) fn of(t: &Tensor) -> Result<Self> {
         let (rows, columns) = t.dims2()?;
+        if !matches!(t.dtype(), DType::F32 | DType::BF16) {
+            bail!("product: expected F32 or BF16 factors, found {:?}", t.dtype());
+        }
         Ok(Self { _owner: t.clone(), address: address(t, t.dtype())?, dtype: t.dtype(), rows, columns })
     }
 
@@ -77,6 +81,9 @@ pub(super) fn product(
     if m == 0 || n == 0 {
         return Ok(());
     }
+    if k == 0 {
+        bail!("product: factors of no columns");
+    }
     let device = device_of(out)?;
     gemm(&device, [m, n, k], (b, reads_b), (a, reads_a), (alpha, beta), how, address(out, DType::F32)?)
 }
@@ -108,6 +115,7 @@ fn gemm(
     };
     let (alpha, beta): (*const f32, *const f32) = (&alpha, &beta);
     let handle = device.cublas_handle();
+    device.cuda_stream().context().bind_to_thread().w()?;
     // SAFETY: three matrices of these sizes lie on the device, and the stream that the handle works on is the one they were made on.
     let done = unsafe {
         result::gemm_ex(

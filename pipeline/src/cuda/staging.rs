@@ -11,6 +11,7 @@
 
 use super::launch::{address, room};
 use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
 use candle_core::cuda_backend::cudarc::driver::{CudaEvent, CudaStream, PinnedHostSlice, result};
 use candle_core::{CudaDevice, DType, Result, Tensor};
 use rayon::prelude::*;
@@ -18,6 +19,8 @@ use std::sync::Arc;
 
 /// Bytes of a pinned buffer; two of them keep a bus of 50 GB/s busy for 2.5 ms each.
 const BUFFER: usize = 64 << 20;
+/// Events that the host sleeps for, rather than asking again and again.
+const WAITS: Option<CUevent_flags> = Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC);
 /// Bytes that a thread copies at a time.
 const PIECE: usize = 1 << 20;
 
@@ -36,7 +39,7 @@ impl Pace {
 
     /// Said once a stretch was launched: waits for the end of the one before it.
     pub(crate) fn launched(&mut self) -> Result<()> {
-        let now = self.device.cuda_stream().record_event(None).w()?;
+        let now = self.device.cuda_stream().record_event(WAITS).w()?;
         match self.last.replace(now) {
             Some(last) => last.synchronize().w(),
             None => Ok(()),
@@ -92,7 +95,7 @@ impl Staging {
         let buffer = || -> Result<Buffer> {
             // SAFETY: written before it is read. It is read by the device only, but for write-combined memory that is what counts.
             let pinned = unsafe { context.alloc_pinned::<u8>(BUFFER) }.w()?;
-            Ok(Buffer { pinned, copied: copies.record_event(None).w()? })
+            Ok(Buffer { pinned, copied: copies.record_event(WAITS).w()? })
         };
         Ok(Self { device: device.clone(), buffers: [buffer()?, buffer()?], copies })
     }
@@ -105,6 +108,15 @@ impl Staging {
     /// Copies everything, and has whatever is launched from now on wait for it. Waits itself for the host's part alone, which reads the
     /// files.
     pub(crate) fn bring(&mut self, ready: &Ready<'_>) -> Result<()> {
+        let brought = self.copy(ready);
+        if brought.is_err() {
+            // The room is let go of by the other stream, which knows nothing of these copies.
+            self.copies.synchronize().w()?;
+        }
+        brought
+    }
+
+    fn copy(&mut self, ready: &Ready<'_>) -> Result<()> {
         self.copies.wait(&ready.from).w()?;
         let mut turn = 0;
         for (tensor, bytes) in &ready.reserved.jobs {
@@ -117,11 +129,19 @@ impl Staging {
                 pinned.par_chunks_mut(PIECE).zip(part.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
                 // SAFETY: the room is as long as the bytes, and the buffer stays as it is until the copy's event.
                 unsafe { result::memcpy_htod_async(place, pinned, self.copies.cu_stream()) }.w()?;
-                buffer.copied = self.copies.record_event(None).w()?;
+                buffer.copied = self.copies.record_event(WAITS).w()?;
                 place += part.len() as u64;
             }
         }
         let there = self.copies.record_event(None).w()?;
         self.device.cuda_stream().wait(&there).w()
+    }
+}
+
+impl Drop for Staging {
+    /// The buffers may go once no copy reads them.
+    fn drop(&mut self) {
+        // What went wrong shows at the next call.
+        let _ = self.copies.synchronize();
     }
 }

@@ -68,7 +68,7 @@ impl Subject {
         if let Some(adapter) = adapter {
             adapter.put_on(&mut decoder)?;
         }
-        decoder.place()?;
+        decoder.place(context)?;
         Ok(Student::of(decoder))
     }
 }

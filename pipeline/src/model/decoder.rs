@@ -6,6 +6,7 @@
 use super::ModelError;
 use super::config::{Biases, ModelConfig, Quantization};
 use super::layer::{Geometry, Layer, PROJECTIONS};
+use super::turns::Turns;
 use super::weights::Weights;
 use crate::data::pack::Pack;
 use crate::kernel::Precision;
@@ -129,9 +130,12 @@ impl Decoder {
         Head { weight: &self.head, precision: self.precision, placed: self.head_placed.as_ref() }
     }
 
-    /// Copies all weights to the device, if it is a GPU.
-    pub fn place(&mut self) -> candle_core::Result<()> {
-        self.place_layers()?;
+    /// Copies all weights that are not there yet to the device, if it is a GPU.
+    pub fn place(&mut self, context: &RunContext) -> candle_core::Result<()> {
+        self.place_layers(context)?;
+        if self.head_placed.is_some() {
+            return Ok(());
+        }
         self.place_embedding()?;
         self.head_placed = match self.config.tied {
             true => self.embed_placed.clone(),
@@ -141,10 +145,22 @@ impl Decoder {
     }
 
     /// The same of the layers alone.
-    pub fn place_layers(&mut self) -> candle_core::Result<()> {
-        for layer in &mut self.layers {
-            *layer = layer.placed(&self.device)?;
+    pub fn place_layers(&mut self, context: &RunContext) -> candle_core::Result<()> {
+        let there = |layer: &Layer| layer.linears().iter().all(|linear| linear.placed.is_some());
+        if self.device.is_cpu() || self.layers.iter().all(there) {
+            return Ok(());
         }
+        context.progress.begin("copying the model to the GPU", "layers", self.layers.len() as u64);
+        let mut placed = Vec::with_capacity(self.layers.len());
+        {
+            let mut turns = Turns::new(self, true)?;
+            for i in 0..self.layers.len() {
+                placed.push(turns.begin(i)?);
+                context.progress.add(1);
+            }
+        }
+        self.layers = placed;
+        context.progress.end();
         Ok(())
     }
 

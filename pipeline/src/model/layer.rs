@@ -164,16 +164,6 @@ impl Layer {
         [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]
     }
 
-    /// The same layer with copies of its weights on `device`; as it is where that is the CPU. Norms, biases and adapters stay where they
-    /// are, which is where they were read to.
-    pub fn placed(&self, device: &Device) -> Result<Self> {
-        let mut layer = self.clone();
-        for linear in layer.linears_mut() {
-            *linear = linear.placed(device)?;
-        }
-        Ok(layer)
-    }
-
     /// y [T, H] of x [T, H], f32. `dropout` is for training alone.
     pub fn forward(&self, x: &Tensor, geometry: &Geometry, dropout: Option<Dropout>) -> Result<Tensor> {
         let Attended { h, .. } = self.attend(x, geometry, dropout)?;

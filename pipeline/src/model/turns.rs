@@ -59,13 +59,20 @@ mod on_gpu {
     use crate::cuda::staging::{Ready, Reserved, Staging};
     use candle_core::{CudaDevice, Device, Result};
 
+    /// A layer on its way.
+    struct Next<'a> {
+        number: usize,
+        layer: Layer,
+        /// The room that is to be filled; none where it is filled.
+        ready: Option<Ready<'a>>,
+    }
+
     /// Streamed layers on a GPU: one computes, the next comes in.
     pub(super) struct Upload<'a> {
         layers: &'a [Layer],
         device: CudaDevice,
         staging: Staging,
-        /// The next layer and the room that is being filled for it; no room where it is filled.
-        next: Option<(Layer, Option<Ready<'a>>)>,
+        next: Option<Next<'a>>,
     }
 
     impl<'a> Upload<'a> {
@@ -77,11 +84,11 @@ mod on_gpu {
         }
 
         pub(super) fn begin(&mut self, i: usize) -> Result<Layer> {
-            if self.next.is_none() {
+            if self.next.as_ref().is_none_or(|next| next.number != i) {
                 self.reserve(i)?;
             }
             self.bring_next()?;
-            let layer = self.next.take().map(|(layer, _)| layer);
+            let layer = self.next.take().map(|next| next.layer);
             // Before this layer is launched, so that the next one need not wait for it.
             self.reserve(i + 1)?;
             layer.ok_or_else(|| candle_core::Error::Msg(format!("there is no layer {i}")))
@@ -95,18 +102,16 @@ mod on_gpu {
                 let put = |bytes| reserved.room(bytes, &self.device);
                 linear.placed = Some(DeviceWeight::with(&stored.weight, &self.device, put)?);
             }
-            self.next = Some((layer, Some(self.staging.mark(reserved)?)));
+            self.next = Some(Next { number: i, layer, ready: Some(self.staging.mark(reserved)?) });
             Ok(())
         }
 
         /// Fills the room that was asked for.
         pub(super) fn bring_next(&mut self) -> Result<()> {
-            if let Some((_, ready)) = &mut self.next
-                && let Some(ready) = ready.take()
-            {
-                self.staging.bring(&ready)?;
+            match self.next.as_mut().and_then(|next| next.ready.take()) {
+                Some(ready) => self.staging.bring(&ready),
+                None => Ok(()),
             }
-            Ok(())
         }
     }
 }

@@ -79,16 +79,20 @@ impl Capture {
             let rows = values.par_chunks(vocab.max(1)).zip(places).enumerate();
             let rows: Vec<std::result::Result<Row, BadLogit>> =
                 rows.map_init(Scratch::default, |scratch, (number, (z, place))| self.row(scratch, number, z, *place)).collect();
-            let mut captured = Captured { targets: SoftTargets::with_capacity(n, head), bad: Vec::new() };
-            for row in rows {
-                let row = row.unwrap_or_else(|bad| {
-                    captured.bad.push(bad);
-                    self.nothing()
-                });
-                captured.targets.push_target(&row.target());
-            }
-            Ok(captured)
+            Ok(self.captured(rows, head))
         })
+    }
+
+    fn captured(&self, rows: Vec<std::result::Result<Row, BadLogit>>, head: usize) -> Captured {
+        let mut captured = Captured { targets: SoftTargets::with_capacity(rows.len(), head), bad: Vec::new() };
+        for row in rows {
+            let row = row.unwrap_or_else(|bad| {
+                captured.bad.push(bad);
+                self.nothing()
+            });
+            captured.targets.push_target(&row.target());
+        }
+        captured
     }
 
     /// What stands in the place of a row that has no targets: every part that the others have, and nothing in it.
@@ -172,20 +176,11 @@ impl Capture {
     fn rows_of_gpu(&self, logits: &Tensor, head: usize) -> Result<Captured> {
         let factors: Vec<f32> = self.lse_temperatures.iter().map(|t| factor(*t)).collect();
         let summed = gpu::summed(logits, head, self.values == Values::LogitBf16, &factors)?;
-        let n = summed.bad.len();
-        let mut captured = Captured { targets: SoftTargets::with_capacity(n, head), bad: Vec::new() };
-        for number in 0..n {
-            let row = match u32::try_from(summed.bad[number]) {
-                Err(_) => self.row_of_gpu(&summed, number),
-                Ok(id) => {
-                    let value = logits.get(number)?.get(id as usize)?.to_scalar()?;
-                    captured.bad.push(BadLogit { row: number, id, value });
-                    self.nothing()
-                }
-            };
-            captured.targets.push_target(&row.target());
-        }
-        Ok(captured)
+        let rows = (0..summed.bad.len()).into_par_iter().map(|number| match u32::try_from(summed.bad[number]) {
+            Err(_) => Ok(self.row_of_gpu(&summed, number)),
+            Ok(id) => Err(BadLogit { row: number, id, value: summed.values[number * summed.kept] }),
+        });
+        Ok(self.captured(rows.collect(), head))
     }
 
     fn row_of_gpu(&self, summed: &gpu::Summed, number: usize) -> Row {
@@ -195,10 +190,13 @@ impl Capture {
         let mut row = Row::default();
         self.keep(&mut row, ids.iter().copied().zip(values.iter().copied()), (max, log_total));
         // What the selection cut off the k largest belongs to the rest, of which it is the larger part.
-        let cut = || ids.iter().zip(values).filter(|(id, _)| !row.ids.contains(id)).map(|(_, z)| f64::from(*z));
+        let mut cut: Vec<f64> = Vec::new();
+        if row.ids.len() < ids.len() {
+            cut.extend(ids.iter().zip(values).filter(|(id, _)| !row.ids.contains(id)).map(|(_, z)| f64::from(*z)));
+        }
         let rest_max = f64::from(summed.rest_max[number]);
-        let shift = cut().fold(rest_max, f64::max);
-        let total = summed.rest[number] * (rest_max - shift).exp() + cut().map(|z| (z - shift).exp()).sum::<f64>();
+        let shift = cut.iter().copied().fold(rest_max, f64::max);
+        let total = summed.rest[number] * (rest_max - shift).exp() + cut.iter().map(|z| (z - shift).exp()).sum::<f64>();
         row.set_tail(shift - max, total, log_total);
         let sums = self.lse_temperatures.iter().zip(&summed.tempered);
         row.lse_t = sums.map(|(t, sums)| lse_at(*t, sums[number], log_total)).collect();

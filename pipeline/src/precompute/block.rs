@@ -2,7 +2,6 @@
 //! speed seen. Decides no byte of the cache.
 
 use super::PrecomputeConfig;
-use crate::memory;
 use crate::model::config::ModelConfig;
 use crate::teacher::Residency;
 use potstill_cache::{Storage, Values};
@@ -29,12 +28,13 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// The plan for a teacher on this machine whose weights take so many bytes.
-    pub fn new(config: &PrecomputeConfig, storage: &Storage, model: &ModelConfig, weights: u64) -> Self {
-        Self::of(config, (storage, model), weights, memory::available())
-    }
-
-    fn of(config: &PrecomputeConfig, (storage, model): (&Storage, &ModelConfig), weights: u64, available: Option<u64>) -> Self {
+    /// The plan for a teacher whose weights take so many bytes, where so many are available (unknown where the system does not say).
+    pub fn new(
+        config: &PrecomputeConfig,
+        (storage, model): (&Storage, &ModelConfig),
+        weights: u64,
+        available: Option<u64>,
+    ) -> Self {
         let fits = available.is_none_or(|available| weights as f64 <= available as f64 * WEIGHTS_PART);
         let residency = config.residency.unwrap_or(if fits { Residency::Resident } else { Residency::Streamed });
         let most = match (config.block_tokens, residency) {
@@ -140,7 +140,8 @@ mod tests {
     fn weights_stay_in_memory_where_they_fit_and_blocks_in_what_is_left() {
         let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/golden/teacher-awq");
         let model = ModelConfig::from_folder(std::path::Path::new(golden)).unwrap();
-        let plan = |config: &PrecomputeConfig, available| Plan::of(config, (&config.storage().unwrap(), &model), 1000, available);
+        let plan =
+            |config: &PrecomputeConfig, available| Plan::new(config, (&config.storage().unwrap(), &model), 1000, available);
         let config = PrecomputeConfig::default();
         assert_eq!(plan(&config, None), Plan { residency: Residency::Resident, most: 0, fixed: false });
         assert_eq!(plan(&config, Some(2000)).residency, Residency::Resident);

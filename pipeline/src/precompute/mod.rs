@@ -19,6 +19,7 @@ pub use part::{Share, Worker};
 
 use crate::data::pack::{self, Pack, Sequence};
 use crate::data::{self, ChatTokenizer, DataOptions, Dataset, Example};
+use crate::memory;
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
 use crate::ops::capture::Capture;
@@ -93,7 +94,7 @@ pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<Precompute
     let mut dataset = data::load(&config.data, &tokenizer, &options, context)?;
     let part = part::cut(&mut dataset.examples, config.part, config.rows_per_shard);
     let weights = Weights::open(&config.teacher)?;
-    let plan = Plan::new(config, &storage, &model, weights.total_bytes());
+    let plan = Plan::new(config, (&storage, &model), weights.total_bytes(), memory::available_on(&device));
     let description = description::describe(config, &storage, (&model, &weights), &tokenizer, &dataset, context)?;
     drop(weights);
     let description = Description { part, ..description };
