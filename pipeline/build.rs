@@ -20,7 +20,7 @@ const PTX: [&str; 2] = ["-ptx", "-gencode=arch=compute_80,code=compute_80"];
 const PTX_VERSION: &str = "8.0";
 
 /// Variables that name nvcc, the first that is set wins.
-const NVCC: [&str; 2] = ["POTSTILL_NVCC", "NVCC"];
+const NVCC: [&str; 2] = ["KERNEL_NVCC", "NVCC"];
 
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");

@@ -3,7 +3,7 @@
 #
 #   scripts/build-cuda.sh [cargo build's options]
 #
-# nvcc is the one that POTSTILL_NVCC names, else that of target/cuda-toolkit, which is fetched first where it is missing.
+# nvcc is the one that KERNEL_NVCC names, else that of target/cuda-toolkit, which is fetched first where it is missing.
 # The result is checked: its size, that it needs no library of NVIDIA's to start, that it holds real kernels, what it says to --device cuda.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,11 +12,11 @@ wrong() { printf 'build-cuda.sh: %s\n' "$*" >&2; exit 1; }
 
 readonly MOST_BYTES=62000000
 readonly TOOLKIT=target/cuda-toolkit
-if [ -z "${POTSTILL_NVCC:-}" ]; then
+if [ -z "${KERNEL_NVCC:-}" ]; then
     [ -x $TOOLKIT/bin/nvcc ] || bash scripts/cuda-toolkit.sh $TOOLKIT
-    POTSTILL_NVCC=$PWD/$TOOLKIT/bin/nvcc
+    KERNEL_NVCC=$PWD/$TOOLKIT/bin/nvcc
 fi
-export POTSTILL_NVCC
+export KERNEL_NVCC
 # candle's PTX for 8.0, which every newer GPU compiles for itself; its GGUF kernels are left out.
 export NVCC=$PWD/scripts/nvcc-ptx-only CUDA_COMPUTE_CAP=80
 export CARGO_TARGET_DIR=target/cuda
@@ -37,14 +37,15 @@ modules=$(grep -ca '^\.version 8\.0' "$program" || true)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 code=0
-said=$("$program" precompute --teacher scripts --data README.md --cache "$scratch/cache" --device cuda 2>&1 > /dev/null) || code=$?
+said=$("$program" precompute --quiet --teacher scripts --data README.md --cache "$scratch/cache" --device cuda 2>&1 > /dev/null) || code=$?
 case $said in
     'error: device "cuda": '*)
         [ $code -eq 2 ] || wrong "a missing GPU ends with exit code $code, expected 2"
         [ "$(printf '%s\n' "$said" | wc -l)" -eq 1 ] || wrong "a missing GPU takes more than one sentence"
         ;;
-    *) echo "a GPU answers here" ;;
+    *scripts/config.json*) said='a GPU answers here' ;;
+    *) wrong "--device cuda ends with: $said" ;;
 esac
 
-echo "$program: $size bytes; starts with $needed"
+echo "$program: $size bytes, starts with $needed"
 printf -- '--device cuda: %s\n' "$said"

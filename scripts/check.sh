@@ -90,12 +90,12 @@ cargo test --locked --quiet -p potstill-pipeline --features hub --test hub
 
 step "the GPU's side"
 # The library's code for it is checked everywhere, with a compiler that compiles nothing; the kernels are compiled where there is a real one.
-kernels_nvcc=${POTSTILL_NVCC:-$PWD/target/cuda-toolkit/bin/nvcc}
+kernels_nvcc=${KERNEL_NVCC:-$PWD/target/cuda-toolkit/bin/nvcc}
 if [ ! -x "$kernels_nvcc" ]; then
-    echo "skipped: compiling the kernels, no nvcc (scripts/cuda-toolkit.sh fetches one, POTSTILL_NVCC names one)"
+    echo "skipped: compiling the kernels, no nvcc (scripts/cuda-toolkit.sh fetches one, KERNEL_NVCC names one)"
     kernels_nvcc=$PWD/scripts/nvcc-stand-in
 fi
-POTSTILL_NVCC=$kernels_nvcc NVCC=$PWD/scripts/nvcc-stand-in CUDA_COMPUTE_CAP=75 \
+KERNEL_NVCC=$kernels_nvcc NVCC=$PWD/scripts/nvcc-stand-in CUDA_COMPUTE_CAP=75 \
     cargo clippy -p potstill -p potstill-pipeline --features cuda --all-targets --locked -- -D warnings
 
 step "cluster files"

@@ -14,6 +14,6 @@ for library in libcuda.so.1 libcublas.so.13 libcurand.so.10; do
 done
 export POTSTILL_CUDA_LIBRARIES=$driver
 # A compiler that compiles nothing: the program holds no kernels, the emulated driver has them inside it.
-export NVCC=$PWD/scripts/nvcc-stand-in POTSTILL_NVCC=$PWD/scripts/nvcc-stand-in CUDA_COMPUTE_CAP=75
+export NVCC=$PWD/scripts/nvcc-stand-in KERNEL_NVCC=$PWD/scripts/nvcc-stand-in CUDA_COMPUTE_CAP=75
 cargo test --locked -p potstill-pipeline --features cuda --lib "$@" -- cuda:: device::
 POTSTILL_TEST_DEVICE=cuda cargo test --locked -p potstill-pipeline --features cuda --test cuda "$@"

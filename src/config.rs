@@ -197,6 +197,10 @@ fn from_text(section: &Section, path: &Path, text: &str) -> Result<Table, UsageE
 fn from_variables(section: &Section, variables: &[(OsString, OsString)]) -> Result<Table, UsageError> {
     let mut ours = Table::new();
     for (name, text) in variables {
+        // Not a setting: it says what this machine is like, and changes no result.
+        if name == potstill_pipeline::device::CUDA_LIBRARIES {
+            continue;
+        }
         let Some(rest) = name.to_str().and_then(|n| n.strip_prefix(PREFIX)) else { continue };
         let Some((table, key)) = rest.split_once("__") else {
             let name = name.to_string_lossy();

@@ -74,6 +74,10 @@ fn unknown_names_are_refused_with_the_nearest_one() {
     assert!(error.ends_with("trian: unknown setting; did you mean train?"), "{error}");
     let error = train("", &[("POTSTILL_TRAIN__LRR", "1")], "").expect_err("unknown variable");
     assert_eq!(error, "POTSTILL_TRAIN__LRR: unknown setting; did you mean lr?");
+    let error = train("", &[("POTSTILL_CUDA_LIBRARY", "x")], "").expect_err("no setting");
+    assert_eq!(error, "POTSTILL_CUDA_LIBRARY: expected POTSTILL_VERB__SETTING, with two underscores between verb and setting");
+    let error = train("", &[("POTSTILL_CUDA_LIBRARIES", "x")], "").expect_err("no student");
+    assert!(error.starts_with("student is not given"), "{error}");
     let error = train("[train]\nzzzzzz = 1", &[], "").expect_err("far from everything");
     assert!(error.contains("unknown setting; known are student, cache, data"), "{error}");
 }

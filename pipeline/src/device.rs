@@ -4,6 +4,9 @@ use crate::run::RunContext;
 use crate::{Error, Result};
 use candle_core::Device;
 
+/// The variable that names folders in which CUDA's libraries are looked for first, separated by colons.
+pub const CUDA_LIBRARIES: &str = "POTSTILL_CUDA_LIBRARIES";
+
 /// Picks the device named by `--device`: `auto`, `cpu`, `cuda` or `cuda:N`.
 ///
 /// `auto` takes a GPU when this build has one to offer and one answers, else the CPU; where a GPU is there and cannot be used, `context` is

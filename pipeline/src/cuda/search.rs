@@ -4,13 +4,11 @@
 //! pip, conda and NVIDIA's installer put them. Refuses to call anything of CUDA.
 
 use super::bind::{self, Part};
+use crate::device::CUDA_LIBRARIES;
 use libloading::Library;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::{env, fs};
-
-/// Folders to search first, separated by colons.
-pub(super) const FOLDERS: &str = "POTSTILL_CUDA_LIBRARIES";
 
 /// Opens and binds the driver, once a process; later calls give the first one's answer. Error: one sentence about what is missing.
 pub(super) fn driver() -> Result<(), String> {
@@ -25,7 +23,7 @@ pub(super) fn mathematics() -> Result<(), String> {
 }
 
 fn open(part: Part) -> Result<(), String> {
-    let named = env::var_os(FOLDERS).map(|folders| env::split_paths(&folders).collect::<Vec<_>>()).unwrap_or_default();
+    let named = env::var_os(CUDA_LIBRARIES).map(|folders| env::split_paths(&folders).collect::<Vec<_>>()).unwrap_or_default();
     let (place, library) = find(part, &named)?;
     bind::bind(part, &library).map_err(|lacking| format!("{place} is too old, it lacks {lacking}"))?;
     // Trampolines point into it until the process ends.
@@ -51,7 +49,7 @@ fn find(part: Part, named: &[PathBuf]) -> Result<(String, Library), String> {
     }
     let Some(path) = first_file(&usual_folders(), part) else {
         const HOW: &str = "install CUDA's libraries (pip install nvidia-cublas nvidia-curand) or name their folders in";
-        return Err(format!("{file} was not found; {HOW} {FOLDERS}"));
+        return Err(format!("{file} was not found; {HOW} {CUDA_LIBRARIES}"));
     };
     load(&path)
 }
@@ -72,11 +70,9 @@ fn load(path: &Path) -> Result<(String, Library), String> {
     // SAFETY: running the initialisers of NVIDIA's libraries is what a program linked to them would do at its start.
     let opened = unsafe { Library::new(path) };
     opened.map(|library| (path.display().to_string(), library)).map_err(|e| {
-        let mut said = e.to_string();
-        if let Some(cause) = std::error::Error::source(&e) {
-            said = cause.to_string();
-        }
-        format!("{} cannot be loaded: {said}", path.display())
+        let said = std::error::Error::source(&e).unwrap_or(&e).to_string();
+        let why = said.trim_start_matches(&*path.to_string_lossy()).trim_start_matches(": ");
+        format!("{} cannot be loaded: {why}", path.display())
     })
 }
 
@@ -118,7 +114,7 @@ mod tests {
         let Err(why) = find(Part::Driver, &["/nowhere".into(), folder.path().into()]) else {
             panic!("text was opened as a library")
         };
-        assert!(why.starts_with(&format!("{} cannot be loaded: ", file.display())), "{why}");
+        assert_eq!(why, format!("{} cannot be loaded: file too short", file.display()));
     }
 
     #[test]
