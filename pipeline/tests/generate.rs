@@ -66,7 +66,7 @@ fn a_conversation_decoded_token_by_token_has_the_bits_of_one_computed_at_once() 
             check_decoder(&read(&folder(name), Holding::AsStored, precision), &format!("{name} {precision:?}"));
         }
         let mut student = read(&golden("student"), Holding::Nf4, precision);
-        FittedAdapter::read(&golden("expected/lora"), &student.config).unwrap().put_on(&mut student);
+        FittedAdapter::read(&golden("expected/lora"), &student.config).unwrap().put_on(&mut student).unwrap();
         check_decoder(&student, &format!("student {precision:?}"));
     }
 }
