@@ -3,7 +3,8 @@
 //! `scripts/test-cuda-emulated.sh` runs it on an emulated GPU, `scripts/gpu-check.sh` on a real one. Each module is a test file of its own,
 //! which runs on the CPU too.
 #![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+// Each module is a file of its own elsewhere, and brings its support.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::duplicate_mod)]
 
 #[path = "adapter_options.rs"]
 mod adapter_options;
