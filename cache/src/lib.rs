@@ -71,6 +71,7 @@ pub use rules::{LOGPROB_EPSILON, MASS_EPSILON, MAX_ROW_ENTRIES, MAX_ROW_TOKENS};
 pub use sampler::{Order, Sampler};
 pub use search::search;
 pub use selection::{Cutoff, MAX_DRAWS, Selection};
+pub use shard::sizing::{Extent, SizeEstimate, Sizing};
 pub use stats::{
     CalibrationBin, ColumnBytes, Distributions, Drawn, Histogram, Kept, KeptAt, MIN_RANKED_POSITIONS, NEARLY_ALL,
     PositionFigures, RANKED_ROWS, RAW_ENTRY_BYTES, RankBin, RowFigures, Summary,

@@ -6,6 +6,7 @@ mod header;
 mod heads;
 pub(crate) mod page;
 pub(crate) mod read;
+pub(crate) mod sizing;
 mod table;
 pub(crate) mod write;
 

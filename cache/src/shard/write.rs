@@ -15,6 +15,7 @@ use parquet::errors::ParquetError;
 use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterVersion};
 use parquet::file::writer::SerializedFileWriter;
 use std::collections::VecDeque;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, TryRecvError};
@@ -27,12 +28,12 @@ const MAX_GROUPS_UNDER_WAY: usize = 2;
 /// A row group's columns, or why there are none.
 type Encoded = std::result::Result<Vec<ArrowColumnChunk>, ParquetError>;
 
-/// A shard being written to a new file.
-pub(crate) struct ShardWriter {
+/// A shard being written: to a new file, or to memory where only its size is asked for.
+pub(crate) struct ShardWriter<W: Write + Send = HashedFile> {
     path: PathBuf,
     layout: Arc<Layout>,
     schema: SchemaRef,
-    writer: SerializedFileWriter<HashedFile>,
+    writer: SerializedFileWriter<W>,
     factory: Arc<ArrowRowGroupWriterFactory>,
     /// Rows of the row group that is not full yet.
     pending: Vec<Record>,
@@ -54,12 +55,42 @@ impl ShardWriter {
         zstd_level: i32,
         layout: &Arc<Layout>,
     ) -> Result<Self> {
+        let sink = || durable::create_new(path).map(HashedFile::new);
+        Self::begin(path, sink, footer_entries, zstd_level, layout)
+    }
+
+    /// Writes the footer and makes the bytes durable.
+    pub(crate) fn close(self) -> Result<Written> {
+        let path = self.path.clone();
+        self.finish()?.finish(&path)
+    }
+}
+
+impl ShardWriter<Vec<u8>> {
+    /// A shard in memory, named `path` in errors alone.
+    pub(crate) fn in_memory(
+        path: &Path,
+        footer_entries: &[(String, String)],
+        zstd_level: i32,
+        layout: &Arc<Layout>,
+    ) -> Result<Self> {
+        Self::begin(path, || Ok(Vec::new()), footer_entries, zstd_level, layout)
+    }
+}
+
+impl<W: Write + Send> ShardWriter<W> {
+    fn begin(
+        path: &Path,
+        sink: impl FnOnce() -> Result<W>,
+        footer_entries: &[(String, String)],
+        zstd_level: i32,
+        layout: &Arc<Layout>,
+    ) -> Result<Self> {
         let failed = |source| Error::Parquet { path: path.to_path_buf(), source };
         let properties = Arc::new(properties(footer_entries, zstd_level, layout).map_err(failed)?);
         let schema = layout.schema();
         let root = ArrowSchemaConverter::new().convert(&schema).map_err(failed)?.root_schema_ptr();
-        let file = durable::create_new(path)?;
-        let writer = SerializedFileWriter::new(HashedFile::new(file), root, properties).map_err(failed)?;
+        let writer = SerializedFileWriter::new(sink()?, root, properties).map_err(failed)?;
         let factory = Arc::new(ArrowRowGroupWriterFactory::new(&writer, schema.clone()));
         let (pending, under_way) = (Vec::with_capacity(ROWS_PER_GROUP), VecDeque::new());
         Ok(Self { path: path.to_path_buf(), layout: layout.clone(), schema, writer, factory, pending, groups: 0, under_way })
@@ -78,8 +109,8 @@ impl ShardWriter {
         Ok(())
     }
 
-    /// Writes the footer and makes the bytes durable.
-    pub(crate) fn close(mut self) -> Result<Written> {
+    /// Writes the footer.
+    pub(crate) fn finish(mut self) -> Result<W> {
         if !self.pending.is_empty() {
             self.start_group();
         }
@@ -87,8 +118,7 @@ impl ShardWriter {
             self.write_oldest()?;
         }
         let path = self.path;
-        let file = self.writer.into_inner().map_err(|source| Error::Parquet { path: path.clone(), source })?;
-        file.finish(&path)
+        self.writer.into_inner().map_err(|source| Error::Parquet { path, source })
     }
 
     fn start_group(&mut self) {

@@ -16,6 +16,7 @@ mod repack;
 mod repair;
 mod resume;
 mod roundtrip;
+mod sizing;
 mod streams;
 mod summary;
 mod verify_modes;
