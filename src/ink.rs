@@ -1,6 +1,7 @@
 //! Lines of shaded text. Layout counts columns before any colour is there, so a line is as wide with colours as without; what a
 //! shade says, the text beside it says too.
 
+use crate::print::Table;
 use crate::text;
 use std::io::Write;
 
@@ -30,6 +31,11 @@ impl Line {
     /// A line of one piece.
     pub fn of(shade: Shade, text: impl Into<String>) -> Self {
         Self(vec![(shade, text.into())])
+    }
+
+    /// The lines of a table, none of it standing out.
+    pub fn of_table(table: &Table) -> Vec<Self> {
+        table.lines().into_iter().map(|line| Self::of(Shade::Plain, line)).collect()
     }
 
     /// With another piece at its end.

@@ -77,7 +77,7 @@ fn lines(first: &Cache, second: &Cache, found: &Comparison) -> Vec<Line> {
         format!("{} in both; {only_first} in the first alone, {only_second} in the second", print::count(found.rows)),
     );
     table.fact("positions", print::count(found.positions));
-    let Some(d) = &found.figures else { return plain(&table) };
+    let Some(d) = &found.figures else { return Line::of_table(&table) };
     table
         .fact("first choice", format!("the same at {}", print::percent(d.top1_agrees)))
         .fact("ids in both", format!("{:.1} on average", d.mean_shared_ids))
@@ -85,20 +85,16 @@ fn lines(first: &Cache, second: &Cache, found: &Comparison) -> Vec<Line> {
             "all else",
             format!("{} of the first, {} of the second", print::percent(d.mean_rest_first), print::percent(d.mean_rest_second)),
         );
-    let mut lines = plain(&table);
+    let mut lines = Line::of_table(&table);
     lines.extend([Line::default(), Line::of(Shade::Strong, "KL in nats, at least")]);
-    lines.extend(plain(&divergences(d)));
+    lines.extend(Line::of_table(&divergences(d)));
     lines.push(Line::default());
     lines.extend(plot::histogram("KL(first, second)", &d.forward_log10_histogram.counts, ["1e-10", "", "1e2"]));
     if !d.most_different.is_empty() {
         lines.extend([Line::default(), Line::of(Shade::Strong, "Rows that differ most")]);
-        lines.extend(plain(&rows(d)));
+        lines.extend(Line::of_table(&rows(d)));
     }
     lines
-}
-
-fn plain(table: &Table) -> Vec<Line> {
-    table.lines().into_iter().map(|line| Line::of(Shade::Plain, line)).collect()
 }
 
 /// A divergence in at most 8 columns.

@@ -55,8 +55,7 @@ pub fn lines(cache: &Cache, summary: &Summary) -> anyhow::Result<Vec<Line>> {
     facts(cache, summary).iter().for_each(|(name, value)| {
         table.fact(name, value);
     });
-    let plain = |table: &Table| table.lines().into_iter().map(|line| Line::of(Shade::Plain, line)).collect::<Vec<_>>();
-    let mut lines = plain(&table);
+    let mut lines = Line::of_table(&table);
     if let Some(distributions) = &summary.distributions {
         lines.push(Line::default());
         lines.extend(plots(distributions));
@@ -66,7 +65,7 @@ pub fn lines(cache: &Cache, summary: &Summary) -> anyhow::Result<Vec<Line>> {
         }
     }
     lines.extend([Line::default(), Line::of(Shade::Strong, "Size by column")]);
-    lines.extend(plain(&columns(summary)));
+    lines.extend(Line::of_table(&columns(summary)));
     Ok(lines)
 }
 

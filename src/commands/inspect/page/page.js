@@ -120,6 +120,7 @@
 
   // ---- state ----------------------------------------------------------------------------------------------------
 
+  const entries = new Map();
   let mode = "hot", shown = [], row = null, spans = [], chosen = -1, pinned = false;
 
   function setMode(wanted) {
@@ -141,11 +142,12 @@
   function refill() {
     const wanted = search.value.trim().toLowerCase();
     shown = rows.filter((row) => !wanted || String(row.row) === wanted || wholeText(row).includes(wanted)).sort(ORDERS[order.value][1]);
-    list.replaceChildren(...shown.map(listed));
+    list.replaceChildren(...shown.map((row) => entries.get(row) ?? listed(row)));
     if (!shown.length) list.append(make("p", "none", "No conversation here contains that."));
     markCurrent();
   }
 
+  // The entry of a conversation, made when it is first shown and kept for every later search.
   function listed(one) {
     const button = Object.assign(make("button"), { type: "button" });
     const top = make("span", "top");
@@ -155,6 +157,7 @@
     button.append(top, make("span", "begins", opening(one) || "(nothing was scored)"), strip);
     button.dataset.row = one.row;
     button.addEventListener("click", () => open(one));
+    entries.set(one, button);
     return button;
   }
 
