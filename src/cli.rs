@@ -13,7 +13,7 @@ mod stages;
 pub use caches::{Combine, Diff, Inspect, Repack, Storing, Verify};
 pub use evaluate::{Evaluate, Generate, HeldOut};
 pub use judging::{AlpacaEval, Answering, Asking, MtBench};
-pub use stages::{DEFAULT_PROOF_STEPS, DEFAULT_SEEDS, Demo, MOST_SEEDS, Merge, Precompute, Train};
+pub use stages::{DEFAULT_PROOF_STEPS, DEFAULT_SEEDS, Demo, MOST_SEEDS, Merge, Plan, Precompute, Train};
 
 use crate::settings::{self, Section};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -50,6 +50,8 @@ pub struct Manner {
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
+    /// What stage one will take: sizes on disk by preset and k, time, memory
+    Plan(Box<Plan>),
     /// Stage one: run a teacher over chats and write a cache of its distributions
     Precompute(Box<Precompute>),
     /// Show what a cache holds, or one conversation token by token
@@ -83,7 +85,8 @@ pub fn parse() -> Invocation {
             train.rslora = if train.no_rslora { Some(false) } else { train.rslora };
             train.tensorboard = if train.no_tensorboard { Some(false) } else { train.tensorboard };
         }
-        Verb::Precompute(precompute) if precompute.no_compat => precompute.compat = Some(false),
+        Verb::Precompute(precompute) if precompute.scoring.no_compat => precompute.scoring.compat = Some(false),
+        Verb::Plan(plan) if plan.scoring.no_compat => plan.scoring.compat = Some(false),
         _ => {}
     }
     invocation
@@ -91,9 +94,9 @@ pub fn parse() -> Invocation {
 
 /// The whole command with the settings' defaults in its help.
 fn command() -> clap::Command {
-    let with_defaults = |command: clap::Command, section: &Section, defaults: Option<toml::Table>| {
+    let with_defaults = |command: clap::Command, verb: &str, section: &Section, defaults: Option<toml::Table>| {
         let defaults = defaults.unwrap_or_default();
-        command.mut_subcommand(section.name, |verb| {
+        command.mut_subcommand(verb, |verb| {
             section.settings.iter().fold(verb, |verb, setting| match defaults.get(setting.key).map(shown) {
                 Some(text) if !text.is_empty() => verb.mut_arg(setting.key, |arg| {
                     let help = format!("{} [default: {text}]", arg.get_help().cloned().unwrap_or_default());
@@ -103,10 +106,13 @@ fn command() -> clap::Command {
             })
         })
     };
-    let command =
-        with_defaults(Invocation::command(), &settings::PRECOMPUTE, toml::Table::try_from(PrecomputeConfig::default()).ok());
-    let command = with_defaults(command, &settings::TRAIN, toml::Table::try_from(TrainConfig::default()).ok());
-    with_defaults(command, &settings::MERGE, toml::Table::try_from(MergeConfig::default()).ok())
+    let stage_one = toml::Table::try_from(PrecomputeConfig::default()).ok();
+    let stage_two = toml::Table::try_from(TrainConfig::default()).ok();
+    let merge = toml::Table::try_from(MergeConfig::default()).ok();
+    let command = with_defaults(Invocation::command(), "precompute", &settings::PRECOMPUTE, stage_one.clone());
+    let command = with_defaults(command, "plan", &settings::PRECOMPUTE, stage_one);
+    let command = with_defaults(command, "train", &settings::TRAIN, stage_two);
+    with_defaults(command, "merge", &settings::MERGE, merge)
 }
 
 /// Reads one of the words that name a value.
@@ -134,8 +140,10 @@ mod tests {
     #[test]
     fn every_setting_has_a_flag_and_every_default_is_shown() {
         let command = command();
-        for section in settings::SECTIONS {
-            let verb = command.find_subcommand(section.name).expect("the verb exists");
+        for (verb, section) in
+            settings::SECTIONS.map(|section| (section.name, section)).into_iter().chain([("plan", &settings::PRECOMPUTE)])
+        {
+            let verb = command.find_subcommand(verb).expect("the verb exists");
             for setting in section.settings {
                 let flag = setting.key.replace('_', "-");
                 assert!(verb.get_arguments().any(|arg| arg.get_long() == Some(&flag)), "{} lacks --{flag}", section.name);

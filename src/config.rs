@@ -61,7 +61,8 @@ pub fn resolve<T>(section: &Section, sources: &Sources) -> Result<T, UsageError>
 where
     T: DeserializeOwned + Serialize + Default,
 {
-    typed(section, layered::<T>(section, sources)?)
+    let all: Vec<&str> = section.settings.iter().map(|setting| setting.key).collect();
+    typed(section, layered_needing::<T>(section, sources, &all)?)
 }
 
 /// As [`resolve`], for a look at a job that needs fewer of its paths: only those of `needed`; the others may be empty.
@@ -69,18 +70,16 @@ pub fn resolve_needing<T>(section: &Section, sources: &Sources, needed: &[&str])
 where
     T: DeserializeOwned + Serialize + Default,
 {
-    let table = laid::<T>(section, sources)?;
-    check_given(section, &table, |key| needed.contains(&key))?;
-    typed(section, table)
+    typed(section, layered_needing::<T>(section, sources, needed)?)
 }
 
-/// As [`resolve`], for a verb that has to settle some values before they are typed.
-pub fn layered<T>(section: &Section, sources: &Sources) -> Result<Table, UsageError>
+/// As [`resolve_needing`], for a verb that has to settle some values before they are typed.
+pub fn layered_needing<T>(section: &Section, sources: &Sources, needed: &[&str]) -> Result<Table, UsageError>
 where
     T: Serialize + Default,
 {
     let table = laid::<T>(section, sources)?;
-    check_given(section, &table, |_| true)?;
+    check_given(section, &table, |key| needed.contains(&key))?;
     Ok(table)
 }
 

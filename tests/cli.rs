@@ -30,7 +30,7 @@ fn refused(folder: &Path, arguments: &[&str]) -> (i32, String) {
     (code, err.lines().find(|line| line.starts_with("error: ")).unwrap_or(&err).to_string())
 }
 
-const VERBS: [&str; 6] = ["precompute", "inspect", "verify", "train", "merge", "demo"];
+const VERBS: [&str; 8] = ["plan", "precompute", "inspect", "diff", "verify", "train", "merge", "demo"];
 
 #[test]
 fn help_of_every_verb_fits_and_shows_an_example() {

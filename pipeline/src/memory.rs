@@ -20,9 +20,19 @@ pub fn available_on(device: &Device) -> Option<u64> {
     available()
 }
 
+/// Bytes of memory that this process has now, those of mapped files that it looked at included. `None` where the system does not say.
+pub fn resident() -> Option<u64> {
+    kibibytes(&std::fs::read_to_string("/proc/self/status").ok()?, "VmRSS:")
+}
+
 /// `MemAvailable` of /proc/meminfo, in bytes.
 fn meminfo(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    kibibytes(text, "MemAvailable:")
+}
+
+/// The bytes of a line `name   N kB`.
+fn kibibytes(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
@@ -69,5 +79,8 @@ mod tests {
     #[test]
     fn this_machine_says_something() {
         assert!(available().unwrap() > 1 << 20);
+        let before = resident().unwrap();
+        let touched = vec![1u8; 64 << 20];
+        assert!(std::hint::black_box(&touched).len() as u64 + before / 2 < resident().unwrap());
     }
 }

@@ -143,18 +143,36 @@ impl Teacher {
     /// What `capture` keeps of all scored places of each pack, and the places that have nothing because a logit cannot be kept; `None`
     /// where `context` asks for a stop meanwhile. Logits of at most `chunk` places exist at once. Errors: as [`Capture::rows`].
     pub fn score(&self, packs: &[Pack], capture: &Capture, chunk: usize, context: &RunContext) -> Result<Option<Vec<Captured>>> {
+        let scored = self.score_several(packs, &[capture], chunk, context)?;
+        Ok(scored.map(|(packs, _)| packs.into_iter().flatten().collect()))
+    }
+
+    /// As [`score`](Self::score), for several captures of the same logits: one result each, pack by pack, and the time that those
+    /// after the first took.
+    pub fn score_several(
+        &self,
+        packs: &[Pack],
+        captures: &[&Capture],
+        chunk: usize,
+        context: &RunContext,
+    ) -> Result<Option<(Vec<Vec<Captured>>, Duration)>> {
         let Some(states) = self.hidden(packs, context)? else { return Ok(None) };
-        let began = Instant::now();
+        let (began, mut more) = (Instant::now(), Duration::ZERO);
         let mut all = Vec::with_capacity(packs.len());
         for (pack, hidden) in packs.iter().zip(states) {
             let (n, places) = (pack.scored().len(), places(pack));
-            let mut captured = Captured::default();
+            let mut captured = vec![Captured::default(); captures.len()];
             for start in (0..n).step_by(chunk.max(1)) {
                 if context.stopping() {
                     return Ok(None);
                 }
                 let rows = chunk.max(1).min(n - start);
-                captured.extend(&capture.rows(&self.logits(&hidden, start, rows)?, &places[start..start + rows])?);
+                let logits = self.logits(&hidden, start, rows)?;
+                for (number, (capture, captured)) in captures.iter().zip(&mut captured).enumerate() {
+                    let began = Instant::now();
+                    captured.extend(&capture.rows(&logits, &places[start..start + rows])?);
+                    more += if number > 0 { began.elapsed() } else { Duration::ZERO };
+                }
             }
             context.progress.add(self.share(pack, self.decoder.layers.len()));
             all.push(captured);
@@ -162,8 +180,8 @@ impl Teacher {
         if self.residency == Residency::Streamed {
             self.decoder.release_ends();
         }
-        self.head_nanos.fetch_add(began.elapsed().as_nanos() as u64, Ordering::Relaxed);
-        Ok(Some(all))
+        self.head_nanos.fetch_add(began.elapsed().saturating_sub(more).as_nanos() as u64, Ordering::Relaxed);
+        Ok(Some((all, more)))
     }
 
     /// Time spent on the head and on what is kept of its logits, so far.

@@ -54,6 +54,17 @@ a variable such as POTSTILL_PRECOMPUTE__TOP_K=32. Flags win over variables,
 variables over the file."
 )]
 pub struct Precompute {
+    /// What is scored, by whom, and how it is stored.
+    #[command(flatten)]
+    pub scoring: Scoring,
+    /// First score again what this list of `verify --repair-list` names, and mend the cache
+    #[arg(long, value_name = "FILE")]
+    pub repair: Option<PathBuf>,
+}
+
+/// The flags of stage one that a plan of it takes too.
+#[derive(Debug, Args, Serialize)]
+pub struct Scoring {
     /// Teacher: a Hugging Face folder or a name ORG/NAME[@REVISION]; AWQ (int4) or dense
     #[arg(long, value_name = "DIR|NAME")]
     pub teacher: Option<PathBuf>,
@@ -145,14 +156,63 @@ pub struct Precompute {
     /// Score the share of worker I of N, from 0, into a folder of its own in --cache; `auto` asks the cluster engine (below)
     #[arg(long, value_name = "I/N")]
     pub worker: Option<String>,
-    /// First score again what this list of `verify --repair-list` names, and mend the cache
-    #[arg(long, value_name = "FILE")]
-    #[serde(skip)]
-    pub repair: Option<PathBuf>,
     /// TOML file with a table [precompute]
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
+}
+
+/// What precompute will take: sizes on disk, time, memory, before it is run
+///
+/// Takes the flags of precompute: put `plan` in its place. Encodes all of the data, has the teacher score some of it, and stores that in
+/// several ways. Writes nothing.
+#[derive(Debug, Args)]
+#[command(
+    allow_negative_numbers = true,
+    after_help = "\
+Examples:
+  potstill plan --teacher models/Qwen1.5-32B-Chat-AWQ --data 'ultrachat_200k/data/train_sft-*.parquet'
+  potstill plan --config run.toml --seconds 300 --compare-k 16,32,64,128
+  potstill plan --config run.toml --no-run          (config.json, tokenizer files and data are enough)
+  potstill plan --config run.toml --json | jq '.compared[] | [.preset, .k, .estimate.bytes]'
+
+Sizes come from conversations that the teacher really scored, spread evenly over the data, stored by the
+cache's own encoder and zstd in each way shown: presets as they are but for k, and the run as it is set.
+`±` is a 95 % interval, by how conversations differ. They hold for this teacher: one with random weights
+compresses otherwise than a trained one, so plan with the real one. With --no-run nobody was asked, and the
+table is that of the cache's benchmark: realistic distributions of 151,643 ids, every position scored.
+
+The time is that of all tokens at the speed of the passes that were timed, on this machine, and of storing;
+without loading, and without hashing the weights once. At least one conversation is scored, however long
+that takes. `mass` is the probability of the first k ids, on average.
+
+Memory is what a run holds at its largest moment, in both ways to hold weights (--residency). Nothing is
+fetched: models and data given by name have to be in the Hugging Face cache."
+)]
+pub struct Plan {
+    /// The run.
+    #[command(flatten)]
+    pub scoring: Scoring,
+    /// Seconds that the teacher scores conversations for
+    #[arg(long, value_name = "SECONDS", default_value_t = 20.0, value_parser = seconds)]
+    pub seconds: f64,
+    /// Do not ask the teacher: nothing about time, and sizes of other distributions
+    #[arg(long, conflicts_with = "seconds")]
+    pub no_run: bool,
+    /// Values of k that sizes are compared at
+    #[arg(long, value_name = "K,...", value_delimiter = ',', default_value = "8,16,32,64", value_parser = clap::value_parser!(u16).range(1..))]
+    pub compare_k: Vec<u16>,
+}
+
+/// Longest that a teacher is measured: a day.
+const MOST_SECONDS: f64 = 86_400.0;
+
+/// Reads a time to measure for.
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if seconds > 0.0 && seconds <= MOST_SECONDS => Ok(seconds),
+        _ => Err(format!("expected a number of seconds above 0, at most {MOST_SECONDS}")),
+    }
 }
 
 /// Stage two: train a LoRA adapter on an NF4 student from a cache, or on plain chats

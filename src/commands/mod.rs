@@ -6,6 +6,7 @@ mod diff;
 mod evaluate;
 mod inspect;
 mod merge;
+mod plan;
 mod precompute;
 mod proof;
 mod repack;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 pub fn run(invocation: Invocation) -> anyhow::Result<Outcome> {
     let manner = invocation.manner;
     match invocation.verb {
+        Verb::Plan(flags) => plan::run(*flags, manner),
         Verb::Precompute(flags) => precompute::run(*flags, manner),
         Verb::Inspect(flags) => inspect::run(&flags, manner),
         Verb::Diff(flags) => diff::run(&flags, manner),

@@ -14,8 +14,8 @@ use std::io::Write;
 
 /// Runs stage one. Skipped conversations are counted and end in [`Outcome::Skipped`].
 pub fn run(flags: Precompute, manner: Manner) -> anyhow::Result<Outcome> {
-    let sources = Sources::of_process(flags.config.clone(), &flags)?;
-    let mut config = settled(&sources, manner)?;
+    let sources = Sources::of_process(flags.scoring.config.clone(), &flags.scoring)?;
+    let mut config = settled(&sources, &["teacher", "data", "cache"], manner)?;
     config.repair = flags.repair;
     let cache = config.placed()?.cache.clone();
     // The echo goes to stderr: the folder of a cache holds only what decides its bytes, which its manifest names.
@@ -55,9 +55,9 @@ pub fn run(flags: Precompute, manner: Manner) -> anyhow::Result<Outcome> {
     Ok(if report.skipped.is_empty() || config.worker.is_some() { Outcome::Done } else { Outcome::Skipped })
 }
 
-/// The settings, with a worker that the engine names put in the place of `auto`.
-fn settled(sources: &Sources, manner: Manner) -> anyhow::Result<PrecomputeConfig> {
-    let mut table = config::layered::<PrecomputeConfig>(&settings::PRECOMPUTE, sources)?;
+/// The settings, of which `needed` have to be given, with a worker that the engine names put in the place of `auto`.
+pub fn settled(sources: &Sources, needed: &[&str], manner: Manner) -> anyhow::Result<PrecomputeConfig> {
+    let mut table = config::layered_needing::<PrecomputeConfig>(&settings::PRECOMPUTE, sources, needed)?;
     if let Some(Wish::Auto(stated)) = table.get("worker").and_then(toml::Value::as_str).and_then(Wish::of) {
         let variable = |name: &str| sources.variables.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
         let said = cluster::worker(stated, &variable)?;

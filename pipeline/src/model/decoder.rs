@@ -213,8 +213,8 @@ impl Decoder {
 }
 
 /// Names of the tensors at both ends.
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(super) const HEAD: &str = "lm_head.weight";
 
 /// Reads one folder.
 struct Reader<'a> {
@@ -285,7 +285,7 @@ impl Reader<'_> {
         let (_, inputs) = features(self.config, 0);
         let scales = self.weights.info(&format!("{name}.scales"));
         if let (Quantization::Awq { group: said, .. }, Some(group), Some([groups, _])) =
-            (&self.config.quantization, self.awq_group(&name, inputs), scales.as_ref().map(|s| s.shape.as_slice()))
+            (&self.config.quantization, awq_group(self.config, &name, inputs), scales.as_ref().map(|s| s.shape.as_slice()))
             && *groups > 0
             && inputs.is_multiple_of(*groups)
             && *groups * group != inputs
@@ -298,7 +298,7 @@ impl Reader<'_> {
                 found: said.size.map_or("-1 (all inputs)".into(), |size| size.to_string()),
             });
         }
-        let expected = self.expected();
+        let expected = expected(self.config);
         self.weights.require(&expected)?;
         expected.iter().try_for_each(|(name, shape)| self.check_dtype(name, shape))?;
         (0..self.config.layers).try_for_each(|i| self.check_words(i))
@@ -308,7 +308,7 @@ impl Reader<'_> {
     fn check_words(&self, layer: usize) -> Result<(), ModelError> {
         for (p, projection) in PROJECTIONS.iter().enumerate() {
             let (name, (outputs, inputs)) = (format!("model.layers.{layer}.{projection}"), features(self.config, p));
-            if self.awq_group(&name, inputs).is_some() && !outputs.is_multiple_of(PER_WORD) {
+            if awq_group(self.config, &name, inputs).is_some() && !outputs.is_multiple_of(PER_WORD) {
                 return Err(ModelError::Config {
                     path: self.weights.place().join("config.json"),
                     key: format!("outputs of {name}"),
@@ -361,7 +361,7 @@ impl Reader<'_> {
 
     fn linear(&self, name: &str, projection: usize) -> Result<Linear, ReadError> {
         let (outputs, inputs) = features(self.config, projection);
-        let weight = match (self.awq_group(name, inputs), self.holding) {
+        let weight = match (awq_group(self.config, name, inputs), self.holding) {
             (Some(group), _) => Weight::Awq(self.awq(name, inputs, outputs, group)?),
             (None, Holding::AsStored) => Weight::Dense(self.dense(&format!("{name}.weight"), outputs, inputs)?),
             (None, Holding::Nf4) => {
@@ -406,52 +406,51 @@ impl Reader<'_> {
         })
     }
 
-    /// Group size of a module stored as AWQ; `None` for a dense one.
-    fn awq_group(&self, name: &str, inputs: usize) -> Option<usize> {
-        match &self.config.quantization {
-            Quantization::Awq { group, keep_dense } if !keep_dense.iter().any(|part| name.contains(part.as_str())) => {
-                Some(group.size.unwrap_or(inputs))
-            }
-            _ => None,
-        }
-    }
-
     fn float(&self, name: &str, shape: &[usize]) -> Result<Tensor, ReadError> {
         let values = self.weights.tensor(name, shape, &Device::Cpu)?.to_dtype(DType::F32)?;
         Ok(values.to_device(self.device)?)
     }
+}
 
-    /// Every tensor the model needs, so that all that is wrong is said at once and before anything is allocated.
-    fn expected(&self) -> Vec<(String, Vec<usize>)> {
-        let c = self.config;
-        let mut all = vec![(EMBEDDING.to_string(), vec![c.vocab_size, c.hidden_size])];
-        for i in 0..c.layers {
-            for norm in ["input_layernorm", "post_attention_layernorm"] {
-                all.push((format!("model.layers.{i}.{norm}.weight"), vec![c.hidden_size]));
+/// Every tensor that a model of this config needs, with its shape, so that all that is wrong is said at once and before anything is allocated.
+pub(super) fn expected(c: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let mut all = vec![(EMBEDDING.to_string(), vec![c.vocab_size, c.hidden_size])];
+    for i in 0..c.layers {
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            all.push((format!("model.layers.{i}.{norm}.weight"), vec![c.hidden_size]));
+        }
+        for norm in ["self_attn.q_norm", "self_attn.k_norm"].iter().filter(|_| c.head_norms) {
+            all.push((format!("model.layers.{i}.{norm}.weight"), vec![c.head_dim]));
+        }
+        for (p, projection) in PROJECTIONS.iter().enumerate() {
+            let (name, (outputs, inputs)) = (format!("model.layers.{i}.{projection}"), features(c, p));
+            match awq_group(c, &name, inputs) {
+                None => all.push((format!("{name}.weight"), vec![outputs, inputs])),
+                Some(group) => all.extend([
+                    (format!("{name}.qweight"), vec![inputs, outputs / PER_WORD]),
+                    (format!("{name}.qzeros"), vec![inputs / group, outputs / PER_WORD]),
+                    (format!("{name}.scales"), vec![inputs / group, outputs]),
+                ]),
             }
-            for norm in ["self_attn.q_norm", "self_attn.k_norm"].iter().filter(|_| c.head_norms) {
-                all.push((format!("model.layers.{i}.{norm}.weight"), vec![c.head_dim]));
-            }
-            for (p, projection) in PROJECTIONS.iter().enumerate() {
-                let (name, (outputs, inputs)) = (format!("model.layers.{i}.{projection}"), features(c, p));
-                match self.awq_group(&name, inputs) {
-                    None => all.push((format!("{name}.weight"), vec![outputs, inputs])),
-                    Some(group) => all.extend([
-                        (format!("{name}.qweight"), vec![inputs, outputs / PER_WORD]),
-                        (format!("{name}.qzeros"), vec![inputs / group, outputs / PER_WORD]),
-                        (format!("{name}.scales"), vec![inputs / group, outputs]),
-                    ]),
-                }
-                if has_bias(c.biases, p) {
-                    all.push((format!("{name}.bias"), vec![outputs]));
-                }
+            if has_bias(c.biases, p) {
+                all.push((format!("{name}.bias"), vec![outputs]));
             }
         }
-        all.push(("model.norm.weight".into(), vec![c.hidden_size]));
-        if !c.tied {
-            all.push((HEAD.into(), vec![c.vocab_size, c.hidden_size]));
+    }
+    all.push(("model.norm.weight".into(), vec![c.hidden_size]));
+    if !c.tied {
+        all.push((HEAD.into(), vec![c.vocab_size, c.hidden_size]));
+    }
+    all
+}
+
+/// Group size of a module stored as AWQ; `None` for a dense one.
+fn awq_group(c: &ModelConfig, name: &str, inputs: usize) -> Option<usize> {
+    match &c.quantization {
+        Quantization::Awq { group, keep_dense } if !keep_dense.iter().any(|part| name.contains(part.as_str())) => {
+            Some(group.size.unwrap_or(inputs))
         }
-        all
+        _ => None,
     }
 }
 

@@ -149,7 +149,7 @@ pub(crate) const MLP_BYTES: usize = 512 << 20;
 /// Fewest rows of such a part: fewer would unpack weights too often.
 pub(crate) const LEAST_MLP_ROWS: usize = 512;
 /// Tensors [rows, intermediate] that exist at once, there (gate, up, product) and back (those, their gradients, one packed).
-const WIDE_THERE: usize = 3;
+pub(crate) const WIDE_THERE: usize = 3;
 pub(crate) const WIDE_BACK: usize = 7;
 
 impl Layer {

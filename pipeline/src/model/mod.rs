@@ -4,6 +4,7 @@ pub mod config;
 pub mod decoder;
 pub mod kv_cache;
 pub mod layer;
+pub mod stored;
 pub(crate) mod turns;
 pub mod weights;
 

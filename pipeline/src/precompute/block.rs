@@ -48,6 +48,11 @@ impl Plan {
         Self { residency, most, fixed: config.block_tokens.is_some() }
     }
 
+    /// Most tokens that go through the layers together, where a pack has at most so many.
+    pub fn most_tokens(&self, pack_tokens: u64) -> u64 {
+        self.most.max(pack_tokens)
+    }
+
     /// The first block is small where nothing is known about the teacher's speed.
     pub fn budget(&self, seal_interval: Duration) -> Budget {
         Budget { most: self.most, now: if self.fixed { self.most } else { 0 }, fixed: self.fixed, seal_interval }

@@ -9,25 +9,31 @@ mod bad;
 mod block;
 mod config;
 mod description;
+mod opening;
 mod outlook;
 mod part;
+mod plan;
 mod repair;
 
 pub use bad::{BadRow, NAMED, NOT_FINITE};
 pub use config::*;
 pub use part::{Share, Worker};
+pub use plan::{
+    ComparedSize, Disk, Measure, Measured, Memory, MemoryPart, Moment, PlanConfig, PlanReport, PlannedMemory, PlannedSize,
+    TypicalSize, plan,
+};
 
 use crate::data::pack::{self, Pack, Sequence};
-use crate::data::{self, ChatTokenizer, DataOptions, Dataset, Example};
+use crate::data::{Dataset, Example};
 use crate::memory;
-use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
 use crate::ops::capture::Capture;
 use crate::run::{RUN_AGAIN, RunContext};
 use crate::teacher::Teacher;
-use crate::{Error, Result, device};
+use crate::{Error, Result};
 use bad::BadRows;
 use block::Plan;
+use opening::Opened;
 use outlook::Outlook;
 use potstill_cache::{CacheWriter, Description, Manifest, Record, RepairReport, RowKey, WriterOptions, WriterQueue, free_bytes};
 use serde::Serialize;
@@ -77,26 +83,12 @@ pub struct PrecomputeReport {
 /// settings, data, model folder or cache; a stop asked for by `context` (every row scored until then stays).
 pub fn run(config: &PrecomputeConfig, context: &RunContext) -> Result<PrecomputeReport> {
     let config = &*config.placed()?;
-    let storage = config.storage()?;
-    let device = device::pick(&config.device, context)?;
-    let model = ModelConfig::from_folder(&config.teacher)?;
-    if config.max_length as usize > model.context {
-        let expected = format!("at most the teacher's context of {} tokens", model.context);
-        return Err(Error::Setting { name: "max_length", found: config.max_length.to_string(), expected });
-    }
-    let tokenizer = ChatTokenizer::from_folder(&config.teacher)?;
-    let width = tokenizer.tokenizer_fingerprint().size;
-    if u32::from(storage.selection.head()) > width {
-        let expected = format!("at most the tokenizer's {width} ids");
-        return Err(Error::Setting { name: "top_k", found: storage.selection.head().to_string(), expected });
-    }
-    let options = DataOptions { max_length: config.max_length, truncation: config.truncate, on_bad_roles: config.on_bad_roles };
-    let mut dataset = data::load(&config.data, &tokenizer, &options, context)?;
-    let part = part::cut(&mut dataset.examples, config.part, config.rows_per_shard);
+    let Opened { storage, device, model, tokenizer, width, dataset, part } = Opened::of(config, context)?;
     let weights = Weights::open(&config.teacher)?;
     let plan = Plan::new(config, (&storage, &model), weights.total_bytes(), memory::available_on(&device));
-    let description = description::describe(config, &storage, (&model, &weights), &tokenizer, &dataset, context)?;
+    let fingerprint = description::teacher_fingerprint(config, (&model, &weights), width, context)?;
     drop(weights);
+    let description = description::describe(config, &storage, fingerprint, &tokenizer, &dataset)?;
     let description = Description { part, ..description };
     let options = WriterOptions { companions: description::companions(&config.teacher)? };
     let capture = Capture::of(&storage, &config.temperatures());
