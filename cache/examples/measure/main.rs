@@ -136,12 +136,23 @@ fn storages() -> Result<Vec<(&'static str, Storage, Unnamed)>, Failure> {
         ("hybrid-16+32", Small, hybrid, Unnamed::Redrawn),
         ("hybrid-16+32-any-id", Small, hybrid, Unnamed::AnyId),
         ("standard-compat", Standard, Knobs { id_encoding: Some(IdEncoding::Plain), ..none }, Unnamed::Redrawn),
+        // These and the four presets above stand in `potstill plan --no-run`.
+        ("exact-8", Exact, top(8), Unnamed::Redrawn),
+        ("exact-16", Exact, top(16), Unnamed::Redrawn),
+        ("exact-32", Exact, top(32), Unnamed::Redrawn),
+        ("exact-128", Exact, top(128), Unnamed::Redrawn),
+        ("standard-8", Standard, top(8), Unnamed::Redrawn),
         ("standard-16", Standard, top(16), Unnamed::Redrawn),
         ("standard-32", Standard, top(32), Unnamed::Redrawn),
         ("standard-128", Standard, top(128), Unnamed::Redrawn),
+        ("compact-8", Compact, top(8), Unnamed::Redrawn),
         ("compact-16", Compact, top(16), Unnamed::Redrawn),
         ("compact-32", Compact, top(32), Unnamed::Redrawn),
         ("compact-128", Compact, top(128), Unnamed::Redrawn),
+        ("small-8", Small, top(8), Unnamed::Redrawn),
+        ("small-16", Small, top(16), Unnamed::Redrawn),
+        ("small-32", Small, top(32), Unnamed::Redrawn),
+        ("small-128", Small, top(128), Unnamed::Redrawn),
     ];
     list.into_iter().map(|(name, preset, knobs, unnamed)| Ok((name, preset.with(&knobs)?, unnamed))).collect()
 }
