@@ -30,7 +30,7 @@ impl Opened {
     /// Errors: settings that do not go with the teacher, a model folder without config or tokenizer, data.
     pub(super) fn of(config: &PrecomputeConfig, context: &RunContext) -> Result<Self> {
         let storage = config.storage()?;
-        let device = device::pick(&config.device)?;
+        let device = device::pick(&config.device, context)?;
         let model = ModelConfig::from_folder(&config.teacher)?;
         if config.max_length as usize > model.context {
             let expected = format!("at most the teacher's context of {} tokens", model.context);

@@ -133,7 +133,7 @@ pub fn plan(config: &PlanConfig, context: &RunContext) -> Result<PlanReport> {
     let extent = extent(&opened.dataset.examples);
     let loaded = crate::memory::resident();
     let on_disk = weights.as_ref().map_or(stored.total, Weights::total_bytes);
-    let plan = Plan::new(run, &opened.storage, &opened.model, on_disk);
+    let plan = Plan::new(run, (&opened.storage, &opened.model), on_disk, crate::memory::available_on(&opened.device));
     let (mut sample, mut sizes) = (None, sizes::Sizes::default());
     if let (Measure::For(time), Some(weights)) = (config.measure, &weights)
         && extent.rows > 0
@@ -173,7 +173,7 @@ pub fn plan(config: &PlanConfig, context: &RunContext) -> Result<PlanReport> {
         typical: sizes.typical,
         memory: PlannedMemory {
             chosen: plan.residency,
-            available: crate::memory::available(),
+            available: crate::memory::available_on(&opened.device),
             resident: memory(Residency::Resident),
             streamed: memory(Residency::Streamed),
         },
