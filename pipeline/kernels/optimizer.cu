@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK)
 EXPORT(adamw);
 
 // x *= factor, in f64, rounded once: what clipping does to gradients.
-extern "C" __global__ void __launch_bounds__(THREADS) scale(float* x, double factor, long long n) {
+extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK) scale(float* x, double factor, long long n) {
     each<4>(n, aligned(x), [=](auto width, long long i) {
         constexpr int N = decltype(width)::value;
         Pack<float, N> values = load<N>(x, i);
