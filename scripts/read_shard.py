@@ -4,10 +4,12 @@
     scripts/read_shard.py CACHE/shard-00000.parquet [ROW, from 0] [ENTRIES shown, 5 unless given]
 """
 import math
+import signal
 import sys
 
 import pyarrow.parquet as pq
 
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
 if not 2 <= len(sys.argv) <= 4:
     sys.exit(__doc__)
 shard = pq.ParquetFile(sys.argv[1])

@@ -197,8 +197,8 @@ fn build(dir: &Path, bytes: f64) -> Result<(), Failure> {
     if dir.exists() {
         std::fs::remove_dir_all(dir)?;
     }
-    // Of 64 ids and 64 values a position some 250 bytes stay: ids drawn from all of the vocabulary hardly compress.
-    let rows = (bytes / (250.0 * (TOKENS.start + TOKENS.end) as f64 / 2.0)).ceil() as u64;
+    // Of 64 ids and 64 values a position some 158 bytes stay: ids drawn from all of the vocabulary hardly compress.
+    let rows = (bytes / (158.0 * (TOKENS.start + TOKENS.end) as f64 / 2.0)).ceil() as u64;
     let mut writer = CacheWriter::open(dir, &description(rows), WriterOptions::default())?;
     let (began, mut said) = (Instant::now(), 0);
     for first in (0..rows).step_by(BATCH as usize) {
