@@ -8,12 +8,14 @@
 mod caches;
 mod evaluate;
 mod judging;
+mod scoring;
 mod stages;
 
 pub use caches::{Combine, Diff, Inspect, Repack, Storing, Verify};
 pub use evaluate::{Evaluate, Generate, HeldOut};
 pub use judging::{AlpacaEval, Answering, Asking, MtBench};
-pub use stages::{DEFAULT_PROOF_STEPS, DEFAULT_SEEDS, Demo, MOST_SEEDS, Merge, Plan, Precompute, Train};
+pub use scoring::{Plan, Precompute};
+pub use stages::{DEFAULT_PROOF_STEPS, DEFAULT_SEEDS, Demo, MOST_SEEDS, Merge, Train};
 
 use crate::settings::{self, Section};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
