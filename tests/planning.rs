@@ -131,6 +131,8 @@ fn what_cannot_be_planned_is_refused() {
         (&["--data", "gone.jsonl"], 1, "gone.jsonl: expected a file, a folder or a glob of chats"),
         (&["--teacher", "gone"], 1, "gone: expected a model folder"),
         (&["--repair", "list.json"], 2, "--repair"),
+        (&["--cache", CHATS.as_str(), "--no-run"], 2, "chats.jsonl: expected a folder, or a place for one: this is a file"),
+        (&["--part", "1/2", "--worker", "0/2"], 2, "expected no part beside it"),
     ] {
         // A flag that is given twice is refused by itself, so the one that is tried is left out here.
         let base = [("--teacher", TEACHER.as_str()), ("--data", CHATS.as_str())];

@@ -105,6 +105,7 @@ fn time(report: &PlanReport, table: &mut Table) {
 fn notes(measured: &Measured) -> Vec<String> {
     let mut notes = Vec::new();
     match measured.warm_up_seconds {
+        Some(seconds) if seconds < 0.5 => {}
         Some(seconds) => notes.push(format!("after a first pass of {} that brought the weights in", print::duration(seconds))),
         None => notes.push("a first pass, which brought the weights in: others are faster".into()),
     }

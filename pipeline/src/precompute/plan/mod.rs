@@ -120,9 +120,13 @@ impl Disk {
 /// Errors: as [`run`](super::run) before it loads the teacher, and as scoring; a k to compare that is no number of the tokenizer's ids; with
 /// [`Measure::For`] a folder without weights.
 pub fn plan(config: &PlanConfig, context: &RunContext) -> Result<PlanReport> {
-    let run = &config.run;
+    if config.run.part.is_some() {
+        // Refuses a worker beside it.
+        config.run.placed()?;
+    }
     // A worker's folder is none of a plan's business; its share is.
-    let run = &PrecomputeConfig { part: run.worker.map(|worker| worker.share()).or(run.part), worker: None, ..run.clone() };
+    let part = config.run.worker.map(|worker| worker.share()).or(config.run.part);
+    let run = &PrecomputeConfig { part, worker: None, ..config.run.clone() };
     let opened = Opened::of(run, context)?;
     check_compared(&config.compare_k, opened.width)?;
     let weights = weights(run, config.measure)?;
@@ -133,7 +137,6 @@ pub fn plan(config: &PlanConfig, context: &RunContext) -> Result<PlanReport> {
     let extent = extent(&opened.dataset.examples);
     let loaded = crate::memory::resident();
     let on_disk = weights.as_ref().map_or(stored.total, Weights::total_bytes);
-    let plan = Plan::new(run, (&opened.storage, &opened.model), on_disk, crate::memory::available_on(&opened.device));
     let (mut sample, mut sizes) = (None, sizes::Sizes::default());
     if let (Measure::For(time), Some(weights)) = (config.measure, &weights)
         && extent.rows > 0
@@ -141,20 +144,20 @@ pub fn plan(config: &PlanConfig, context: &RunContext) -> Result<PlanReport> {
         let fingerprint = description::unread(run, (&opened.model, weights))?;
         let description = description::describe(run, &opened.storage, fingerprint, &opened.tokenizer, &opened.dataset)?;
         let description = Description { part: opened.part, ..description };
+        let available = crate::memory::available_on(&opened.device);
+        let plan = Plan::new(run, (&opened.storage, &opened.model), on_disk, available);
         let found = Sample::take(run, &opened, &plan, (time, &config.compare_k), context)?;
         sizes = sizes::Sizes::of(&found, &description, &extent, &config.compare_k, context)?;
         sample = Some(found);
     } else if config.measure == Measure::No {
         sizes.typical = sizes::typical(&extent);
     }
-    let seconds = sample.as_ref().map(|sample| sample.measured.seconds_for(&extent) + sizes.storing_seconds);
+    let measured = sample.map(|sample| sample.measured);
+    let seconds = measured.as_ref().map(|measured| measured.seconds_for(&extent) + sizes.storing_seconds);
     let kept = sizes.size.as_ref().map(|size| size.per_scored_in_memory);
-    let memory = |residency| {
-        let (largest, block) = (largest_pack(&opened.dataset.examples, run), plan.most_tokens(run.pack_tokens.into()));
-        let settings = MemorySettings { residency, largest, block: block.min(extent.tokens), extent, loaded, kept };
-        memory::memory(&opened, run, &stored, &settings)
-    };
-    let disk = Disk { joining: sizes.size.as_ref().map(|size| size.estimate.largest_shard), ..disk(run)? };
+    let memory = memories(run, &opened, (&stored, on_disk), (&extent, loaded), (measured.as_ref(), kept));
+    let joining = sizes.size.as_ref().map(|size| size.estimate.largest_shard);
+    let sizes::Sizes { size, compared, kept_mass, typical, .. } = sizes;
     Ok(PlanReport {
         data_rows: opened.dataset.fingerprint.rows,
         extent,
@@ -165,22 +168,45 @@ pub fn plan(config: &PlanConfig, context: &RunContext) -> Result<PlanReport> {
         shards: extent.rows.div_ceil(run.rows_per_shard.into()),
         weights: if opened.model.quantization == Quantization::None { "dense" } else { "AWQ int4" },
         stored,
-        measured: sample.map(|sample| sample.measured),
+        measured,
         seconds,
-        size: sizes.size,
-        compared: sizes.compared,
-        kept_mass: sizes.kept_mass,
-        typical: sizes.typical,
-        memory: PlannedMemory {
-            chosen: plan.residency,
-            available: crate::memory::available_on(&opened.device),
-            resident: memory(Residency::Resident),
-            streamed: memory(Residency::Streamed),
-        },
-        disk,
+        size,
+        compared,
+        kept_mass,
+        typical,
+        memory,
+        disk: Disk { joining, ..disk(run)? },
         skipped: opened.dataset.fingerprint.skipped,
         first_skipped: opened.dataset.first_skipped,
     })
+}
+
+/// Memory in both ways to hold weights. Streamed, a block is as long as the run would make it.
+fn memories(
+    run: &PrecomputeConfig,
+    opened: &Opened,
+    (stored, on_disk): (&StoredBytes, u64),
+    (extent, loaded): (&Extent, Option<u64>),
+    (measured, kept): (Option<&Measured>, Option<f64>),
+) -> PlannedMemory {
+    let available = crate::memory::available_on(&opened.device);
+    let plan = |run: &PrecomputeConfig| Plan::new(run, (&opened.storage, &opened.model), on_disk, available);
+    let streamed = PrecomputeConfig { residency: Some(Residency::Streamed), ..run.clone() };
+    let block = plan(&streamed).most_tokens(run.pack_tokens.into());
+    // Half the time that a kill may cost is a block's, as in the run.
+    let in_time = measured.map(|measured| (measured.tokens_per_second * run.seal_interval().as_secs_f64() / 2.0) as u64);
+    let block = in_time.filter(|_| run.block_tokens.is_none()).map_or(block, |tokens| block.min(tokens)).min(extent.tokens);
+    let largest = largest_pack(&opened.dataset.examples, run);
+    let memory = |residency| {
+        let settings = MemorySettings { residency, largest, block, extent: *extent, loaded, kept };
+        memory::memory(opened, run, stored, &settings)
+    };
+    PlannedMemory {
+        chosen: plan(run).residency,
+        available,
+        resident: memory(Residency::Resident),
+        streamed: memory(Residency::Streamed),
+    }
 }
 
 /// The weights' headers. A plan that asks no teacher also does without them where the folder has none.
@@ -219,6 +245,10 @@ fn largest_pack(examples: &[Example], run: &PrecomputeConfig) -> u64 {
 /// Where the cache would lie; the current folder where none is named.
 fn disk(run: &PrecomputeConfig) -> Result<Disk> {
     let named = run.cache.as_path();
+    if named.is_file() {
+        let expected = "a folder, or a place for one: this is a file".into();
+        return Err(Error::Setting { name: "cache", found: named.display().to_string(), expected });
+    }
     let there = named.ancestors().find(|folder| folder.is_dir()).filter(|folder| !folder.as_os_str().is_empty());
     let folder = there.unwrap_or(Path::new(".")).to_path_buf();
     let file = run.teacher.join("tokenizer.json");
