@@ -11,6 +11,7 @@ mod ink;
 mod plot;
 mod print;
 mod progress;
+mod ranks;
 mod settings;
 mod text;
 

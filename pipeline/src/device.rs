@@ -90,3 +90,13 @@ mod tests {
         assert!(said.starts_with("device \"cuda:65535\": ") && said.ends_with("; use --device cpu or auto"), "{said}");
     }
 }
+
+/// The device that `name` means in one of several processes on a machine, which is to have GPU number `gpu` there: `cuda` is `cuda:gpu`,
+/// and so is `auto` where it would be a GPU.
+pub fn of_process(name: &str, gpu: u16) -> String {
+    match name {
+        "cuda" => format!("cuda:{gpu}"),
+        "auto" if pick(name).is_ok_and(|device| !device.is_cpu()) => format!("cuda:{gpu}"),
+        other => other.into(),
+    }
+}

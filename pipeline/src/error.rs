@@ -32,6 +32,9 @@ pub enum Error {
     /// Training settings, checkpoints or a failed step.
     #[error(transparent)]
     Train(#[from] crate::train::TrainError),
+    /// Several processes that train together.
+    #[error(transparent)]
+    Ranks(#[from] crate::train::ranks::RankError),
     /// An evaluation.
     #[error(transparent)]
     Evaluate(#[from] crate::evaluate::EvaluateError),
@@ -128,6 +131,7 @@ impl Error {
             Error::Pairing(e) => e.class(),
             Error::Optimizer(e) => e.class(),
             Error::Train(e) => e.class(),
+            Error::Ranks(e) => e.class(),
             Error::Evaluate(e) => e.class(),
             Error::Miniature(e) => e.class(),
             Error::Judge(e) => e.class(),

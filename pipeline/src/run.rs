@@ -15,6 +15,8 @@ pub struct RunContext {
     pub progress: Arc<Progress>,
     /// Set from outside to ask for a durable stop.
     pub stop: Arc<AtomicBool>,
+    /// Set by the job itself, on word from elsewhere. Another flag than `stop`, at which a second signal ends the process.
+    halt: Arc<AtomicBool>,
     /// Sentences that a person should read, whatever becomes of the job; taken by whoever shows them.
     warnings: Arc<Mutex<Vec<String>>>,
 }
@@ -22,7 +24,12 @@ pub struct RunContext {
 impl RunContext {
     /// Whether a stop was asked for.
     pub fn stopping(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+        self.stop.load(Ordering::Relaxed) || self.halt.load(Ordering::Relaxed)
+    }
+
+    /// Asks for a stop from within the job.
+    pub(crate) fn halt(&self) {
+        self.halt.store(true, Ordering::Relaxed);
     }
 
     /// Leaves a sentence for a person.

@@ -66,6 +66,16 @@ out, or those of --probe-cache, keep the whole vocabulary, also the angle in deg
 the gradient of the run's loss and that of full distillation, and the calibration error against
 the teacher (15 bins by powers of two, 0 to 2).
 
+Several processes train together where torchrun's variables say so: WORLD_SIZE (above 1), RANK,
+MASTER_ADDR and MASTER_PORT, where rank 0 listens (TCP, for private networks); LOCAL_RANK picks the
+GPU of --device cuda. Give all of them the same command; --batch-size is that of all together:
+  export WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500
+  RANK=1 potstill train --config FILE & RANK=0 potstill train --config FILE
+or
+  torchrun --no-python --nproc-per-node 2 potstill train --config FILE
+Rank 0 evaluates and writes; a signal to one stops all. Where torchrun's own store has MASTER_PORT
+(TORCHELASTIC_USE_AGENT_STORE=True), the port after it is used.
+
 Each setting may also stand in the table [train] of --config FILE, or in a variable such as
 POTSTILL_TRAIN__LR=1e-4. Flags win over variables, variables over the file."
 )]

@@ -5,10 +5,13 @@ use crate::cli::{Manner, Train};
 use crate::config::{self, Sources};
 use crate::exit::Outcome;
 use crate::print::{self, Side, Table};
+use crate::ranks::{self, Said};
 use crate::settings;
+use potstill_pipeline::device;
 use potstill_pipeline::hub::{Hub, HubSettings, Network};
 use potstill_pipeline::run::RunContext;
 use potstill_pipeline::train::outlook::{self, Outlook, Place, When};
+use potstill_pipeline::train::ranks::{Meeting, Ranks};
 use potstill_pipeline::train::{self, Evaluation, HeldOutReport, SMOOTHED, TrainConfig, TrainReport};
 use std::io::Write;
 
@@ -18,17 +21,37 @@ pub fn run(flags: Train, manner: Manner) -> anyhow::Result<Outcome> {
     if flags.dry_run {
         return dry_run(&sources, manner);
     }
-    let config: TrainConfig = config::resolve(&settings::TRAIN, &sources)?;
+    let mut config: TrainConfig = config::resolve(&settings::TRAIN, &sources)?;
+    let variable = |name: &str| sources.variables.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
+    let said = ranks::said(&variable)?;
+    // Ranks do the same; the first of them is enough to look at.
+    let manner = if said.as_ref().is_some_and(|said| said.place.rank > 0) { Manner { quiet: true, ..manner } } else { manner };
     manner.remark(&config::to_toml(&settings::TRAIN, &config)?);
 
     config.check_rows()?;
     let context = interruptible()?;
+    let mut meeting = None;
+    if let Some(Said { place, gpu }) = said {
+        config.device = device::of_process(&config.device, gpu);
+        let (rank, of) = (place.rank, place.of);
+        let opened = Meeting::open(place)?;
+        // Said by every rank: whoever meant to train by one process has to see that it waits for others.
+        let at = opened.address();
+        let _ = writeln!(std::io::stderr(), "rank {rank} of {of}, by RANK and WORLD_SIZE; rank 0 at {at}");
+        meeting = Some(opened);
+    }
     let report = drawn(&context, manner, || {
+        let ranks = match meeting {
+            Some(meeting) => meeting.meet(&context)?,
+            None => Ranks::alone(),
+        };
         let hub = Hub::of_process();
         let student = hub.model_folder(&config.student, &context)?;
         let data = if config.data.is_empty() { Vec::new() } else { hub.data_files(&config.data, &context)? };
-        Ok(train::run(&TrainConfig { student, data, ..config.clone() }, &context)?)
+        let report = train::run_as(&TrainConfig { student, data, ..config.clone() }, &ranks, &context)?;
+        Ok(ranks.writes().then_some(report))
     })?;
+    let Some(report) = report else { return Ok(Outcome::Done) };
 
     if manner.json {
         print::json(&report)?;
@@ -118,6 +141,9 @@ pub fn facts(report: &TrainReport, lr: f64) -> Table {
     }
     for (reason, conversations) in &report.skipped {
         table.fact("left out", format!("{} conversations: {reason}", print::count(*conversations)));
+    }
+    if let Some(ranks) = report.ranks {
+        table.fact("ranks", ranks);
     }
     table
         .fact(

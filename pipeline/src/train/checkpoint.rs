@@ -125,8 +125,23 @@ impl Checkpoint {
         Ok(Self { path: path.to_path_buf(), state: read_json(&path.join(STATE_FILE))? })
     }
 
+    /// The checkpoint of this step that another rank has found: the one that the settings name, or the one in the run's folder. Errors:
+    /// as [`open`](Self::open); it is of another step or of other settings.
+    pub(super) fn of_step(config: &TrainConfig, step: u64, identity: &Identity) -> Result<Self> {
+        let path = match &config.resume {
+            Resume::Path(path) => path.clone(),
+            _ => config.out.join(format!("{PREFIX}{step}")),
+        };
+        let checkpoint = Self::open(&path)?;
+        checkpoint.check_identity(identity)?;
+        if checkpoint.step() != step {
+            let (expected, found) = (format!("step {step}, as rank 0 has it"), format!("step {}", checkpoint.step()));
+            return Err(TrainError::Damaged { path, expected, found }.into());
+        }
+        Ok(checkpoint)
+    }
+
     /// Steps done.
-    #[cfg(test)]
     pub(super) fn step(&self) -> u64 {
         self.state.progress.step
     }
@@ -137,6 +152,16 @@ impl Checkpoint {
             None => Ok(()),
             Some(differences) => Err(TrainError::OtherRun { checkpoint: self.path.clone(), differences }.into()),
         }
+    }
+
+    /// Puts student and optimiser where the checkpoint has them.
+    pub(super) fn restore(self, student: &mut Student, adamw: &mut AdamW) -> Result<Progress> {
+        let Checkpoint { path, state } = self;
+        let (_, mut tensors) = adapter::load(&path)?;
+        let parameters = student.parameters().into_iter().filter_map(|(name, _)| tensors.remove(&name).map(|t| (name, t)));
+        student.set_parameters(&parameters.collect::<Vec<_>>())?;
+        adamw.load_state(&crate::model::weights::Weights::open_file(&path.join(OPTIMIZER_FILE))?)?;
+        Ok(state.progress)
     }
 }
 
@@ -207,7 +232,7 @@ impl RunFolder {
     }
 
     /// Writes the settings as they were resolved.
-    pub(super) fn write_settings(&self, config: &TrainConfig) -> Result<()> {
+    fn write_settings(&self, config: &TrainConfig) -> Result<()> {
         let path = self.out.join(SETTINGS_FILE);
         let text = toml::to_string(&BTreeMap::from([("train", config)]))
             .map_err(|e| TrainError::Io { path: path.clone(), source: std::io::Error::other(e) })?;
@@ -237,17 +262,15 @@ impl RunFolder {
         Ok(found)
     }
 
-    /// Puts student and optimiser where the checkpoint has them, and moves later checkpoints out of the way.
-    pub(super) fn restore(&self, checkpoint: Checkpoint, student: &mut Student, adamw: &mut AdamW) -> Result<Progress> {
-        let Checkpoint { path, state } = checkpoint;
-        let (_, mut tensors) = adapter::load(&path)?;
-        let parameters = student.parameters().into_iter().filter_map(|(name, _)| tensors.remove(&name).map(|t| (name, t)));
-        student.set_parameters(&parameters.collect::<Vec<_>>())?;
-        adamw.load_state(&crate::model::weights::Weights::open_file(&path.join(OPTIMIZER_FILE))?)?;
-        for (_, later) in self.checkpoints()?.into_iter().filter(|(step, _)| *step > state.progress.step) {
+    /// Begins a run in the folder at `step`, that of its checkpoint: writes the settings, moves later checkpoints out of the way and removes
+    /// those beyond the number kept.
+    pub(super) fn begin(&self, config: &TrainConfig, step: u64) -> Result<()> {
+        for (_, later) in self.checkpoints()?.into_iter().filter(|(of, _)| *of > step) {
             self.set_aside(&later)?;
         }
-        Ok(state.progress)
+        self.write_settings(config)?;
+        // A run that was killed after its last checkpoint appeared has not got as far.
+        self.prune(config.keep_checkpoints as usize)
     }
 
     /// Writes `checkpoint-N`, then removes those beyond the number kept.
@@ -291,7 +314,7 @@ impl RunFolder {
     }
 
     /// Removes the oldest checkpoints beyond `keep`, which counts as two at least.
-    pub(super) fn prune(&self, keep: usize) -> Result<()> {
+    fn prune(&self, keep: usize) -> Result<()> {
         let all = self.checkpoints()?;
         let beyond = all.len().saturating_sub(keep.max(FEWEST_KEPT));
         for (_, path) in &all[..beyond] {

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::checkpoint::RunFolder;
+use super::ranks::Ranks;
 use super::{Objective, Resume, TrainConfig, TrainError, digests, files::kill, prepare, run};
 use crate::precompute::{self, PrecomputeConfig};
 use crate::run::RunContext;
@@ -143,11 +144,11 @@ fn killed_while_a_step_is_saved_again_a_run_keeps_a_whole_checkpoint_of_it() {
     };
     let checkpoint = dir.path().join("checkpoint-2");
     let (left, whole) = (names(dir.path()), files(&checkpoint));
-    let context = RunContext::default();
+    let (alone, context) = (Ranks::alone(), RunContext::default());
     let save = |last: u64| {
-        let (run, _) = prepare(&config, &context).unwrap();
+        let (run, _) = prepare(&config, &alone, &context).unwrap();
         assert_eq!(run.progress.step, 2, "call {last}");
-        kill::after(last, || run.folder.save(&config, run.watch.provenance(), &run.student, &run.adamw, &run.progress))
+        kill::after(last, || run.save())
     };
     let (result, calls) = save(u64::MAX);
     result.unwrap();

@@ -20,12 +20,12 @@ use std::path::Path;
 /// Names and values.
 pub(super) type Identity = BTreeMap<String, String>;
 
-/// The identity of a run of `total` steps.
+/// The identity of a run of `total` steps by so many ranks.
 pub(super) fn of(
     config: &TrainConfig,
     (plan, reading): (&LossPlan, Option<&Reading>),
     rows: &Rows,
-    total: u64,
+    (total, ranks): (u64, u32),
     context: &RunContext,
 ) -> Result<Identity> {
     let student = Weights::open(&config.student)?.fingerprint(context)?;
@@ -60,6 +60,10 @@ pub(super) fn of(
     .chain(rows.identity(config)?)
     .map(|(name, value)| (name.to_string(), value))
     .collect();
+    if ranks > 1 {
+        // They are added up rank by rank, too.
+        identity.insert("ranks".into(), ranks.to_string());
+    }
     if let Some(narrower) = reading.filter(|_| plan.distils()).and_then(Reading::narrower) {
         identity.insert("selection".into(), narrower.to_string());
     }

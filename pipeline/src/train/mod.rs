@@ -5,6 +5,7 @@
 //! function of (settings, cache, step), which is what makes an exact resume possible: a checkpoint holds adapter, optimiser
 //! state and the step, and nothing else is needed.
 
+mod accumulation;
 mod bad_steps;
 mod checkpoint;
 mod config;
@@ -17,6 +18,7 @@ mod metrics;
 pub mod optimizer;
 pub mod outlook;
 mod provenance;
+pub mod ranks;
 mod reading;
 mod report;
 mod rows;
@@ -31,21 +33,21 @@ pub use error::TrainError;
 pub use report::{Objective, Resume, TrainReport};
 pub use watch::{DEFAULT_EVAL_EVERY, Evaluation, HeldOutReport};
 
-use crate::data::pack::{self, Pack, Sequence};
-use crate::loss::{self, Batch, LossSettings, LossSums};
 use crate::model::config::ModelConfig;
 use crate::pairing;
 use crate::run::{RUN_AGAIN, RunContext};
-use crate::student::{Moment, Student, Walk};
+use crate::student::{Student, Walk};
 use crate::{Error, Result, device};
-use candle_core::Tensor;
-use checkpoint::{Found, Progress, RunFolder};
+use accumulation::{Step, accumulate};
+use checkpoint::{Checkpoint, Found, Progress, RunFolder};
 use optimizer::AdamW;
-use potstill_cache::{Cache, Record, SoftTargets};
+use potstill_cache::{Cache, Record};
 use provenance::Provenance;
+use ranks::{Next, RankError, Ranks};
 use reading::Reading;
 use rows::{Rows, Steps};
 use schedule::Rates;
+use std::time::Instant;
 use watch::{Evaluated, HeldOut, Watch};
 
 /// Name of the folder of the finished adapter within `out`.
@@ -53,18 +55,30 @@ pub const ADAPTER_FOLDER: &str = "adapter";
 /// Name of the folder of the adapter with the lowest held-out loss within `out`.
 pub const BEST_FOLDER: &str = "best";
 
-/// Runs stage two.
+/// Runs stage two in this process alone.
 ///
 /// A step whose loss or gradient is not finite is skipped and counted. Errors: bad settings, a cache that is incomplete or made with
 /// another vocabulary, chats that cannot be read, a model folder that does not fit, a run folder in use or of another run,
 /// [`MOST_IN_A_ROW`] such steps in a row, a stop asked for by `context` (after a durable checkpoint).
 pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
-    let (mut run, mut steps) = prepare(config, context)?;
+    run_as(config, &Ranks::alone(), context)
+}
+
+/// Runs stage two as one of several processes, each of which is given the same settings. Rank 0 alone evaluates and writes, and its
+/// report alone knows of evaluations.
+///
+/// Errors: as [`run`]; a rank that differs, fails or is gone ends all of them.
+pub fn run_as(config: &TrainConfig, ranks: &Ranks, context: &RunContext) -> Result<TrainReport> {
+    train(config, ranks, context).map_err(|error| ranks.fail(error, context))
+}
+
+fn train(config: &TrainConfig, ranks: &Ranks, context: &RunContext) -> Result<TrainReport> {
+    let (mut run, mut steps) = prepare(config, ranks, context)?;
     let (first_step, first_tokens) = (run.progress.step, run.progress.tokens);
     let (mut saved, mut stopping) = (first_step, false);
     context.progress.begin_at("training", "steps", run.total, first_step);
     loop {
-        let evaluated = run.watch.evaluate(&run.student, &mut run.progress, run.total, context);
+        let evaluated = run.evaluate(context);
         if evaluated.is_err() && run.progress.step > saved {
             // What was trained is kept, whatever the evaluation of it came to.
             run.save()?;
@@ -75,45 +89,65 @@ pub fn run(config: &TrainConfig, context: &RunContext) -> Result<TrainReport> {
         stopping |= evaluated == Evaluated::Stopped || context.stopping() && !over;
         // A better student is saved at once, so that checkpoint and best/ speak of the same evaluation.
         let due = stopping || over || evaluated == Evaluated::Best || config.checkpoint_due(step);
-        if due && (step > saved || evaluated.was_made()) {
+        let saves = due && (step > saved || evaluated.was_made());
+        let next = if stopping {
+            Next::Stop
+        } else if over {
+            Next::End
+        } else {
+            Next::Step
+        };
+        let next = run.keeping(saved, ranks.word(next, saves || step == first_step, step, || run.digest()))?;
+        if saves {
             run.save()?;
             saved = step;
         }
         if evaluated == Evaluated::Best {
-            run.watch.write_best(&run.student, &run.progress)?;
+            run.write_best()?;
         }
-        if stopping {
-            return Err(interrupted(config, &run.progress));
+        match next {
+            Next::Step => {}
+            Next::End => break,
+            Next::Stop => {
+                ranks.part(context)?;
+                return Err(interrupted(config, &run.progress));
+            }
         }
-        if over {
-            break;
-        }
-        stopping = run.step(&steps.next(config)?, context)? == Walk::Stopped;
+        let walked = run.step(&steps.next(config)?, context);
+        stopping = run.keeping(saved, walked)? == Walk::Stopped;
     }
     context.progress.end();
-    run.finish(first_step, first_tokens)
+    run.finish(first_step, first_tokens, context)
 }
 
 /// A run under way.
 struct Run<'a> {
     config: &'a TrainConfig,
+    ranks: &'a Ranks,
     plan: LossPlan,
     reading: Option<Reading>,
     rates: Rates,
     /// Steps it will have.
     total: u64,
-    folder: RunFolder,
     student: Student,
     adamw: AdamW,
     progress: Progress,
-    watch: Watch<'a>,
+    /// Rank 0's alone.
+    ledger: Option<Ledger<'a>>,
     /// What its report says and no step changes.
     report: TrainReport,
+    started: Instant,
+}
+
+/// What is written of a run: its folder, and what is watched.
+struct Ledger<'a> {
+    folder: RunFolder,
+    watch: Watch<'a>,
 }
 
 /// Opens everything a run needs and puts it where its checkpoint was. What can be refused at once is refused before weights are hashed
 /// and read.
-fn prepare<'a>(config: &'a TrainConfig, context: &RunContext) -> Result<(Run<'a>, Steps)> {
+fn prepare<'a>(config: &'a TrainConfig, ranks: &'a Ranks, context: &RunContext) -> Result<(Run<'a>, Steps)> {
     let mut plan = config.loss_plan()?;
     config.check_schedule()?;
     let device = device::pick(&config.device, context)?;
@@ -128,35 +162,46 @@ fn prepare<'a>(config: &'a TrainConfig, context: &RunContext) -> Result<(Run<'a>
         held_out = HeldOut::open(config, cache, &left_out, (plan.start(), reading))?;
     }
     let total = config.total_steps(rows.len() - left_out.len() as u64);
-    let folder = RunFolder::open(config)?;
-    let Found { checkpoint: found, passed_over } = folder.find(config, total)?;
-    let identity = identity::of(config, (&plan, reading.as_ref()), &rows, total, context)?;
+    let folder = ranks.writes().then(|| RunFolder::open(config)).transpose()?;
+    let found = folder.as_ref().map(|folder| folder.find(config, total)).transpose()?;
+    let Found { checkpoint: mut found, passed_over } = found.unwrap_or_default();
+    let identity = identity::of(config, (&plan, reading.as_ref()), &rows, (total, ranks.of()), context)?;
     found.as_ref().map_or(Ok(()), |checkpoint| checkpoint.check_identity(&identity))?;
     passed_over.iter().for_each(|sentence| context.warn(sentence));
+    let from = ranks.agree(&identity, total, found.as_ref().map(Checkpoint::step))?;
+    if folder.is_none() {
+        found = from.map(|step| Checkpoint::of_step(config, step, &identity)).transpose()?;
+    }
     let mut student = Student::from_folder(&config.student, &config.lora(), config.compute, &device, context)?;
     student.keep_layers(config.keep_layers as usize);
     let mut adamw = AdamW::new(config.optimizer(), &student.parameters())?;
-    let progress = match found {
-        Some(checkpoint) => folder.restore(checkpoint, &mut student, &mut adamw)?,
-        None => Progress::default(),
-    };
-    folder.write_settings(config)?;
-    let provenance = Provenance::of(config, (&plan, &targets), &rows, identity);
-    // A run that was killed after its last checkpoint appeared has not got as far.
-    folder.prune(config.keep_checkpoints as usize)?;
-    let watch = Watch::open(config, provenance, &folder, held_out, (&student, &progress))?;
+    let progress = found.map(|checkpoint| checkpoint.restore(&mut student, &mut adamw)).transpose()?.unwrap_or_default();
+    let mut ledger = None;
+    if let Some(folder) = folder {
+        folder.begin(config, progress.step)?;
+        let provenance = Provenance::of(config, (&plan, &targets), &rows, identity);
+        let watch = Watch::open(config, provenance, &folder, held_out, (&student, &progress))?;
+        ledger = Some(Ledger { folder, watch });
+    }
     let report = TrainReport { targets, skipped: rows.skipped(), passed_over, ..TrainReport::default() };
     let steps = rows.steps(config, left_out, progress.step)?;
-    let rates = config.rates(total);
-    Ok((Run { config, plan, reading, rates, total, folder, student, adamw, progress, watch, report }, steps))
+    let (rates, started) = (config.rates(total), Instant::now());
+    Ok((Run { config, ranks, plan, reading, rates, total, student, adamw, progress, ledger, report, started }, steps))
 }
 
 impl Run<'_> {
+    /// Evaluates where that is due, and this is the rank that does.
+    fn evaluate(&mut self, context: &RunContext) -> Result<Evaluated> {
+        let Some(ledger) = &mut self.ledger else { return Ok(Evaluated::No) };
+        ledger.watch.evaluate(&self.student, &mut self.progress, self.total, context)
+    }
+
     /// One step over these rows.
     fn step(&mut self, records: &[Record], context: &RunContext) -> Result<Walk> {
         let number = self.progress.step;
         let loss = self.plan.at(number, self.total);
-        let accumulated = accumulate((&self.student, number), records, self.config, (&loss, self.reading.as_ref()), context)?;
+        let learned = (&loss, self.reading.as_ref());
+        let accumulated = accumulate((&self.student, number), records, self.config, learned, (self.ranks, context))?;
         let Some(mut step) = accumulated else { return Ok(Walk::Stopped) };
         let grad_norm = optimizer::clip(&mut step.gradients, self.config.max_grad_norm)?;
         let lr = self.rates.at(number);
@@ -165,28 +210,56 @@ impl Run<'_> {
         if taken && step.scored > 0 {
             self.adamw.step(&self.student.parameters(), &step.gradients, lr)?;
         }
-        let out = self.folder.path();
-        match taken {
-            true => self.progress.advance((step.scored > 0).then_some(step.mean.total), step.tokens),
-            false => bad_steps::skip(out, &mut self.progress, (&step, grad_norm), records, &self.student)?,
+        match (taken, &self.ledger) {
+            (true, _) => self.progress.advance((step.scored > 0).then_some(step.mean.total), step.tokens),
+            (false, None) => self.progress.skip(step.tokens),
+            (false, Some(ledger)) => {
+                bad_steps::skip(ledger.folder.path(), &mut self.progress, (&step, grad_norm), records, &self.student)?;
+            }
         }
-        self.watch.step(&self.progress, (&step, &loss), lr, grad_norm, context)?;
-        bad_steps::check(out, &self.progress, (&step, grad_norm))?;
+        match &mut self.ledger {
+            Some(ledger) => ledger.watch.step(&self.progress, (&step, &loss), lr, grad_norm, context)?,
+            None => context.progress.add(1),
+        }
+        bad_steps::check(&self.config.out, &self.progress, (&step, grad_norm))?;
         Ok(Walk::Done)
     }
 
     /// Writes a checkpoint of where the run is.
     fn save(&self) -> Result<()> {
-        self.watch.sync()?;
-        self.folder.save(self.config, self.watch.provenance(), &self.student, &self.adamw, &self.progress)
+        let Some(Ledger { folder, watch }) = &self.ledger else { return Ok(()) };
+        watch.sync()?;
+        folder.save(self.config, watch.provenance(), &self.student, &self.adamw, &self.progress)
+    }
+
+    /// Writes the student as the best so far.
+    fn write_best(&self) -> Result<()> {
+        self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.watch.write_best(&self.student, &self.progress))
+    }
+
+    /// Passes on what came of talking to other ranks. Where one has ended, what was trained since the checkpoint of step `saved` is kept.
+    fn keeping<T>(&self, saved: u64, result: Result<T>) -> Result<T> {
+        let ended = matches!(result, Err(Error::Ranks(RankError::Gone { .. } | RankError::Ended { .. })));
+        if ended && self.progress.step > saved {
+            self.save()?;
+        }
+        result
+    }
+
+    /// What all ranks' adapters must have in common.
+    fn digest(&self) -> Result<[u8; 32]> {
+        ranks::digest(&self.student.parameters(), self.adamw.steps())
     }
 
     /// Writes the finished adapter and says what the run did, which began at a step and with so many tokens.
-    fn finish(self, first_step: u64, first_tokens: u64) -> Result<TrainReport> {
-        let Self { progress, rates, watch, student, .. } = self;
-        let adapter = self.folder.path().join(ADAPTER_FOLDER);
-        watch.provenance().save(&adapter, &student, &progress)?;
-        digests::write(&adapter)?;
+    fn finish(self, first_step: u64, first_tokens: u64, context: &RunContext) -> Result<TrainReport> {
+        let Self { progress, rates, student, ledger, ranks, .. } = self;
+        let adapter = self.config.out.join(ADAPTER_FOLDER);
+        if let Some(ledger) = &ledger {
+            ledger.watch.provenance().save(&adapter, &student, &progress)?;
+            digests::write(&adapter)?;
+        }
+        ranks.part(context)?;
         Ok(TrainReport {
             skipped_steps: progress.skipped,
             steps: progress.step,
@@ -196,8 +269,9 @@ impl Run<'_> {
             highest_lr: (0..progress.step).map(|step| rates.at(step)).fold(0.0, f64::max),
             tokens: progress.tokens - first_tokens,
             parameters: student.parameters().iter().map(|(_, t)| t.elem_count() as u64).sum(),
-            seconds: watch.seconds(),
-            held_out: watch.report(&progress, self.total),
+            seconds: self.started.elapsed().as_secs_f64(),
+            held_out: ledger.as_ref().and_then(|ledger| ledger.watch.report(&progress, self.total)),
+            ranks: Some(ranks.of()).filter(|ranks| *ranks > 1),
             adapter,
             ..self.report
         })
@@ -219,61 +293,6 @@ fn open_cache(config: &TrainConfig) -> Result<Cache> {
     let cache = pairing::open(&config.student, &config.cache)?;
     ModelConfig::from_folder(&config.student)?.check_dense(&config.student)?;
     Ok(cache)
-}
-
-/// What the packs of a step add up to.
-#[derive(Debug, Default)]
-struct Step {
-    /// Losses, as means over the step's scored positions.
-    mean: LossSums,
-    /// Gradients of that mean, in the order of the parameters.
-    gradients: Vec<Tensor>,
-    tokens: u64,
-    scored: u64,
-}
-
-/// Mean loss over the step's scored positions, and its gradients: a sum over packs. `None` when a stop was asked for.
-fn accumulate(
-    (student, number): (&Student, u64),
-    records: &[Record],
-    config: &TrainConfig,
-    (settings, reading): (&LossSettings, Option<&Reading>),
-    context: &RunContext,
-) -> Result<Option<Step>> {
-    // A row without scored positions is a conversation that the teacher could not score.
-    let records: Vec<&Record> = records.iter().filter(|r| !r.positions.is_empty()).collect();
-    let scored: usize = records.iter().map(|r| r.positions.len()).sum();
-    let scale = 1.0 / scored.max(1) as f64;
-    let mut step = Step { scored: scored as u64, ..Step::default() };
-    for range in pack::plan(records.iter().map(|r| r.input_ids.len()), config.pack_tokens as usize) {
-        if context.stopping() {
-            return Ok(None);
-        }
-        let records = &records[range];
-        let pack = Pack::new(records.iter().map(|r| Sequence { input_ids: &r.input_ids, positions: &r.positions }));
-        // Without a distillation term the distributions are not looked at.
-        let reading = reading.filter(|_| settings.kd_alpha > 0.0);
-        let targets = reading.map(|reading| {
-            let mut targets = SoftTargets::with_capacity(pack.scored().len(), 0);
-            records.iter().for_each(|r| targets.extend(&reading.targets(&r.targets)));
-            targets
-        });
-        let lse_t = targets.as_ref().zip(reading).and_then(|(targets, reading)| reading.lse_t(targets));
-        let (targets, lse_t) = (targets.as_ref(), lse_t.as_deref());
-        let batch = Batch { labels: pack.labels(), targets, lse_t, settings, scale };
-        let moment = Moment { step: number, first_row: step.tokens as usize };
-        let Some((hidden, tape)) = student.forward_training(&pack, moment, context)? else { return Ok(None) };
-        let fused = loss::fused_batch(&hidden, student.head(), &batch, config.head_chunk as usize, context)?;
-        let Some((sums, d_hidden)) = fused else { return Ok(None) };
-        if student.backward_training(tape, &d_hidden, &mut step.gradients, context)? == Walk::Stopped {
-            return Ok(None);
-        }
-        step.mean.total += sums.total * scale;
-        step.mean.kd += sums.kd * scale;
-        step.mean.ce += sums.ce * scale;
-        step.tokens += pack.input_ids().len() as u64;
-    }
-    Ok(Some(step))
 }
 
 #[cfg(test)]

@@ -48,6 +48,9 @@ impl std::fmt::Display for Objective {
 pub struct TrainReport {
     /// What was learned from, in words: the selection read, how the tail is formed, which part of the data.
     pub targets: String,
+    /// Processes that trained together; absent for one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<u32>,
     /// Optimiser steps done in all.
     pub steps: u64,
     /// Step the run started from.

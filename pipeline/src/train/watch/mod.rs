@@ -252,11 +252,6 @@ impl<'a> Watch<'a> {
         let rows = self.held_out.as_ref()?.rows();
         Some(HeldOutReport { rows, positions, first: first?, last: last?, best, adapter: self.best.clone(), stopped_early })
     }
-
-    /// Seconds since the run's files were opened.
-    pub(super) fn seconds(&self) -> f64 {
-        self.started.elapsed().as_secs_f64()
-    }
 }
 
 fn tagged(group: &str, figures: &[(&str, f64)]) -> Vec<(String, f64)> {
