@@ -30,7 +30,9 @@ fn train<'a>(out: &'a str, steps: &'a str) -> Vec<&'a str> {
 
 fn rank(bench: &Bench, arguments: &[&str], rank: u32, of: u32, port: &str) -> Command {
     let mut command = bench.command(arguments);
-    VARIABLES.iter().for_each(|name| drop(command.env_remove(name)));
+    for name in VARIABLES {
+        command.env_remove(name);
+    }
     command.env("RANK", rank.to_string()).env("WORLD_SIZE", of.to_string());
     command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -122,7 +124,9 @@ fn ranks_are_processes_that_end_as_one() {
         started(&bench, 2, |rank| wrong(rank).into_iter().map(String::from).collect()).into_iter().map(ended).collect();
     assert!(ran.iter().all(|ran| ran.code == 6 && ran.error().contains("seed: rank 0 has 42, it has 7")), "{ran:?}");
     let mut one = bench.command(&train("whole", "14"));
-    VARIABLES.iter().for_each(|name| drop(one.env_remove(name)));
+    for name in VARIABLES {
+        one.env_remove(name);
+    }
     let one = one.env("WORLD_SIZE", "1").output().unwrap();
     assert_eq!(one.status.code(), Some(6), "{one:?}");
     assert_eq!(outcome(&bench, "whole", 12), whole);

@@ -25,6 +25,16 @@ pub fn pick(name: &str, context: &RunContext) -> Result<Device> {
     }
 }
 
+/// The device that `name` means in one of several processes on a machine, which is to have GPU number `gpu` there: `cuda` is `cuda:gpu`,
+/// and so is `auto` where there are GPUs.
+pub fn of_process(name: &str, gpu: u16) -> String {
+    match name {
+        "cuda" => format!("cuda:{gpu}"),
+        "auto" if count() > 0 => format!("cuda:{gpu}"),
+        other => other.into(),
+    }
+}
+
 /// Gives the result of an operation's launch on the GPU that this tensor is on; goes on with what follows where it is on the CPU.
 macro_rules! on_gpu {
     ($tensor:expr => $launch:expr) => {
@@ -88,15 +98,5 @@ mod tests {
         let said = pick("cuda:65535", &RunContext::default()).map(|_| ()).map_err(|e| e.to_string());
         let Err(said) = said else { panic!("opened") };
         assert!(said.starts_with("device \"cuda:65535\": ") && said.ends_with("; use --device cpu or auto"), "{said}");
-    }
-}
-
-/// The device that `name` means in one of several processes on a machine, which is to have GPU number `gpu` there: `cuda` is `cuda:gpu`,
-/// and so is `auto` where it would be a GPU.
-pub fn of_process(name: &str, gpu: u16) -> String {
-    match name {
-        "cuda" => format!("cuda:{gpu}"),
-        "auto" if pick(name).is_ok_and(|device| !device.is_cpu()) => format!("cuda:{gpu}"),
-        other => other.into(),
     }
 }
