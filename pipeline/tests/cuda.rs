@@ -31,3 +31,11 @@ mod teacher;
 fn this_is_a_gpu() {
     assert!(support::device().is_cuda(), "POTSTILL_TEST_DEVICE names no GPU: run scripts/test-cuda-emulated.sh");
 }
+
+/// Prints what scripts/gpu-check.sh measures everything else by.
+#[test]
+#[ignore = "a figure and no check"]
+fn matrix_peak() {
+    let n = std::env::var("POTSTILL_MATRIX").map_or(8192, |n| n.parse().unwrap());
+    println!("matrix_peak {:e}", potstill_pipeline::cuda::matrix_rate(&support::device(), n, 20).unwrap());
+}

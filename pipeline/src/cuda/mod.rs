@@ -18,6 +18,7 @@ mod search;
 pub(crate) mod staging;
 
 pub use placed::DeviceWeight;
+pub use product::matrix_rate;
 
 use candle_core::cuda_backend::{WrapErr, cudarc};
 use candle_core::{CudaDevice, Device};

@@ -5,8 +5,9 @@ use super::launch::{Argument, Grid, address, device_of, launch, room};
 use crate::kernel::Precision;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
-use candle_core::{CudaDevice, DType, Result, Tensor, bail};
+use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 use std::ffi::c_void;
+use std::time::Instant;
 
 /// A factor of a product, row-major [rows, columns] on the device.
 #[derive(Debug, Clone)]
@@ -141,4 +142,23 @@ fn gemm(
         )
     };
     done.map_err(|e| candle_core::Error::msg(format!("cuBLAS: {m} by {k} by {n}: {e:?}")))
+}
+
+/// Operations a second that a GPU reaches in products of bf16 factors [n, n] with f32 sums: what everything else is measured by. The best of
+/// `rounds`; waits for the GPU. Errors: not a GPU.
+pub fn matrix_rate(device: &Device, n: usize, rounds: usize) -> Result<f64> {
+    let cuda = device.as_cuda_device()?;
+    // Zeros would be faster than anything real.
+    let values: Vec<f32> = (0..n * n).map(|i| ((i * 7919) % 1009) as f32 / 504.0 - 1.0).collect();
+    let factor = Factor::rounded(&Tensor::from_vec(values, (n, n), device)?, Precision::Bf16)?;
+    let out = room((n, n), DType::F32, cuda)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..=rounds {
+        device.synchronize()?;
+        let began = Instant::now();
+        product((&factor, Reads::AsItLies), (&factor, Reads::Turned), (1.0, 0.0), Multiplies::Exactly, &out)?;
+        device.synchronize()?;
+        best = best.min(began.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (n as f64).powi(3) / best)
 }

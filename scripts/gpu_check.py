@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+"""What gpu-check.sh runs: parity on the GPU, then both stages at full size, in one table. See there for usage.
+
+Everything is the program as a user runs it. Models have random weights, made on the spot; speeds are of whole runs without loading. The share is of the matrix
+rate that this GPU reaches in the same run with bf16 factors (8192 cubed): stage one counts 2 operations a weight and token, stage two 6 (forward, again
+on the way back, and the gradient to the activations; adapters not counted), the head its own at scored positions. Goals are those of an H200.
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+FULL = {
+    "teacher": {"hidden": 5120, "layers": 64, "heads": 40, "kv-heads": 8, "intermediate": 27392, "vocab": 152064},
+    "student": {"hidden": 5120, "layers": 40, "heads": 40, "kv-heads": 40, "intermediate": 13696, "vocab": 152064},
+    "chats": (320, 1024), "pack": 16384, "block": 65536, "lengths": (1024, 2048), "steps": 4, "rows": 4096, "rank": 64, "chunk": 1024,
+}
+TINY = {
+    "teacher": {"hidden": 256, "layers": 2, "heads": 4, "kv-heads": 2, "intermediate": 512, "vocab": 2048},
+    "student": {"hidden": 128, "layers": 2, "heads": 2, "kv-heads": 2, "intermediate": 256, "vocab": 2048},
+    "chats": (4, 48), "pack": 128, "block": 256, "lengths": (48,), "steps": 3, "rows": 96, "rank": 4, "chunk": 32,
+}
+PARTS = ("tests", "peak", "parity", "teacher", "student")
+
+
+class Failed(Exception):
+    """A part that did not do; the text is for the table."""
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+class Memory:
+    """Peak memory of the GPU while a block runs, by nvidia-smi five times a second; None where it does not answer."""
+
+    def __enter__(self):
+        self.peak, self.over = None, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        while not self.over.wait(0.2):
+            try:
+                used = int(subprocess.run(query, capture_output=True, text=True, timeout=5).stdout.split()[0])
+            except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
+                return
+            self.peak = max(self.peak or 0, used)
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+    def words(self):
+        return "-" if self.peak is None else f"{self.peak / 1024:.1f} GiB"
+
+
+class Check:
+    def __init__(self, options):
+        self.o, self.s = options, TINY if options.tiny else FULL
+        self.rows, self.peak, self.failed = [], None, False
+        packed = (HERE / "bin/potstill").exists()
+        target = Path(os.environ.get("CARGO_TARGET_DIR", HERE / "target"))
+        self.bin = HERE / "bin" if packed else Path(options.bin or target / "cuda/release")
+        self.fixtures = HERE / ("fixtures" if packed else "tests/fixtures")
+        self.work = Path(tempfile.mkdtemp(prefix="gpu-check-", dir=options.work))
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("POTSTILL_") or k == "POTSTILL_CUDA_LIBRARIES"}
+        self.environment |= {"POTSTILL_TEST_DEVICE": "cuda", "POTSTILL_FIXTURES": str(self.fixtures), "RUST_BACKTRACE": "0",
+                             "POTSTILL_MATRIX": "64" if options.tiny else "8192"}
+
+    def run(self, command, limit, check=True):
+        say("$ " + " ".join(map(str, command)))
+        try:
+            done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=limit, env=self.environment)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"not done after {limit} s") from None
+        except OSError as e:
+            raise Failed(str(e)) from None
+        if check and done.returncode not in (0, 3):
+            tail = (done.stderr or done.stdout).strip().splitlines()[-3:]
+            raise Failed(f"exit code {done.returncode}: " + " | ".join(tail))
+        return done
+
+    def potstill(self, *arguments, limit=240):
+        return self.run([self.bin / "potstill", *arguments], limit)
+
+    def row(self, what, result, goal="", ok=True):
+        self.rows.append((what, result, goal, "ok" if ok else "FAILED"))
+        self.failed |= not ok
+        say(f"   {what}: {result}{'' if ok else '   FAILED'}")
+
+    def share(self, operations_a_second):
+        return "-" if not self.peak else f"{100 * operations_a_second / self.peak:.0f} %"
+
+    def tests(self):
+        done = self.run([self.bin / "cuda-tests"], 240, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("test result")]
+        failures = [line for line in done.stdout.splitlines() if line.startswith("test ") and line.endswith("FAILED")]
+        result = lines[-1].removeprefix("test result: ") if lines else (done.stderr.strip().splitlines() or ["no result"])[-1]
+        for line in failures:
+            say("   " + line)
+        self.row("test bodies on the GPU", result[:60], ok=done.returncode == 0)
+
+    def matrix_peak(self):
+        done = self.run([self.bin / "cuda-tests", "--ignored", "--exact", "matrix_peak", "--nocapture"], 60)
+        self.peak = next(float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("matrix_peak "))
+        self.row("matrix rate, bf16", f"{self.peak / 1e12:.1f} TFLOP/s")
+
+    def parity(self):
+        """Both stages on the CPU and on the GPU with the same program, from the fixtures."""
+        golden, caches = self.fixtures / "golden", {d: self.work / f"parity-{d}" for d in ("cpu", "cuda")}
+        for device, cache in caches.items():
+            self.potstill("precompute", "--quiet", "--json", "--device", device, "--compute", "f32", "--teacher", golden / "teacher-awq",
+                          "--data", golden / "chats.jsonl", "--cache", cache, "--top-k", 16, "--max-length", 128)
+        figures = json.loads(self.potstill("diff", "--json", caches["cpu"], caches["cuda"]).stdout)["figures"]
+        mean, agrees = figures["forward"]["mean"], figures["top1_agrees"]
+        # f32 sums in another order: 1e-17 on the emulated GPU; a wrong kernel is off by 1e-3 and more.
+        self.row("cache of the GPU against the CPU's", f"KL {mean:.1e}, same first {100 * agrees:.2f} %", "below 1e-9", mean < 1e-9)
+        losses = {}
+        for device in caches:
+            out = self.work / f"parity-run-{device}"
+            self.potstill("train", "--quiet", "--json", "--device", device, "--compute", "f32", "--student", golden / "student", "--cache", caches["cpu"],
+                          "--out", out, "--steps", 3, "--batch-size", 4, "--rank", 8, "--no-shuffle", "--warmup-steps", 0)
+            losses[device] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        off = max(abs(a - b) / a for a, b in zip(losses["cpu"], losses["cuda"]))
+        self.row("losses of three steps against the CPU's", f"{off:.1e} apart", "below 1e-5", off < 1e-5)
+
+    def chats(self):
+        rows, words = self.s["chats"]
+        path, dice = self.work / "chats.jsonl", random.Random(1)
+        stock = "the model reads what it is given and says how likely each next word would be while we write it down for later use again".split()
+        with path.open("w") as file:
+            for _ in range(rows):
+                text = lambda n: " ".join(dice.choice(stock) for _ in range(n))
+                messages = [{"role": "user", "content": text(max(words // 8, 4))}, {"role": "assistant", "content": text(words)}]
+                file.write(json.dumps({"messages": messages}) + "\n")
+        return path
+
+    def model(self, name, *flags):
+        folder = self.work / name
+        sizes = [part for key, value in self.s[name].items() for part in (f"--{key}", value)]
+        self.run([self.bin / "random_teacher", "--out", folder, "--tokenizer", self.fixtures / "golden/teacher-awq", *sizes, *flags], 180)
+        return folder
+
+    def weights(self, name):
+        """Weights of a model's layers, and of its head."""
+        s = self.s[name]
+        h, kv = s["hidden"], s["hidden"] // s["heads"] * s["kv-heads"]
+        return s["layers"] * (2 * h * h + 2 * h * kv + 3 * h * s["intermediate"]), h * s["vocab"]
+
+    def teacher(self):
+        folder, chats = self.model("teacher"), self.chats()
+        layers, head = self.weights("teacher")
+        for residency in ("resident", "streamed"):
+            cache = self.work / f"cache-{residency}"
+            block = [] if residency == "resident" else ["--block-tokens", self.s["block"]]
+            with Memory() as memory:
+                done = self.potstill("precompute", "--quiet", "--json", "--device", "cuda", "--compute", "bf16", "--residency", residency, "--teacher", folder,
+                                     "--data", chats, "--cache", cache, "--top-k", 64, "--max-length", 1024, "--pack-tokens", self.s["pack"],
+                                     "--head-chunk", self.s["chunk"], *block)
+            report = json.loads(done.stdout)
+            rate = report["scored_tokens"] / report["seconds"]
+            used = 2 * (layers * report["scored_tokens"] + head * report["scored_now"]) / report["seconds"]
+            goal = "70 % of the peak" if residency == "resident" else "60 %, below 8 GB"
+            head_share = report["head_seconds"] / report["seconds"]
+            self.row(f"stage one, {residency}", f"{rate:,.0f} tokens/s, {self.share(used)} of the peak, {memory.words()}, head {100 * head_share:.0f} % of the time",
+                     goal)
+        same = (self.work / "cache-resident/shard-00000.parquet").read_bytes() == (self.work / "cache-streamed/shard-00000.parquet").read_bytes()
+        self.row("streamed against resident", "the same bytes" if same else "other bytes", "the same bytes", same)
+        shutil.rmtree(folder)
+
+    def student(self):
+        if not (self.work / "cache-resident").exists():
+            raise Failed("needs the part teacher's cache")
+        folder = self.model("student", "--dense")
+        layers, head = self.weights("student")
+        for length in self.s["lengths"]:
+            times = {}
+            for objective in ("sft", "distill"):
+                out = self.work / f"run-{objective}-{length}"
+                with Memory() as memory:
+                    self.potstill("train", "--quiet", "--json", "--device", "cuda", "--compute", "bf16", "--objective", objective, "--student", folder,
+                                  "--cache", self.work / "cache-resident", "--out", out, "--steps", self.s["steps"], "--rank", self.s["rank"],
+                                  "--batch-size", max(self.s["rows"] // length, 1), "--pack-tokens", max(length, 2 * 1024 if not self.o.tiny else length),
+                                  "--head-chunk", self.s["chunk"], "--no-shuffle", "--warmup-steps", 0, "--checkpoint-every", 0)
+                lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+                # The first step sets things up.
+                seconds = lines[-1]["seconds"] - lines[0]["seconds"]
+                tokens, scored = (sum(line[key] for line in lines[1:]) for key in ("tokens", "scored"))
+                used = (6 * layers * tokens + 4 * head * scored) / seconds
+                times[objective] = seconds / tokens
+                self.row(f"stage two, {objective}, {length} tokens", f"{tokens / seconds:,.0f} tokens/s, {self.share(used)} of the peak, {memory.words()}", "50 % of the peak")
+            ratio = times["distill"] / times["sft"]
+            self.row(f"distill against sft, {length} tokens", f"{ratio:.2f} x the time", "1.10 x at most")
+
+    def all(self):
+        bodies = {"tests": self.tests, "peak": self.matrix_peak, "parity": self.parity, "teacher": self.teacher, "student": self.student}
+        for part in self.o.only or PARTS:
+            began = time.monotonic()
+            try:
+                bodies[part]()
+            except Failed as e:
+                self.row(part, str(e)[:160], ok=False)
+            say(f"   {part}: {time.monotonic() - began:.0f} s")
+        shutil.rmtree(self.work, ignore_errors=True)
+        widths = [max(len(str(row[i])) for row in self.rows) for i in range(3)]
+        for row in self.rows:
+            print("  ".join(str(cell).ljust(width) for cell, width in zip(row, [*widths, 6])).rstrip())
+        return 1 if self.failed else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="gpu-check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="small models: tries this script itself")
+    parser.add_argument("--work", help="folder for models and caches (default: the system's for temporary files)")
+    parser.add_argument("--bin", help="folder of potstill, random_teacher and cuda-tests in a checkout")
+    parser.add_argument("--only", action="append", choices=PARTS, help="this part alone; may be given again")
+    sys.exit(Check(parser.parse_args()).all())
+
+
+if __name__ == "__main__":
+    main()
