@@ -127,3 +127,10 @@ step "tests"
 tests=$(grep -m1 -oE '^cargo test .*$' README.md) || wrong "the README names no test command"
 echo "$tests"
 $tests
+
+step "the GPU's side, on an emulated GPU"
+if command -v "${CXX:-g++}" > /dev/null; then
+    bash scripts/test-cuda-emulated.sh --quiet
+else
+    echo "skipped: no g++"
+fi
