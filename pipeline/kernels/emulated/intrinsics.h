@@ -95,8 +95,8 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
     unsigned lane = ::emulated::lane();
-    bool there = delta <= lane && ::emulated::same_stretch(lane, lane - delta, width);
-    return ::emulated::shuffle("__shfl_up_sync", mask, value, there ? lane - delta : lane);
+    // A difference below 0 wraps to a lane of no stretch.
+    return ::emulated::shuffle("__shfl_up_sync", mask, value, ::emulated::same_stretch(lane, lane - delta, width) ? lane - delta : lane);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int holds) {
