@@ -107,10 +107,10 @@ impl Link {
 
     /// What the other side has failed with by now, if it has.
     pub(super) fn failure(&self) -> Option<RankError> {
-        let letters = std::iter::from_fn(|| self.inbox.try_recv().ok());
-        for letter in letters {
-            match letter {
-                Ok(message) => self.early.borrow_mut().push_back(message),
+        let mut early = self.early.borrow_mut();
+        while early.len() < INBOX {
+            match self.inbox.try_recv().ok()? {
+                Ok(message) => early.push_back(message),
                 Err(error) => return Some(error),
             }
         }
@@ -245,12 +245,13 @@ fn listen(
         };
         let failed = letter.is_err();
         let sent = letters.try_send(letter);
+        if let Err(TrySendError::Full(_)) = sent {
+            // Waits for room: the taker finds it behind what it holds.
+            let _ = letters.send(Err(gone("it sent more than it was asked for".into())));
+        }
         if failed || sent.is_err() {
+            // After the reason, so that whoever sees this finds that.
             context.halt();
-            if let Err(TrySendError::Full(_)) = sent {
-                // The taker finds the channel closed behind what it holds.
-                let _ = stream.shutdown(Shutdown::Both);
-            }
             return drain(stream);
         }
     }

@@ -8,7 +8,7 @@
 
 use super::error::RankError;
 use super::link::{Link, Patience};
-use super::message::Message;
+use super::message::{Message, Next};
 use super::{Place, Ranks};
 use crate::run::{RUN_AGAIN, RunContext};
 use crate::{Error, Result};
@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 
 /// What both sides begin with; its end is the protocol's version.
 const MAGIC: [u8; 8] = *b"potrank1";
+/// What rank 0 says when all have come.
+const ALL_HERE: Message = Message::Word { next: Next::Step, prove: false };
 const VERSION_BYTES: usize = 24;
 const HELLO_BYTES: usize = MAGIC.len() + VERSION_BYTES + 8;
 /// Between two looks for somebody who comes, or two tries to reach rank 0.
@@ -94,7 +96,12 @@ impl Host<'_> {
     fn meet(&mut self, listener: &TcpListener) -> Result<Vec<Link>> {
         let mut links = BTreeMap::new();
         match self.gather(listener, &mut links) {
-            Ok(()) => Ok(links.into_values().collect()),
+            Ok(()) => {
+                let links: Vec<Link> = links.into_values().collect();
+                // Before that no rank goes on, so that whatever it fails with is heard by all.
+                links.iter().try_for_each(|link| link.send(&ALL_HERE))?;
+                Ok(links)
+            }
             Err(error) => {
                 let abort = Message::Abort { rank: 0, class: error.class(), sentence: error.to_string() };
                 links.values().for_each(|link| drop(link.send(&abort)));
@@ -127,7 +134,7 @@ impl Host<'_> {
                 }
             }
             if self.context.stopping() {
-                return Err(stopped());
+                return Err(links.values().find_map(Link::failure).map_or_else(stopped, Error::from));
             }
             if Instant::now() > deadline {
                 let missing = (1..self.place.of).filter(|rank| !links.contains_key(rank)).map(|rank| rank.to_string());
@@ -238,7 +245,9 @@ fn join(place: &Place, patience: &Patience, context: &RunContext) -> Result<Link
     if answer != MAGIC {
         return Err(stranger("it answers in other bytes".into()).into());
     }
-    Ok(Link::new(0, stream, context, patience).map_err(failed)?)
+    let link = Link::new(0, stream, context, patience).map_err(failed)?;
+    link.last(&ALL_HERE)?;
+    Ok(link)
 }
 
 fn connect(place: &Place) -> io::Result<TcpStream> {
