@@ -45,6 +45,8 @@ impl Default for Patience {
 const LOOK: Duration = Duration::from_millis(50);
 /// Messages that wait to be taken; more than any rank sends unasked.
 const INBOX: usize = 16;
+/// What is wrong with more of them.
+const TOO_MUCH: &str = "it sent more than it was asked for";
 
 /// A connection to another rank.
 #[derive(Debug)]
@@ -108,13 +110,13 @@ impl Link {
     /// What the other side has failed with by now, if it has.
     pub(super) fn failure(&self) -> Option<RankError> {
         let mut early = self.early.borrow_mut();
-        while early.len() < INBOX {
+        loop {
             match self.inbox.try_recv().ok()? {
-                Ok(message) => early.push_back(message),
+                Ok(message) if early.len() < INBOX => early.push_back(message),
+                Ok(_) => return Some(self.gone(TOO_MUCH.into())),
                 Err(error) => return Some(error),
             }
         }
-        None
     }
 
     /// What the other side failed with, if it said so.
@@ -247,7 +249,7 @@ fn listen(
         let sent = letters.try_send(letter);
         if let Err(TrySendError::Full(_)) = sent {
             // Waits for room: the taker finds it behind what it holds.
-            let _ = letters.send(Err(gone("it sent more than it was asked for".into())));
+            let _ = letters.send(Err(gone(TOO_MUCH.into())));
         }
         if failed || sent.is_err() {
             // After the reason, so that whoever sees this finds that.
