@@ -1,3 +1,4 @@
+//! The screen of `plan`, line by line.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 use super::*;
 use potstill_cache::Extent;
