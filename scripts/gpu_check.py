@@ -21,12 +21,12 @@ HERE = Path(__file__).resolve().parent.parent
 FULL = {
     "teacher": {"hidden": 5120, "layers": 64, "heads": 40, "kv-heads": 8, "intermediate": 27392, "vocab": 152064},
     "student": {"hidden": 5120, "layers": 40, "heads": 40, "kv-heads": 40, "intermediate": 13696, "vocab": 152064},
-    "chats": (320, 1024), "pack": 16384, "block": 65536, "lengths": (1024, 2048), "steps": 4, "rows": 4096, "rank": 64, "chunk": 1024,
+    "chats": (160, 2048), "pack": 16384, "block": 65536, "lengths": (1024, 2048), "steps": 4, "rows": 4096, "rank": 64, "chunk": 1024,
 }
 TINY = {
     "teacher": {"hidden": 256, "layers": 2, "heads": 4, "kv-heads": 2, "intermediate": 512, "vocab": 2048},
     "student": {"hidden": 128, "layers": 2, "heads": 2, "kv-heads": 2, "intermediate": 256, "vocab": 2048},
-    "chats": (4, 48), "pack": 128, "block": 256, "lengths": (48,), "steps": 3, "rows": 96, "rank": 4, "chunk": 32,
+    "chats": (4, 48), "pack": 128, "block": 256, "lengths": (96, 128), "steps": 3, "rows": 96, "rank": 4, "chunk": 32,
 }
 PARTS = ("tests", "peak", "parity", "teacher", "student")
 
@@ -75,13 +75,16 @@ class Check:
         self.fixtures = HERE / ("fixtures" if packed else "tests/fixtures")
         self.work = Path(tempfile.mkdtemp(prefix="gpu-check-", dir=options.work))
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("POTSTILL_") or k == "POTSTILL_CUDA_LIBRARIES"}
-        self.environment |= {"POTSTILL_TEST_DEVICE": "cuda", "POTSTILL_FIXTURES": str(self.fixtures), "RUST_BACKTRACE": "0",
-                             "POTSTILL_MATRIX": "64" if options.tiny else "8192"}
+        self.environment["RUST_BACKTRACE"] = "0"
+        # The program takes variables of its name for settings; these are its tests'.
+        self.tests_environment = self.environment | {"POTSTILL_TEST_DEVICE": "cuda", "POTSTILL_FIXTURES": str(self.fixtures),
+                                                     "POTSTILL_MATRIX": "64" if options.tiny else "8192"}
 
-    def run(self, command, limit, check=True):
+    def run(self, command, limit, check=True, environment=None):
         say("$ " + " ".join(map(str, command)))
         try:
-            done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=limit, env=self.environment)
+            done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=limit,
+                                  env=environment or self.environment)
         except subprocess.TimeoutExpired:
             raise Failed(f"not done after {limit} s") from None
         except OSError as e:
@@ -95,15 +98,24 @@ class Check:
         return self.run([self.bin / "potstill", *arguments], limit)
 
     def row(self, what, result, goal="", ok=True):
-        self.rows.append((what, result, goal, "ok" if ok else "FAILED"))
+        state = "ok" if ok else "FAILED"
+        self.rows.append((what, result, goal, state))
         self.failed |= not ok
-        say(f"   {what}: {result}{'' if ok else '   FAILED'}")
+        say(f"   {what}: {result}   {state}")
+
+    def figure(self, what, result, goal, reached):
+        """A speed beside its goal, which is an H200's at full size: missing it is said, and is no failure."""
+        state = "" if self.o.tiny or reached is None else "reached" if reached else "missed"
+        self.rows.append((what, result, goal, state))
+        say(f"   {what}: {result}   {state}")
 
     def share(self, operations_a_second):
-        return "-" if not self.peak else f"{100 * operations_a_second / self.peak:.0f} %"
+        """In words, and as a number."""
+        share = operations_a_second / self.peak if self.peak else None
+        return ("-" if share is None else f"{100 * share:.0f} %"), share
 
     def tests(self):
-        done = self.run([self.bin / "cuda-tests"], 240, check=False)
+        done = self.run([self.bin / "cuda-tests"], 240, check=False, environment=self.tests_environment)
         lines = [line for line in done.stdout.splitlines() if line.startswith("test result")]
         failures = [line for line in done.stdout.splitlines() if line.startswith("test ") and line.endswith("FAILED")]
         result = lines[-1].removeprefix("test result: ") if lines else (done.stderr.strip().splitlines() or ["no result"])[-1]
@@ -112,9 +124,10 @@ class Check:
         self.row("test bodies on the GPU", result[:60], ok=done.returncode == 0)
 
     def matrix_peak(self):
-        done = self.run([self.bin / "cuda-tests", "--ignored", "--exact", "matrix_peak", "--nocapture"], 60)
+        done = self.run([self.bin / "cuda-tests", "--ignored", "--exact", "matrix_peak", "--nocapture"], 60,
+                        environment=self.tests_environment)
         self.peak = next(float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("matrix_peak "))
-        self.row("matrix rate, bf16", f"{self.peak / 1e12:.1f} TFLOP/s")
+        self.row("matrix rate, bf16", f"{self.peak / 1e12:.3g} TFLOP/s")
 
     def parity(self):
         """Both stages on the CPU and on the GPU with the same program, from the fixtures."""
@@ -160,28 +173,38 @@ class Check:
 
     def teacher(self):
         folder, chats = self.model("teacher"), self.chats()
-        layers, head = self.weights("teacher")
+        layers, head_weights = self.weights("teacher")
+        longest = max(self.s["lengths"])
+
+        def score(cache, length, *flags):
+            return self.potstill("precompute", "--quiet", "--json", "--device", "cuda", "--compute", "bf16", "--teacher", folder, "--data", chats,
+                                 "--cache", self.work / cache, "--top-k", 64, "--max-length", length, "--truncate", "right",
+                                 "--pack-tokens", self.s["pack"], "--head-chunk", self.s["chunk"], *flags)
+
         for residency in ("resident", "streamed"):
-            cache = self.work / f"cache-{residency}"
             block = [] if residency == "resident" else ["--block-tokens", self.s["block"]]
             with Memory() as memory:
-                done = self.potstill("precompute", "--quiet", "--json", "--device", "cuda", "--compute", "bf16", "--residency", residency, "--teacher", folder,
-                                     "--data", chats, "--cache", cache, "--top-k", 64, "--max-length", 1024, "--pack-tokens", self.s["pack"],
-                                     "--head-chunk", self.s["chunk"], *block)
+                done = score(f"cache-{residency}", longest, "--residency", residency, *block)
             report = json.loads(done.stdout)
             rate = report["scored_tokens"] / report["seconds"]
-            used = 2 * (layers * report["scored_tokens"] + head * report["scored_now"]) / report["seconds"]
-            goal = "70 % of the peak" if residency == "resident" else "60 %, below 8 GB"
-            head_share = report["head_seconds"] / report["seconds"]
-            self.row(f"stage one, {residency}", f"{rate:,.0f} tokens/s, {self.share(used)} of the peak, {memory.words()}, head {100 * head_share:.0f} % of the time",
-                     goal)
+            used = 2 * (layers * report["scored_tokens"] + head_weights * report["scored_now"]) / report["seconds"]
+            words, share = self.share(used)
+            head = 100 * report["head_seconds"] / report["seconds"]
+            goal, least = ("70 % of the peak", 0.7) if residency == "resident" else ("60 % of the peak, below 8 GB", 0.6)
+            small = residency == "resident" or (memory.peak or 0) * 2**20 < 8e9
+            self.figure(f"stage one, {residency}", f"{rate:,.0f} tokens/s, {words} of the peak, {memory.words()}, head {head:.0f} % of the time", goal,
+                        share and share >= least and small)
         same = (self.work / "cache-resident/shard-00000.parquet").read_bytes() == (self.work / "cache-streamed/shard-00000.parquet").read_bytes()
         self.row("streamed against resident", "the same bytes" if same else "other bytes", "the same bytes", same)
+        for length in self.s["lengths"]:
+            if length < longest:
+                score(f"cache-{length}", length, "--residency", "resident")
+        (self.work / "cache-resident").rename(self.work / f"cache-{longest}")
         shutil.rmtree(folder)
 
     def student(self):
-        if not (self.work / "cache-resident").exists():
-            raise Failed("needs the part teacher's cache")
+        if not (self.work / f"cache-{max(self.s['lengths'])}").exists():
+            raise Failed("needs the caches that the part teacher makes")
         folder = self.model("student", "--dense")
         layers, head = self.weights("student")
         for length in self.s["lengths"]:
@@ -190,7 +213,7 @@ class Check:
                 out = self.work / f"run-{objective}-{length}"
                 with Memory() as memory:
                     self.potstill("train", "--quiet", "--json", "--device", "cuda", "--compute", "bf16", "--objective", objective, "--student", folder,
-                                  "--cache", self.work / "cache-resident", "--out", out, "--steps", self.s["steps"], "--rank", self.s["rank"],
+                                  "--cache", self.work / f"cache-{length}", "--out", out, "--steps", self.s["steps"], "--rank", self.s["rank"],
                                   "--batch-size", max(self.s["rows"] // length, 1), "--pack-tokens", max(length, 2 * 1024 if not self.o.tiny else length),
                                   "--head-chunk", self.s["chunk"], "--no-shuffle", "--warmup-steps", 0, "--checkpoint-every", 0)
                 lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -199,9 +222,11 @@ class Check:
                 tokens, scored = (sum(line[key] for line in lines[1:]) for key in ("tokens", "scored"))
                 used = (6 * layers * tokens + 4 * head * scored) / seconds
                 times[objective] = seconds / tokens
-                self.row(f"stage two, {objective}, {length} tokens", f"{tokens / seconds:,.0f} tokens/s, {self.share(used)} of the peak, {memory.words()}", "50 % of the peak")
+                words, share = self.share(used)
+                self.figure(f"stage two, {objective}, {length} tokens", f"{tokens / seconds:,.0f} tokens/s, {words} of the peak, {memory.words()}",
+                            "50 % of the peak, 16 GB", share and share >= 0.5 and (memory.peak or 0) * 2**20 <= 16e9)
             ratio = times["distill"] / times["sft"]
-            self.row(f"distill against sft, {length} tokens", f"{ratio:.2f} x the time", "1.10 x at most")
+            self.figure(f"distill against sft, {length} tokens", f"{ratio:.2f} x the time", "1.10 x at most", ratio <= 1.1)
 
     def all(self):
         bodies = {"tests": self.tests, "peak": self.matrix_peak, "parity": self.parity, "teacher": self.teacher, "student": self.student}
@@ -215,7 +240,7 @@ class Check:
         shutil.rmtree(self.work, ignore_errors=True)
         widths = [max(len(str(row[i])) for row in self.rows) for i in range(3)]
         for row in self.rows:
-            print("  ".join(str(cell).ljust(width) for cell, width in zip(row, [*widths, 6])).rstrip())
+            print("  ".join(str(cell).ljust(width) for cell, width in zip(row, [*widths, 7])).rstrip())
         return 1 if self.failed else 0
 
 
