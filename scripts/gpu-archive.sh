@@ -19,7 +19,7 @@ mkdir -p "$root/bin" "$root/scripts" "$root/fixtures"
 install -m 755 target/cuda/release/potstill "$root/bin/potstill"
 install -m 755 -s "$CARGO_TARGET_DIR/release/examples/random_teacher" "$root/bin/random_teacher"
 install -m 755 -s "$tests" "$root/bin/cuda-tests"
-cp scripts/gpu-check.sh scripts/gpu_check.py "$root/scripts/"
+cp scripts/gpu-check.sh scripts/gpu_check.py scripts/gpu_peer.py "$root/scripts/"
 cp -r tests/fixtures/golden tests/fixtures/decoders "$root/fixtures/"
 tar -C "$folder" -cJf "$archive" gpu-check
 bytes=$(stat -c %s "$archive")

@@ -28,7 +28,7 @@ TINY = {
     "student": {"hidden": 128, "layers": 2, "heads": 2, "kv-heads": 2, "intermediate": 256, "vocab": 2048},
     "chats": (4, 48), "pack": 128, "block": 256, "lengths": (96, 128), "steps": 3, "rows": 96, "rank": 4, "chunk": 32,
 }
-PARTS = ("tests", "peak", "parity", "teacher", "student")
+PARTS = ("tests", "peak", "parity", "teacher", "student", "peers")
 
 
 class Failed(Exception):
@@ -69,6 +69,7 @@ class Check:
     def __init__(self, options):
         self.o, self.s = options, TINY if options.tiny else FULL
         self.rows, self.peak, self.failed = [], None, False
+        self.end = time.monotonic() + 60 * options.minutes
         packed = (HERE / "bin/potstill").exists()
         target = Path(os.environ.get("CARGO_TARGET_DIR", HERE / "target"))
         self.bin = HERE / "bin" if packed else Path(options.bin or target / "cuda/release")
@@ -82,11 +83,15 @@ class Check:
 
     def run(self, command, limit, check=True, environment=None):
         say("$ " + " ".join(map(str, command)))
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise Failed(f"the {self.o.minutes:g} minutes are over")
+        limit = min(limit, left)
         try:
             done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=limit,
                                   env=environment or self.environment)
         except subprocess.TimeoutExpired:
-            raise Failed(f"not done after {limit} s") from None
+            raise Failed(f"not done after {limit:.0f} s") from None
         except OSError as e:
             raise Failed(str(e)) from None
         if check and done.returncode not in (0, 3):
@@ -228,8 +233,26 @@ class Check:
             ratio = times["distill"] / times["sft"]
             self.figure(f"distill against sft, {length} tokens", f"{ratio:.2f} x the time", "1.10 x at most", ratio <= 1.1)
 
+    def peers(self):
+        """The same two jobs in PyTorch, where it is."""
+        for job in ("teacher", "student"):
+            for length in self.s["lengths"]:
+                rows = max(self.s["pack" if job == "teacher" else "rows"] // length, 1)
+                command = [sys.executable, HERE / "scripts/gpu_peer.py", job, json.dumps(self.s[job]), "--length", length, "--rows", rows,
+                           "--rank", self.s["rank"], "--device", self.o.peer_device]
+                done = self.run(command, 180, check=False)
+                if done.returncode != 0:
+                    why = (done.stderr.strip().splitlines() or ["no word"])[-1]
+                    self.figure(f"PyTorch, {job}, {length} tokens", f"skipped: {why[:80]}", "", None)
+                    break
+                figures = json.loads(done.stdout.splitlines()[-1])
+                memory = figures.get("peak_bytes")
+                memory = "-" if memory is None else f"{memory / 2**30:.1f} GiB"
+                self.figure(f"PyTorch, {job}, {length} tokens", f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['base']}, {memory}", "", None)
+
     def all(self):
-        bodies = {"tests": self.tests, "peak": self.matrix_peak, "parity": self.parity, "teacher": self.teacher, "student": self.student}
+        bodies = {"tests": self.tests, "peak": self.matrix_peak, "parity": self.parity, "teacher": self.teacher, "student": self.student,
+                  "peers": self.peers}
         for part in self.o.only or PARTS:
             began = time.monotonic()
             try:
@@ -247,8 +270,10 @@ class Check:
 def main():
     parser = argparse.ArgumentParser(prog="gpu-check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small models: tries this script itself")
+    parser.add_argument("--minutes", type=float, default=10, help="what is not done by then has failed (default 10)")
     parser.add_argument("--work", help="folder for models and caches (default: the system's for temporary files)")
     parser.add_argument("--bin", help="folder of potstill, random_teacher and cuda-tests in a checkout")
+    parser.add_argument("--peer-device", default="cuda", help="PyTorch's name of the GPU (cpu tries that part without one)")
     parser.add_argument("--only", action="append", choices=PARTS, help="this part alone; may be given again")
     sys.exit(Check(parser.parse_args()).all())
 
