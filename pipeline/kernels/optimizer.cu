@@ -8,22 +8,19 @@
 
 #include "sums.cuh"
 
-// With t updates done before the next: correction1 = 1 - beta1^t, correction2 = 1 - beta2^t. `clip` scales the gradient, rounded to f32,
-// where it is not 1.
+// The constants of optimizer.rs's Update: keep = 1 - rate * weight decay, correction1 = 1 - beta1^t, correction2 = 1 - beta2^t.
 extern "C" __global__ void __launch_bounds__(LARGEST_BLOCK)
-    adamw(float* w, const float* g, float* m, float* v, long long n, double lr, double beta1, double beta2, double eps, double weight_decay,
-          double correction1, double correction2, double clip) {
-    double keep = __dsub_rn(1.0, __dmul_rn(lr, weight_decay));
+    adamw(float* w, const float* g, float* m, float* v, long long n, double beta1, double beta2, double eps, double keep, double rate,
+          double correction1, double correction2) {
     each<4>(n, aligned(w, g, m, v), [=](auto width, long long i) {
         constexpr int N = decltype(width)::value;
         Pack<float, N> weight = load<N>(w, i), gradient = load<N>(g, i), mean = load<N>(m, i), square = load<N>(v, i);
         for (int j = 0; j < N; j++) {
-            double g = clip == 1.0 ? double(gradient.v[j]) : double(float(__dmul_rn(double(gradient.v[j]), clip)));
-            double rest1 = __dsub_rn(1.0, beta1), rest2 = __dsub_rn(1.0, beta2);
+            double g = double(gradient.v[j]), rest1 = __dsub_rn(1.0, beta1), rest2 = __dsub_rn(1.0, beta2);
             mean.v[j] = float(__dadd_rn(__dmul_rn(beta1, double(mean.v[j])), __dmul_rn(rest1, g)));
             square.v[j] = float(__dadd_rn(__dmul_rn(beta2, double(square.v[j])), __dmul_rn(__dmul_rn(rest2, g), g)));
             double root = __dadd_rn(__dsqrt_rn(__ddiv_rn(double(square.v[j]), correction2)), eps);
-            double step = __ddiv_rn(__dmul_rn(lr, __ddiv_rn(double(mean.v[j]), correction1)), root);
+            double step = __ddiv_rn(__dmul_rn(rate, __ddiv_rn(double(mean.v[j]), correction1)), root);
             weight.v[j] = float(__dsub_rn(__dmul_rn(double(weight.v[j]), keep), step));
         }
         store(w, i, weight);

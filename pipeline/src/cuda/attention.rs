@@ -4,6 +4,7 @@
 
 use super::launch::{Argument, Grid, device_of, floats, launch, place, room};
 use crate::kernel::Precision;
+use crate::ops::attention::Shape;
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 
 /// Rows of a tile.
@@ -72,21 +73,6 @@ impl Kernel {
     }
 }
 
-struct Shape {
-    tokens: usize,
-    heads: usize,
-    kv_heads: usize,
-    d: usize,
-    scale: f32,
-}
-
-impl Shape {
-    fn of(q: &Tensor, k: &Tensor) -> Result<Self> {
-        let ((tokens, heads, d), kv_heads) = (q.dims3()?, k.dim(1)?);
-        Ok(Self { tokens, heads, kv_heads, d, scale: (1.0 / (d as f64).sqrt()) as f32 })
-    }
-}
-
 /// Tiles of 64 rows of each conversation, as (begin, end, first row), those with the most work first: u32 [n, 3].
 fn tiles(segments: &[u32], work: impl Fn(&[u32; 3]) -> u32, device: &CudaDevice) -> Result<Tensor> {
     let pairs = segments.windows(2).map(|w| (w[0], w[1]));
@@ -98,8 +84,13 @@ fn tiles(segments: &[u32], work: impl Fn(&[u32; 3]) -> u32, device: &CudaDevice)
 }
 
 /// o as q [T, heads, d] and lse [heads · T] of q, k and v [T, kv_heads, d]; shapes and segments were checked.
-pub(crate) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32], precision: Precision) -> Result<(Tensor, Tensor)> {
-    let (device, shape) = (device_of(q)?, Shape::of(q, k)?);
+pub(crate) fn forward(
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    segments: &[u32],
+    shape: Shape,
+    precision: Precision,
+) -> Result<(Tensor, Tensor)> {
+    let device = device_of(q)?;
     let (o, lse) = (room(q.dims(), DType::F32, &device)?, room(shape.heads * shape.tokens, DType::F32, &device)?);
     if shape.tokens > 0 {
         let tiles = tiles(segments, |[begin, _, first]| first - begin, &device)?;
@@ -115,9 +106,9 @@ pub(crate) fn backward(
     (o, lse): (&Tensor, &Tensor),
     dy: &Tensor,
     segments: &[u32],
-    precision: Precision,
+    (shape, precision): (Shape, Precision),
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    let (device, shape) = (device_of(q)?, Shape::of(q, k)?);
+    let device = device_of(q)?;
     let new = |like: &Tensor| room(like.dims(), DType::F32, &device);
     let (dq, dk, dv, delta) = (new(q)?, new(k)?, new(v)?, new(lse)?);
     if shape.tokens == 0 {

@@ -10,9 +10,9 @@ use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum;
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg, result};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Shape, Storage, Tensor, bail};
 
-/// Threads of a block, as `kernels/flat.cuh` has them.
+/// Threads of a block. Kernels are right for any number of whole warps; with so many they keep a GPU busy (`kernels/flat.cuh`).
 const THREADS: u32 = 256;
-/// Values that a block of a flat kernel takes; there too.
+/// Values that a block of a flat kernel takes; likewise.
 const PER_BLOCK: usize = 2048;
 /// Bytes of a block's own memory that need no asking.
 const PLAIN_SHARED: u32 = 48 << 10;

@@ -7,26 +7,11 @@ use candle_core::{DType, Device, Result, Tensor};
 /// Values whose squares one block of `sum_squares` adds up.
 const STRETCH: usize = 16_384;
 
-/// The constants of one update.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Update {
-    pub(crate) beta1: f64,
-    pub(crate) beta2: f64,
-    pub(crate) eps: f64,
-    pub(crate) rate: f64,
-    pub(crate) weight_decay: f64,
-    /// 1 − β₁ᵗ and 1 − β₂ᵗ.
-    pub(crate) correction: (f64, f64),
-}
-
-/// Changes w, m and v where they lie; all of one shape, g too.
-pub(crate) fn adamw(update: &Update, w: &Tensor, g: &Tensor, (m, v): (&Tensor, &Tensor)) -> Result<()> {
+/// Changes w, m and v where they lie; all of one shape, g too. `constants` are those of an update, in the kernel's order.
+pub(crate) fn adamw(constants: [f64; 7], w: &Tensor, g: &Tensor, (m, v): (&Tensor, &Tensor)) -> Result<()> {
     let (device, n) = (device_of(w)?, w.elem_count());
-    let Update { beta1, beta2, eps, rate, weight_decay, correction } = *update;
     let places = [floats(w)?, floats(g)?, floats(m)?, floats(v)?, Argument::Long(n as i64)];
-    // The gradient was clipped already.
-    let clip = 1.0;
-    let constants = [rate, beta1, beta2, eps, weight_decay, correction.0, correction.1, clip].map(Argument::Double);
+    let constants = constants.map(Argument::Double);
     // SAFETY: four times n elements, as the caller compared.
     unsafe { launch(&device, "adamw", Grid::flat(n), &[&places[..], &constants].concat()) }
 }

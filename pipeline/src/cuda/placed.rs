@@ -4,7 +4,7 @@
 //! Unpacking costs reading the packed weight and writing and reading it in bf16: of a product with n rows a share of about 450 / n on an
 //! H200 (4.5 bytes a weight at 4.8 TB/s against 2 n operations at 0.9 PFLOP/s).
 
-use super::launch::{Argument, Grid, device_of, floats, launch, place, room, upload};
+use super::launch::{Argument, Grid, address, device_of, floats, launch, place, room, upload};
 use super::product::Factor;
 use crate::kernel::Precision;
 use crate::linear::Weight;
@@ -70,44 +70,39 @@ impl DeviceWeight {
     /// All values, as a product takes them. A dense weight of the product's own dtype is not copied.
     pub(super) fn unpacked(&self, precision: Precision) -> Result<(Factor, Lies)> {
         let (dtype, n) = (if precision == Precision::Bf16 { DType::BF16 } else { DType::F32 }, self.outputs * self.inputs);
-        let (kernel, lies, arguments, grid) = match &self.parts {
+        let flat = vec![Argument::Long(n as i64)];
+        let (kernel, lies, parts, sizes, grid) = match &self.parts {
             Parts::Dense { stored, values } => {
-                let place = place(values, DType::U8)?;
                 let kernel = match (stored, dtype) {
                     (Stored::F32, DType::F32) | (Stored::Bf16, DType::BF16) => {
-                        return Ok((self.factor(values.clone(), place, dtype, Lies::OutputsFirst), Lies::OutputsFirst));
+                        let address = address(values, DType::U8)?;
+                        return Ok((self.factor(values.clone(), address, dtype, Lies::OutputsFirst), Lies::OutputsFirst));
                     }
                     (Stored::F32, _) => "cast_f32_bf16",
                     (Stored::Bf16, _) => "cast_bf16_f32",
                     (Stored::F16, DType::BF16) => "cast_f16_bf16",
                     (Stored::F16, _) => "cast_f16_f32",
                 };
-                (kernel, Lies::OutputsFirst, vec![place], Grid::flat(n))
+                (kernel, Lies::OutputsFirst, vec![place(values, DType::U8)?], flat, Grid::flat(n))
             }
-            Parts::Awq { qweight, qzeros, scales, .. } => {
+            Parts::Awq { group, qweight, qzeros, scales } => {
                 let kernel = if dtype == DType::BF16 { "awq_unpack_bf16" } else { "awq_unpack_f32" };
-                let parts = [qweight, qzeros, scales].map(|part| place(part, DType::U8));
+                let parts = [place(qweight, DType::U8)?, place(qzeros, DType::U8)?, place(scales, DType::U8)?];
+                let sizes = [self.inputs, self.outputs, *group].map(|size| Argument::Int(size as i32));
                 let words = self.inputs.div_ceil(8) * (self.outputs / 8);
-                (kernel, Lies::InputsFirst, parts.into_iter().collect::<Result<_>>()?, Grid::blocks(words.div_ceil(256)))
+                (kernel, Lies::InputsFirst, parts.to_vec(), sizes.to_vec(), Grid::blocks(words.div_ceil(256)))
             }
             Parts::Nf4 { codes, absmax, nested, offset, map } => {
                 let kernel = if dtype == DType::BF16 { "nf4_unpack_bf16" } else { "nf4_unpack_f32" };
                 let (codes, absmax) = (place(codes, DType::U8)?, place(absmax, DType::U8)?);
-                let arguments = vec![codes, absmax, floats(nested)?, Argument::Float(*offset), floats(map)?];
-                (kernel, Lies::OutputsFirst, arguments, Grid::flat(n))
+                let parts = vec![codes, absmax, floats(nested)?, Argument::Float(*offset), floats(map)?];
+                (kernel, Lies::OutputsFirst, parts, flat, Grid::flat(n))
             }
         };
         let device = device_of(self.any_part())?;
         let values = room(n, dtype, &device)?;
-        let mut arguments = arguments;
-        let out = place(&values, dtype)?;
-        arguments.push(out);
-        match &self.parts {
-            Parts::Awq { group, .. } => {
-                arguments.extend([self.inputs, self.outputs, *group].map(|size| Argument::Int(size as i32)))
-            }
-            _ => arguments.push(Argument::Long(n as i64)),
-        }
+        let out = address(&values, dtype)?;
+        let arguments = [parts, vec![Argument::Place(out)], sizes].concat();
         // SAFETY: the parts' lengths were checked when the weight was made, and there is room for all its values.
         unsafe { launch(&device, kernel, grid, &arguments) }?;
         Ok((self.factor(values, out, dtype, lies), lies))
@@ -130,8 +125,7 @@ impl DeviceWeight {
         Ok(y)
     }
 
-    fn factor(&self, owner: Tensor, place: Argument, dtype: DType, lies: Lies) -> Factor {
-        let address = if let Argument::Place(address) = place { address } else { 0 };
+    fn factor(&self, owner: Tensor, address: u64, dtype: DType, lies: Lies) -> Factor {
         let (rows, columns) = match lies {
             Lies::OutputsFirst => (self.outputs, self.inputs),
             Lies::InputsFirst => (self.inputs, self.outputs),

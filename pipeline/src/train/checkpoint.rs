@@ -148,7 +148,8 @@ impl Checkpoint {
 
     /// Errors: it was written by a run with other settings.
     pub(super) fn check_identity(&self, identity: &Identity) -> Result<()> {
-        match identity::differences(identity, &self.state.identity) {
+        let said = |name: &str, ours: &str, stored: &str| format!("{name}: the checkpoint has {stored}, here it is {ours}");
+        match identity::differences(identity, &self.state.identity, said) {
             None => Ok(()),
             Some(differences) => Err(TrainError::OtherRun { checkpoint: self.path.clone(), differences }.into()),
         }

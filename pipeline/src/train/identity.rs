@@ -106,14 +106,14 @@ pub(super) fn digest(cache: &Path) -> Result<String> {
     Ok(blake3::hash(&manifest).to_hex().to_string())
 }
 
-/// What differs, as `name: here A, there B`, joined; `None` when nothing does.
-pub(super) fn differences(ours: &Identity, stored: &Identity) -> Option<String> {
-    let names: std::collections::BTreeSet<&String> = ours.keys().chain(stored.keys()).collect();
+/// What differs, each as `said` of name, our value and theirs, joined; `None` when nothing does.
+pub(super) fn differences(ours: &Identity, theirs: &Identity, said: impl Fn(&str, &str, &str) -> String) -> Option<String> {
+    let names: std::collections::BTreeSet<&String> = ours.keys().chain(theirs.keys()).collect();
     let show = |identity: &Identity, name: &String| identity.get(name).cloned().unwrap_or_else(|| "nothing".into());
     let different: Vec<String> = names
         .into_iter()
-        .filter(|name| ours.get(*name) != stored.get(*name))
-        .map(|name| format!("{name}: the checkpoint has {}, here it is {}", show(stored, name), show(ours, name)))
+        .filter(|name| ours.get(*name) != theirs.get(*name))
+        .map(|name| said(name, &show(ours, name), &show(theirs, name)))
         .collect();
     (!different.is_empty()).then(|| different.join("; "))
 }

@@ -13,6 +13,7 @@ pub use blocks::BLOCK;
 use crate::Error;
 #[cfg(feature = "cuda")]
 use crate::cuda::optimizer as gpu;
+use crate::device::on_gpu;
 use crate::model::ModelError;
 use crate::model::weights::Weights;
 use crate::ops::with_f32;
@@ -216,31 +217,34 @@ impl AdamW {
 ///
 /// A `max_norm` of 0 only measures. Where the norm is not finite nothing is scaled. Errors: a tensor that is not f32.
 pub fn clip(gradients: &mut [Tensor], max_norm: f64) -> Result<f64> {
-    let mut squares = Vec::with_capacity(gradients.len());
     for gradient in gradients.iter_mut() {
         // What is scaled below must lie row by row; what a matrix product gave does.
         *gradient = gradient.contiguous()?;
-        if gradient.device().is_cpu() {
-            squares.push(with_f32(gradient, |g| Ok(g.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>()))?);
-        }
     }
-    #[cfg(feature = "cuda")]
-    if gradients.iter().all(|g| g.device().is_cuda()) {
-        squares = gpu::squares(gradients)?;
-    }
-    let norm = squares.iter().sum::<f64>().sqrt();
+    let norm = squares(gradients)?.iter().sum::<f64>().sqrt();
     let factor = max_norm / (norm + NORM_FLOOR);
     if max_norm > 0.0 && norm.is_finite() && factor < 1.0 {
         for gradient in gradients.iter() {
-            #[cfg(feature = "cuda")]
-            if gradient.device().is_cuda() {
-                gpu::scale(gradient, factor)?;
-                continue;
-            }
-            in_place(gradient, |g| g.par_iter_mut().for_each(|g| *g = (f64::from(*g) * factor) as f32))?;
+            scale(gradient, factor)?;
         }
     }
     Ok(norm)
+}
+
+/// The sum of each tensor's squares. The tensors are on one device.
+fn squares(tensors: &[Tensor]) -> candle_core::Result<Vec<f64>> {
+    #[cfg(feature = "cuda")]
+    if tensors.first().is_some_and(|first| first.device().is_cuda()) {
+        return gpu::squares(tensors);
+    }
+    let squares = |t: &Tensor| with_f32(t, |t| Ok(t.iter().map(|v| f64::from(*v) * f64::from(*v)).sum()));
+    tensors.iter().map(squares).collect()
+}
+
+/// Multiplies a tensor by `factor`, where it lies.
+fn scale(t: &Tensor, factor: f64) -> candle_core::Result<()> {
+    on_gpu!(t => gpu::scale(t, factor));
+    in_place(t, |t| t.par_iter_mut().for_each(|v| *v = (f64::from(*v) * factor) as f32))
 }
 
 /// Work on a tensor's own memory, done once.
@@ -275,8 +279,6 @@ struct Update {
     /// 1 − rate · weight decay.
     keep: f64,
     rate: f64,
-    #[cfg(feature = "cuda")]
-    weight_decay: f64,
     /// 1 − β₁ᵗ and 1 − β₂ᵗ.
     correction: (f64, f64),
 }
@@ -285,22 +287,13 @@ impl Update {
     fn new(config: &AdamWConfig, t: u64, rate: f64) -> Update {
         let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = *config;
         let correction = (1.0 - beta1.powf(t as f64), 1.0 - beta2.powf(t as f64));
-        Update {
-            beta1,
-            beta2,
-            eps,
-            keep: 1.0 - rate * weight_decay,
-            rate,
-            #[cfg(feature = "cuda")]
-            weight_decay,
-            correction,
-        }
+        Update { beta1, beta2, eps, keep: 1.0 - rate * weight_decay, rate, correction }
     }
 
+    /// As the GPU's kernel takes them.
     #[cfg(feature = "cuda")]
-    fn constants(&self) -> gpu::Update {
-        let Self { beta1, beta2, eps, weight_decay, rate, correction, .. } = *self;
-        gpu::Update { beta1, beta2, eps, rate, weight_decay, correction }
+    fn constants(&self) -> [f64; 7] {
+        [self.beta1, self.beta2, self.eps, self.keep, self.rate, self.correction.0, self.correction.1]
     }
 
     fn apply(&self, p: &mut f32, g: f32, m: &mut f32, v: &mut f32) {

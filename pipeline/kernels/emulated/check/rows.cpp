@@ -168,8 +168,11 @@ TEST(adamw_has_its_definition_s_bits) {
                 double root = std::sqrt(v[i] / correction2) + eps;
                 w[i] = float(w[i] * (1 - lr * decay) - lr * (m[i] / correction1) / root);
             }
-            launch("adamw", grid_for(n), block_for(n), 0, dev_w, dev_g, dev_m, dev_v, (long long)n, lr, beta1, beta2, eps, decay,
-                   correction1, correction2, clip);
+            if (clip != 1.0) {
+                launch("scale", grid_for(n), block_for(n), 0, dev_g, clip, (long long)n);
+            }
+            launch("adamw", grid_for(n), block_for(n), 0, dev_w, dev_g, dev_m, dev_v, (long long)n, beta1, beta2, eps, 1 - lr * decay, lr,
+                   correction1, correction2);
             same("w", dev_w.read(), w);
             same("m", dev_m.read(), m);
             same("v", dev_v.read(), v);

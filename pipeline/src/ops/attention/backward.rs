@@ -80,7 +80,7 @@ pub fn backward_at(
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let shape = Shape::of(q, k, v, segments)?;
     let lse = attended.log_sums(dy, q, shape)?;
-    on_gpu!(q => gpu::backward((q, k, v), (&attended.output, lse), dy, segments, precision));
+    on_gpu!(q => gpu::backward((q, k, v), (&attended.output, lse), dy, segments, (shape, precision)));
     let _ = precision;
     let (qs, ks, vs, os, dys) = (floats(q)?, floats(k)?, floats(v)?, floats(&attended.output)?, floats(dy)?);
     let lse = floats(lse)?;

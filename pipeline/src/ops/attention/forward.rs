@@ -56,7 +56,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32]) -> Result<A
 /// The same with factors rounded to `precision` on a GPU. The CPU's are f32 whatever it says.
 pub fn forward_at(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32], precision: Precision) -> Result<Attended> {
     let shape = Shape::of(q, k, v, segments)?;
-    on_gpu!(q => gpu::forward(q, k, v, segments, precision).map(|(output, lse)| Attended { output, lse: Some(lse) }));
+    on_gpu!(q => gpu::forward((q, k, v), segments, shape, precision).map(|(output, lse)| Attended { output, lse: Some(lse) }));
     let _ = precision;
     let size = shape.tokens * shape.heads;
     let (mut o, mut lse): (Vec<f32>, Vec<f32>) = (Vec::with_capacity(size * shape.d), Vec::with_capacity(size));

@@ -45,12 +45,13 @@ impl Attended {
 
 /// Sizes of one call.
 #[derive(Clone, Copy)]
-struct Shape {
-    tokens: usize,
-    heads: usize,
-    kv_heads: usize,
-    d: usize,
-    scale: f32,
+pub(crate) struct Shape {
+    pub(crate) tokens: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) d: usize,
+    /// 1 / √d.
+    pub(crate) scale: f32,
 }
 
 impl Shape {

@@ -135,7 +135,7 @@ pub fn plan(config: &PlanConfig, context: &RunContext) -> Result<PlanReport> {
     }
     let stored = StoredBytes::of(&opened.model, weights.as_ref());
     let extent = extent(&opened.dataset.examples);
-    let loaded = crate::memory::resident();
+    let (loaded, available) = (crate::memory::resident(), crate::memory::available_on(&opened.device));
     let on_disk = weights.as_ref().map_or(stored.total, Weights::total_bytes);
     let (mut sample, mut sizes) = (None, sizes::Sizes::default());
     if let (Measure::For(time), Some(weights)) = (config.measure, &weights)
@@ -144,7 +144,6 @@ pub fn plan(config: &PlanConfig, context: &RunContext) -> Result<PlanReport> {
         let fingerprint = description::unread(run, (&opened.model, weights))?;
         let description = description::describe(run, &opened.storage, fingerprint, &opened.tokenizer, &opened.dataset)?;
         let description = Description { part: opened.part, ..description };
-        let available = crate::memory::available_on(&opened.device);
         let plan = Plan::new(run, (&opened.storage, &opened.model), on_disk, available);
         let found = Sample::take(run, &opened, &plan, (time, &config.compare_k), context)?;
         sizes = sizes::Sizes::of(&found, &description, &extent, &config.compare_k, context)?;
@@ -155,7 +154,7 @@ pub fn plan(config: &PlanConfig, context: &RunContext) -> Result<PlanReport> {
     let measured = sample.map(|sample| sample.measured);
     let seconds = measured.as_ref().map(|measured| measured.seconds_for(&extent) + sizes.storing_seconds);
     let kept = sizes.size.as_ref().map(|size| size.per_scored_in_memory);
-    let memory = memories(run, &opened, (&stored, on_disk), (&extent, loaded), (measured.as_ref(), kept));
+    let memory = memories(run, &opened, (&stored, on_disk), (&extent, loaded, available), (measured.as_ref(), kept));
     let joining = sizes.size.as_ref().map(|size| size.estimate.largest_shard);
     let sizes::Sizes { size, compared, kept_mass, typical, .. } = sizes;
     Ok(PlanReport {
@@ -186,10 +185,9 @@ fn memories(
     run: &PrecomputeConfig,
     opened: &Opened,
     (stored, on_disk): (&StoredBytes, u64),
-    (extent, loaded): (&Extent, Option<u64>),
+    (extent, loaded, available): (&Extent, Option<u64>, Option<u64>),
     (measured, kept): (Option<&Measured>, Option<f64>),
 ) -> PlannedMemory {
-    let available = crate::memory::available_on(&opened.device);
     let plan = |run: &PrecomputeConfig| Plan::new(run, (&opened.storage, &opened.model), on_disk, available);
     let streamed = PrecomputeConfig { residency: Some(Residency::Streamed), ..run.clone() };
     let block = plan(&streamed).most_tokens(run.pack_tokens.into());

@@ -80,7 +80,7 @@ impl Moments {
     pub(super) fn update(&mut self, update: &Update, parameter: &Tensor, gradient: &Tensor) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Kept::Placed { m, v } = &self.kept {
-            return Ok(gpu::adamw(&update.constants(), parameter, &gradient.contiguous()?, (m, v))?);
+            return Ok(gpu::adamw(update.constants(), parameter, &gradient.contiguous()?, (m, v))?);
         }
         #[cfg(feature = "cuda")]
         if parameter.device().is_cuda() {

@@ -27,7 +27,7 @@ pub(super) use message::Next;
 pub(super) use sums::digest;
 
 use super::accumulation::Step;
-use super::identity::Identity;
+use super::identity::{Identity, differences};
 use crate::run::RunContext;
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -35,7 +35,6 @@ use link::Link;
 use message::{Message, Part};
 use potstill_cache::ErrorClass;
 use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 
 /// Most ranks.
@@ -123,7 +122,8 @@ impl Ranks {
             Links::Others(links) => {
                 for link in links {
                     let theirs = serde_json::from_slice(&link.identity()?).unwrap_or_default();
-                    if let Some(differences) = differences(&own, &theirs) {
+                    let said = |name: &str, ours: &str, theirs: &str| format!("{name}: rank 0 has {ours}, it has {theirs}");
+                    if let Some(differences) = differences(&own, &theirs, said) {
                         return Err(RankError::Other { rank: link.rank(), differences }.into());
                     }
                 }
@@ -279,15 +279,6 @@ pub(super) struct Own {
     pub scored: u64,
     /// Tokens of the step's rows, all ranks'.
     pub tokens: u64,
-}
-
-/// What differs, as `name: rank 0 has A, it has B`, joined; `None` when nothing does.
-fn differences(ours: &Identity, theirs: &BTreeMap<String, String>) -> Option<String> {
-    let names: BTreeSet<&String> = ours.keys().chain(theirs.keys()).filter(|name| ours.get(*name) != theirs.get(*name)).collect();
-    let show = |of: &BTreeMap<String, String>, name: &String| of.get(name).cloned().unwrap_or_else(|| "nothing".into());
-    let different =
-        names.into_iter().map(|name| format!("{name}: rank 0 has {}, it has {}", show(ours, name), show(theirs, name)));
-    Some(different.collect::<Vec<_>>().join("; ")).filter(|differences| !differences.is_empty())
 }
 
 #[cfg(test)]
