@@ -6,6 +6,7 @@
 
 use crate::exit::UsageError;
 use crate::settings::{self, Rule, SECTIONS, Section};
+use potstill_pipeline::device;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::ffi::OsString;
@@ -196,8 +197,8 @@ fn from_text(section: &Section, path: &Path, text: &str) -> Result<Table, UsageE
 fn from_variables(section: &Section, variables: &[(OsString, OsString)]) -> Result<Table, UsageError> {
     let mut ours = Table::new();
     for (name, text) in variables {
-        // Not a setting: it says what this machine is like, and changes no result.
-        if name == potstill_pipeline::device::CUDA_LIBRARIES {
+        // No settings: they change no result.
+        if [device::CUDA_LIBRARIES, device::CUDA_PROFILE].iter().any(|known| name == known) {
             continue;
         }
         let Some(rest) = name.to_str().and_then(|n| n.strip_prefix(PREFIX)) else { continue };

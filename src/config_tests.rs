@@ -76,7 +76,7 @@ fn unknown_names_are_refused_with_the_nearest_one() {
     assert_eq!(error, "POTSTILL_TRAIN__LRR: unknown setting; did you mean lr?");
     let error = train("", &[("POTSTILL_CUDA_LIBRARY", "x")], "").expect_err("no setting");
     assert_eq!(error, "POTSTILL_CUDA_LIBRARY: expected POTSTILL_VERB__SETTING, with two underscores between verb and setting");
-    let error = train("", &[("POTSTILL_CUDA_LIBRARIES", "x")], "").expect_err("no student");
+    let error = train("", &[("POTSTILL_CUDA_LIBRARIES", "x"), ("POTSTILL_CUDA_PROFILE", "1")], "").expect_err("no student");
     assert!(error.starts_with("student is not given"), "{error}");
     let error = train("[train]\nzzzzzz = 1", &[], "").expect_err("far from everything");
     assert!(error.contains("unknown setting; known are student, cache, data"), "{error}");

@@ -29,6 +29,12 @@ __device__ __forceinline__ void store(T* to, long long i, const Pack<T, N>& pack
     *reinterpret_cast<Pack<T, N>*>(to + i) = pack;
 }
 
+__device__ __forceinline__ void convert(float from, __nv_bfloat16& to) { to = __float2bfloat16_rn(from); }
+__device__ __forceinline__ void convert(float from, float& to) { to = from; }
+__device__ __forceinline__ void convert(__half from, float& to) { to = __half2float(from); }
+__device__ __forceinline__ void convert(__nv_bfloat16 from, float& to) { to = __bfloat162float(from); }
+__device__ __forceinline__ void convert(__half from, __nv_bfloat16& to) { to = __float2bfloat16_rn(__half2float(from)); }
+
 // Whether packs of 16 bytes may begin at each of these: views of tensors begin anywhere.
 template <class... P>
 __device__ __forceinline__ bool aligned(const P*... pointers) {

@@ -2,10 +2,40 @@
 
 use crate::run::RunContext;
 use crate::{Error, Result};
-use candle_core::Device;
+use candle_core::{Device, Shape, Tensor, WithDType};
 
 /// The variable that names folders in which CUDA's libraries are looked for first, separated by colons.
 pub const CUDA_LIBRARIES: &str = "POTSTILL_CUDA_LIBRARIES";
+
+/// The variable that asks for a table of where a GPU's time went.
+pub const CUDA_PROFILE: &str = "POTSTILL_CUDA_PROFILE";
+
+/// What a GPU spent on one kernel.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KernelTime {
+    /// The kernel's name, or what a library or a copy is called by.
+    pub name: &'static str,
+    /// How often it was launched.
+    pub launches: u64,
+    /// Seconds that the GPU took for all of them.
+    pub seconds: f64,
+    /// Multiplications and additions of matrix products; 0 of anything else.
+    pub operations: f64,
+}
+
+/// From now on the time of everything that is launched on a GPU is taken. It costs two events a launch, some microseconds.
+pub fn begin_profile() {
+    #[cfg(feature = "cuda")]
+    crate::cuda::profile::begin();
+}
+
+/// Where the GPU's time went since, the longest first; waits for it. Nothing where none was used.
+pub fn take_profile() -> candle_core::Result<Vec<KernelTime>> {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::profile::take();
+    #[cfg(not(feature = "cuda"))]
+    Ok(Vec::new())
+}
 
 /// Picks the device named by `--device`: `auto`, `cpu`, `cuda` or `cuda:N`.
 ///
@@ -45,6 +75,16 @@ macro_rules! on_gpu {
     };
 }
 pub(crate) use on_gpu;
+
+/// A tensor of these values on a device. A GPU gets them in its own time, before whatever is launched later.
+pub(crate) fn tensor<T: WithDType>(values: &[T], shape: impl Into<Shape>, device: &Device) -> candle_core::Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(gpu) = device {
+        return crate::cuda::pinned::send(values, shape, gpu);
+    }
+    let shape: Shape = shape.into();
+    Tensor::from_slice(values, shape, device)
+}
 
 /// A machine without a GPU is no matter to speak of; one that sits idle for want of a library is.
 fn gpu_if_one_answers(context: &RunContext) -> Device {

@@ -11,6 +11,7 @@
 
 use crate::adapter::{AdapterConfig, MAX_RANK, Scaling, TargetModules, WrongModules, is_dropout};
 use crate::data::pack::Pack;
+use crate::device;
 use crate::kernel::Precision;
 use crate::linear::dropout::Dropout;
 use crate::linear::{Head, Lora};
@@ -259,7 +260,7 @@ impl Student {
             }
             x = through(i, &x, &geometry)?;
         }
-        let rows = Tensor::new(pack.scored(), self.decoder.device())?;
+        let rows = device::tensor(pack.scored(), pack.scored().len(), self.decoder.device())?;
         Ok(Some((rows::gather(&x, &rows)?, rows, geometry)))
     }
 

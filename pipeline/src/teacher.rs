@@ -8,6 +8,7 @@
 //! embedding or the head, the block's hidden states, what is kept of its logits, and one chunk of those, whatever the depth.
 
 use crate::data::pack::Pack;
+use crate::device;
 use crate::kernel::Precision;
 use crate::linear::{Linear, Weight, forward_all};
 use crate::model::ModelError;
@@ -16,7 +17,7 @@ use crate::model::decoder::{Decoder, Holding};
 use crate::model::layer::Geometry;
 use crate::model::turns::Turns;
 use crate::model::weights::Weights;
-use crate::ops::capture::{Capture, Captured};
+use crate::ops::capture::{Capture, Captured, Capturing};
 use crate::ops::draw::Place;
 use crate::ops::rows;
 use crate::run::RunContext;
@@ -128,7 +129,8 @@ impl Teacher {
         }
         self.warm.store(true, Ordering::Relaxed);
         let scored = |(pack, x): (&Pack, Tensor)| -> Result<ScoredHidden> {
-            let scored = rows::gather(&x, &Tensor::new(pack.scored(), device)?)?;
+            let places = device::tensor(pack.scored(), pack.scored().len(), device)?;
+            let scored = rows::gather(&x, &places)?;
             Ok(ScoredHidden(self.decoder.final_norm(&scored)?))
         };
         packs.iter().zip(states).map(scored).collect::<Result<_>>().map(Some)
@@ -162,17 +164,28 @@ impl Teacher {
         for (pack, hidden) in packs.iter().zip(states) {
             let (n, places) = (pack.scored().len(), places(pack));
             let mut captured = vec![Captured::default(); captures.len()];
+            // A chunk's rows are made while a GPU computes the next one's logits.
+            let mut under_way = None;
             for start in (0..n).step_by(chunk.max(1)) {
                 if context.stopping() {
                     return Ok(None);
                 }
                 let rows = chunk.max(1).min(n - start);
-                let logits = self.logits(&hidden, start, rows)?;
+                let (logits, places) = (self.logits(&hidden, start, rows)?, &places[start..start + rows]);
                 for (number, (capture, captured)) in captures.iter().zip(&mut captured).enumerate() {
+                    if number == 0 {
+                        let begun = capture.begin(&logits, places)?;
+                        // Before others its work is waited for, so that their time is their own.
+                        finish(if captures.len() == 1 { under_way.replace(begun) } else { Some(begun) }, captured)?;
+                        continue;
+                    }
                     let began = Instant::now();
-                    captured.extend(&capture.rows(&logits, &places[start..start + rows])?);
-                    more += if number > 0 { began.elapsed() } else { Duration::ZERO };
+                    captured.extend(&capture.rows(&logits, places)?);
+                    more += began.elapsed();
                 }
+            }
+            if let Some(captured) = captured.first_mut() {
+                finish(under_way, captured)?;
             }
             context.progress.add(self.share(pack, self.decoder.layers.len()));
             all.push(captured);
@@ -195,6 +208,14 @@ impl Teacher {
         let until = |step: u64| tokens * step / steps;
         until(i as u64 + 1) - until(i as u64)
     }
+}
+
+/// Appends what was captured, if anything was.
+fn finish(under_way: Option<Capturing>, captured: &mut Captured) -> Result<()> {
+    if let Some(capturing) = under_way {
+        captured.extend(&capturing.finish()?);
+    }
+    Ok(())
 }
 
 /// Where each of a pack's scored places stands in its own conversation, whatever else is in the pack.

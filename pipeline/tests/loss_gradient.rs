@@ -8,7 +8,7 @@ use potstill_cache::SoftTargets;
 use potstill_pipeline::kernel::Precision;
 use potstill_pipeline::linear::dense::DenseWeight;
 use potstill_pipeline::linear::{DeviceWeight, Head, Weight};
-use potstill_pipeline::loss::{Batch, Divergence, LossSettings, Tail, fused, fused_batch, rows};
+use potstill_pipeline::loss::{Batch, Divergence, LossSettings, LossSums, Tail, fused, fused_batch, rows};
 use potstill_pipeline::run::RunContext;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -217,6 +217,12 @@ impl Problem {
     fn head(&self) -> Head<'_> {
         Head { placed: self.placed.as_ref(), ..Head::new(&self.head, Precision::F32) }
     }
+
+    /// Loss and gradient to the hidden states.
+    fn through_the_head(&self, batch: &Batch<'_>, chunk: usize) -> (LossSums, Tensor) {
+        let (sums, gradient) = fused_batch(&self.hidden, self.head(), batch, chunk, &RunContext::default()).unwrap().unwrap();
+        (sums.wait().unwrap(), gradient)
+    }
 }
 
 const H: usize = 72;
@@ -260,7 +266,7 @@ fn the_fused_head_equals_a_dense_one_in_float64() {
             settings: &settings,
             scale: 1.0 / n as f64,
         };
-        let (sums, gradient) = fused_batch(&p.hidden, p.head(), &batch, 2, &RunContext::default()).unwrap().unwrap();
+        let (sums, gradient) = p.through_the_head(&batch, 2);
         let (gradient, mut total) = (flat(&gradient), 0.0);
         for i in 0..n {
             let logit = |h: &[f64], v: usize| (0..H).map(|j| h[j] * f64::from(head[v * H + j])).sum::<f64>();
@@ -300,16 +306,15 @@ fn chunks_do_not_change_a_bit() {
         let settings = LossSettings { tail, temperature: 2.0, kd_alpha: 0.7, kd_ce_alpha: 0.3, ..LossSettings::default() };
         let batch =
             Batch { labels: &p.labels, targets: Some(&p.targets), lse_t: Some(&p.lse_t), settings: &settings, scale: 0.1 };
-        let (whole, gradient) = fused_batch(&p.hidden, p.head(), &batch, n, &RunContext::default()).unwrap().unwrap();
+        let (whole, gradient) = p.through_the_head(&batch, n);
         let bits = |t: &Tensor| flat(t).iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
         for chunk in [1, 2, 3, 7, 22, 1000] {
-            let (sums, part) = fused_batch(&p.hidden, p.head(), &batch, chunk, &RunContext::default()).unwrap().unwrap();
+            let (sums, part) = p.through_the_head(&batch, chunk);
             assert_eq!((sums.kd.to_bits(), sums.ce.to_bits()), (whole.kd.to_bits(), whole.ce.to_bits()), "chunk {chunk}");
             assert_eq!(bits(&part), bits(&gradient), "chunk {chunk}");
         }
         let alone = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-        let (sums, part) =
-            alone.install(|| fused_batch(&p.hidden, p.head(), &batch, 7, &RunContext::default())).unwrap().unwrap();
+        let (sums, part) = alone.install(|| p.through_the_head(&batch, 7));
         assert_eq!((sums, bits(&part)), (whole, bits(&gradient)));
     }
 }

@@ -6,7 +6,9 @@
 
 mod support;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
+use half::bf16;
+use potstill_pipeline::kernel::Precision;
 use potstill_pipeline::ops::rope::{Table, Turn};
 use potstill_pipeline::ops::{attention, rms_norm, swiglu};
 use support::floats;
@@ -60,6 +62,18 @@ fn rms_norm_and_its_backward() {
     let (xt, wt, gt) = (tensor(&x, &[t, h]), tensor(&w, &[h]), tensor(&g, &[t, h]));
     close(&rms_norm::forward(&xt, &wt, eps).unwrap(), &twin(&x), "forward");
     close(&rms_norm::backward(&xt, &wt, eps, &gt).unwrap(), &slopes(&x, &g, twin), "backward");
+    rounded_at_once_or_later(&rms_norm::forward(&xt, &wt, eps).unwrap(), |precision| {
+        rms_norm::forward_rounded(&xt, &wt, eps, precision)
+    });
+}
+
+/// What products alone read is, or becomes when they read it, what they would make of all digits: the very same bits.
+fn rounded_at_once_or_later(whole: &Tensor, for_products: impl Fn(Precision) -> candle_core::Result<Tensor>) {
+    let on_host = |t: &Tensor| floats(&t.to_device(&Device::Cpu).unwrap());
+    let whole = on_host(whole);
+    assert_eq!(on_host(&for_products(Precision::F32).unwrap()), whole);
+    let round = |values: Vec<f32>| values.into_iter().map(|v| bf16::from_f32(v).to_f32()).collect::<Vec<f32>>();
+    assert_eq!(round(on_host(&for_products(Precision::Bf16).unwrap())), round(whole));
 }
 
 #[test]
@@ -69,6 +83,7 @@ fn swiglu_and_its_backward() {
     let f = |gate: &[f64], up: &[f64]| -> Vec<f64> { gate.iter().zip(up).map(|(a, b)| a / (1.0 + (-a).exp()) * b).collect() };
     let (a, b, gt) = (tensor(&gate, &[3, 4]), tensor(&up, &[3, 4]), tensor(&g, &[3, 4]));
     close(&swiglu::forward(&a, &b).unwrap(), &f(&gate, &up), "forward");
+    rounded_at_once_or_later(&swiglu::forward(&a, &b).unwrap(), |precision| swiglu::forward_rounded(&a, &b, precision));
     let (da, db) = swiglu::backward(&a, &b, &gt).unwrap();
     close(&da, &slopes(&gate, &g, |x| f(x, &up)), "gate");
     close(&db, &slopes(&up, &g, |x| f(&gate, x)), "up");

@@ -8,6 +8,7 @@ mod inspect;
 mod merge;
 mod plan;
 mod precompute;
+mod profile;
 mod proof;
 mod repack;
 mod train;
@@ -23,6 +24,10 @@ use std::sync::Arc;
 
 /// Carries out what was typed.
 pub fn run(invocation: Invocation) -> anyhow::Result<Outcome> {
+    profile::profiled(|| carry_out(invocation))
+}
+
+fn carry_out(invocation: Invocation) -> anyhow::Result<Outcome> {
     let manner = invocation.manner;
     match invocation.verb {
         Verb::Plan(flags) => plan::run(*flags, manner),

@@ -9,7 +9,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$out"
 # Products and sums are rounded one by one, as the kernels' _rn functions promise, on processors with fused instructions too.
 "${CXX:-g++}" -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-sign-compare -Wno-unknown-pragmas "$@" -shared -o "$out/libcuda.so.1" \
-    "$here/driver.cpp" "$here/transfers.cpp" "$here/memory.cpp" "$here/cublas.cpp" "$here/curand.cpp" "$here/fibres.cpp" \
+    "$here/driver.cpp" "$here/transfers.cpp" "$here/memory.cpp" "$here/pinned.cpp" "$here/cublas.cpp" "$here/curand.cpp" "$here/fibres.cpp" \
     -include "$here/cuda_emulated.h" -x c++ "$here/../all.cu"
 for name in libcublas.so.13 libcurand.so.10; do
     ln -sf libcuda.so.1 "$out/$name"

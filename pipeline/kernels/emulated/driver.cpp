@@ -1,5 +1,6 @@
 // The CUDA driver API as far as cudarc and candle-core call it: devices, contexts, streams, events, modules and launches. Everything is
-// done when the call returns, so streams and events only have to exist; what copies and allocates is in transfers.cpp.
+// done when the call returns, but for copies from and to pinned memory (pinned.h), which streams and events are waited for; what copies and
+// allocates is in transfers.cpp.
 // Codes are the driver's own (cuda.h).
 
 #include "driver.h"
@@ -7,6 +8,7 @@
 #include "fibres.h"
 #include "kernels.h"
 #include "memory.h"
+#include "pinned.h"
 
 #include <chrono>
 #include <cstdarg>
@@ -53,7 +55,7 @@ using namespace emulated;
 
 namespace {
 
-constexpr int SUCCESS = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700;
+constexpr int SUCCESS = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700;
 
 // CUfunction_attribute.
 constexpr int MAX_THREADS_PER_BLOCK = 0, MAX_DYNAMIC_SHARED_SIZE_BYTES = 8, PREFERRED_SHARED_MEMORY_CARVEOUT = 9;
@@ -64,7 +66,18 @@ thread_local void* current_context;
 
 struct Event {
     std::chrono::steady_clock::time_point recorded;
+    // How many copies it comes after.
+    unsigned long long copies;
+    // Whether it was found not to be there yet, as a real one may.
+    bool asked;
 };
+
+// Copies are over in the order they were begun in, on whatever stream: more than is promised, and what is waited for is over in any case.
+int wait_for_copies(unsigned long long count) {
+    std::lock_guard<std::mutex> lock(device());
+    finish_copies(count);
+    return SUCCESS;
+}
 
 }  // namespace
 
@@ -132,7 +145,7 @@ API cuCtxGetCurrent(void** found) {
     *found = current_context;
     return SUCCESS;
 }
-API cuCtxSynchronize() { return SUCCESS; }
+API cuCtxSynchronize() { return wait_for_copies(copies_begun()); }
 API cuCtxGetStreamPriorityRange(int* least, int* greatest) {
     *least = *greatest = 0;
     return SUCCESS;
@@ -144,7 +157,7 @@ API cuStreamCreate(void** made, unsigned) {
 }
 API cuStreamCreateWithPriority(void** made, unsigned flags, int) { return cuStreamCreate(made, flags); }
 API cuStreamDestroy_v2(void*) { return SUCCESS; }
-API cuStreamSynchronize(void*) { return SUCCESS; }
+API cuStreamSynchronize(void*) { return wait_for_copies(copies_begun()); }
 API cuStreamWaitEvent(void*, void*, unsigned) { return SUCCESS; }
 API cuStreamIsCapturing(void*, int* capturing) {
     *capturing = 0;
@@ -160,11 +173,22 @@ API cuEventDestroy_v2(void* event) {
     return SUCCESS;
 }
 API cuEventRecord(void* event, void*) {
-    static_cast<Event*>(event)->recorded = std::chrono::steady_clock::now();
+    std::lock_guard<std::mutex> lock(device());
+    *static_cast<Event*>(event) = {std::chrono::steady_clock::now(), copies_begun(), false};
     return SUCCESS;
 }
-API cuEventQuery(void*) { return SUCCESS; }
-API cuEventSynchronize(void*) { return SUCCESS; }
+API cuEventQuery(void* event) {
+    auto& asked = *static_cast<Event*>(event);
+    {
+        std::lock_guard<std::mutex> lock(device());
+        if (copying(asked.copies) && !asked.asked) {
+            asked.asked = true;
+            return NOT_READY;
+        }
+    }
+    return wait_for_copies(asked.copies);
+}
+API cuEventSynchronize(void* event) { return wait_for_copies(static_cast<Event*>(event)->copies); }
 API cuEventElapsedTime_v2(float* milliseconds, void* from, void* to) {
     std::chrono::duration<float, std::milli> time = static_cast<Event*>(to)->recorded - static_cast<Event*>(from)->recorded;
     *milliseconds = time.count();

@@ -2,6 +2,7 @@
 
 #include "driver.h"
 #include "memory.h"
+#include "pinned.h"
 
 #include <cstdint>
 #include <cstdlib>
@@ -57,12 +58,13 @@ API cuMemFree_v2(Address address) {
 API cuMemFreeAsync(Address address, void*) { return cuMemFree_v2(address); }
 
 API cuMemHostAlloc(void** made, size_t bytes, unsigned) {
-    *made = malloc(bytes);
+    std::lock_guard<std::mutex> lock(device());
+    *made = allocate_pinned(bytes);
     return *made == nullptr ? OUT_OF_MEMORY : SUCCESS;
 }
 API cuMemFreeHost(void* pointer) {
-    free(pointer);
-    return SUCCESS;
+    std::lock_guard<std::mutex> lock(device());
+    return release_pinned(pointer) ? SUCCESS : refuse(INVALID_VALUE, "cuMemFreeHost: %p is no pinned memory, or is being copied", pointer);
 }
 
 API cuMemGetInfo_v2(size_t* left, size_t* total) {
@@ -73,9 +75,27 @@ API cuMemGetInfo_v2(size_t* left, size_t* total) {
 }
 
 API cuMemcpyHtoD_v2(Address to, const void* from, size_t bytes) { return move("cuMemcpyHtoD", at(to), from, bytes, at(to), nullptr); }
-API cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void*) { return cuMemcpyHtoD_v2(to, from, bytes); }
+API cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void*) {
+    {
+        std::lock_guard<std::mutex> lock(device());
+        if (bytes > 0 && pinned(from, bytes) && holds(at(to), bytes)) {
+            copy_out(at(to), from, bytes);
+            return SUCCESS;
+        }
+    }
+    return cuMemcpyHtoD_v2(to, from, bytes);
+}
 API cuMemcpyDtoH_v2(void* to, Address from, size_t bytes) { return move("cuMemcpyDtoH", to, at(from), bytes, nullptr, at(from)); }
-API cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void*) { return cuMemcpyDtoH_v2(to, from, bytes); }
+API cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void*) {
+    {
+        std::lock_guard<std::mutex> lock(device());
+        if (bytes > 0 && pinned(to, bytes) && holds(at(from), bytes)) {
+            copy_in(to, at(from), bytes);
+            return SUCCESS;
+        }
+    }
+    return cuMemcpyDtoH_v2(to, from, bytes);
+}
 API cuMemcpyDtoD_v2(Address to, Address from, size_t bytes) {
     return move("cuMemcpyDtoD", at(to), at(from), bytes, at(to), at(from));
 }

@@ -3,9 +3,10 @@
 //! bf16 factors go to tensor cores where a head has 64 or 128 dimensions; every other case is f32 on ordinary cores.
 
 use super::launch::{Argument, Grid, device_of, floats, launch, place, room};
+use super::pinned::send;
 use crate::kernel::Precision;
 use crate::ops::attention::Shape;
-use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
+use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 
 /// Rows of a tile.
 const ROWS: u32 = 64;
@@ -80,7 +81,7 @@ fn tiles(segments: &[u32], work: impl Fn(&[u32; 3]) -> u32, device: &CudaDevice)
         pairs.flat_map(|(begin, end)| (begin..end).step_by(ROWS as usize).map(move |first| [begin, end, first])).collect();
     tiles.sort_by_key(|tile| std::cmp::Reverse(work(tile)));
     let n = tiles.len();
-    Tensor::from_vec(tiles.into_flattened(), (n, 3), &Device::Cuda(device.clone()))
+    send(&tiles.into_flattened(), (n, 3), device)
 }
 
 /// o as q [T, heads, d] and lse [heads · T] of q, k and v [T, kv_heads, d]; shapes and segments were checked.

@@ -2,6 +2,7 @@
 //! and `linear/dropout.rs`; shapes were checked there.
 
 use super::launch::{Argument, Grid, copy, device_of, floats, launch, place, room};
+use crate::kernel::Precision;
 use crate::linear::dropout::RowMask;
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -9,14 +10,23 @@ fn int(value: usize) -> Argument {
     Argument::Int(value as i32)
 }
 
-/// What `kernel` (x, y, out, n) makes of x and y of one shape.
+/// What `kernel` (x, y, out, n) makes of x and y of one shape, f32.
 pub(crate) fn elementwise(kernel: &'static str, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    pairwise((kernel, DType::F32), x, y)
+}
+
+fn pairwise((kernel, dtype): (&'static str, DType), x: &Tensor, y: &Tensor) -> Result<Tensor> {
     let (device, n) = (device_of(x)?, x.elem_count());
-    let out = room(x.shape(), DType::F32, &device)?;
-    let arguments = [floats(x)?, floats(y)?, floats(&out)?, Argument::Long(n as i64)];
+    let out = room(x.shape(), dtype, &device)?;
+    let arguments = [floats(x)?, floats(y)?, place(&out, dtype)?, Argument::Long(n as i64)];
     // SAFETY: the caller compared the shapes; three times n elements.
     unsafe { launch(&device, kernel, Grid::flat(n), &arguments) }?;
     Ok(out)
+}
+
+/// SwiGLU of g and u of one shape, rounded to bf16.
+pub(crate) fn swiglu_bf16(g: &Tensor, u: &Tensor) -> Result<Tensor> {
+    pairwise(("swiglu_forward_bf16", DType::BF16), g, u)
 }
 
 /// (dL/dg, dL/du) of SwiGLU.
@@ -29,13 +39,17 @@ pub(crate) fn swiglu_backward(g: &Tensor, u: &Tensor, dy: &Tensor) -> Result<(Te
     Ok((dg, du))
 }
 
-/// The norm of x [T, H] with w `[H]`.
-pub(crate) fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
+/// The norm of x [T, H] with w `[H]`, rounded to `precision`.
+pub(crate) fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, precision: Precision) -> Result<Tensor> {
     let (device, (t, h)) = (device_of(x)?, x.dims2()?);
-    let y = room((t, h), DType::F32, &device)?;
-    let arguments = [floats(x)?, floats(w)?, floats(&y)?, int(t), int(h), Argument::Double(eps)];
+    let (kernel, dtype) = match precision {
+        Precision::F32 => ("rms_norm_forward", DType::F32),
+        Precision::Bf16 => ("rms_norm_forward_bf16", DType::BF16),
+    };
+    let y = room((t, h), dtype, &device)?;
+    let arguments = [floats(x)?, floats(w)?, place(&y, dtype)?, int(t), int(h), Argument::Double(eps)];
     // SAFETY: x and y are [t, h], w `[h]`, as the caller checked.
-    unsafe { launch(&device, "rms_norm_forward", Grid::blocks(t), &arguments) }?;
+    unsafe { launch(&device, kernel, Grid::blocks(t), &arguments) }?;
     Ok(y)
 }
 

@@ -1,6 +1,7 @@
 //! What a cache keeps of rows of logits, on the GPU; `ops/capture.rs` has the definition, `kernels/head.cu` the plan.
 
 use super::launch::{Argument, Grid, device_of, floats, launch, place, room};
+use super::pinned::{Fetched, fetch};
 use candle_core::{DType, Result, Tensor};
 
 /// Most entries of a row that the kernel finds.
@@ -26,9 +27,40 @@ pub(crate) struct Summed {
     pub(crate) tempered: Vec<Vec<f64>>,
 }
 
+/// The same on its way there.
+#[derive(Debug)]
+pub(crate) struct Summing {
+    ids: Fetched<u32>,
+    values: Fetched<f32>,
+    kept: usize,
+    max: Fetched<f32>,
+    total: Fetched<f64>,
+    rest_max: Fetched<f32>,
+    rest: Fetched<f64>,
+    bad: Fetched<i64>,
+    tempered: Vec<Fetched<f64>>,
+}
+
+impl Summing {
+    /// Waits for it, and for nothing that was launched since.
+    pub(crate) fn wait(self) -> Result<Summed> {
+        Ok(Summed {
+            ids: self.ids.wait()?,
+            values: self.values.wait()?,
+            kept: self.kept,
+            max: self.max.wait()?,
+            total: self.total.wait()?,
+            rest_max: self.rest_max.wait()?,
+            rest: self.rest.wait()?,
+            bad: self.bad.wait()?,
+            tempered: self.tempered.into_iter().map(Fetched::wait).collect::<Result<_>>()?,
+        })
+    }
+}
+
 /// The `kept` (1 to [`MOST_KEPT`], at most V) largest of f32 logits [n, V] and the sums over the others; `rounded` logits count as bf16
-/// holds them; sums for each of `factors` = 1 / T. Waits for the GPU.
-pub(crate) fn summed(logits: &Tensor, kept: usize, rounded: bool, factors: &[f32]) -> Result<Summed> {
+/// holds them; sums for each of `factors` = 1 / T.
+pub(crate) fn sum_up(logits: &Tensor, kept: usize, rounded: bool, factors: &[f32]) -> Result<Summing> {
     let (device, (n, vocab)) = (device_of(logits)?, logits.dims2()?);
     let (ids, values) = (room((n, kept), DType::U32, &device)?, room((n, kept), DType::F32, &device)?);
     let (max, rest_max) = (room(n, DType::F32, &device)?, room(n, DType::F32, &device)?);
@@ -54,17 +86,17 @@ pub(crate) fn summed(logits: &Tensor, kept: usize, rounded: bool, factors: &[f32
         let arguments = [&row[..], &[rounded, floats(&max)?, Argument::Float(*factor), place(&sums, DType::F64)?]].concat();
         // SAFETY: n rows of logits, n maxima, n sums.
         unsafe { launch(&device, "tempered_total", Grid::blocks(n), &arguments) }?;
-        tempered.push(sums.to_vec1()?);
+        tempered.push(fetch(&sums)?);
     }
-    Ok(Summed {
-        ids: ids.flatten_all()?.to_vec1()?,
-        values: values.flatten_all()?.to_vec1()?,
+    Ok(Summing {
+        ids: fetch(&ids)?,
+        values: fetch(&values)?,
         kept,
-        max: max.to_vec1()?,
-        total: total.to_vec1()?,
-        rest_max: rest_max.to_vec1()?,
-        rest: rest.to_vec1()?,
-        bad: bad.to_vec1()?,
+        max: fetch(&max)?,
+        total: fetch(&total)?,
+        rest_max: fetch(&rest_max)?,
+        rest: fetch(&rest)?,
+        bad: fetch(&bad)?,
         tempered,
     })
 }

@@ -5,6 +5,7 @@
 //! launched.
 
 use super::function;
+use super::profile::timed;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum;
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg, result};
@@ -96,8 +97,10 @@ pub(super) unsafe fn launch(device: &CudaDevice, name: &'static str, grid: Grid,
         };
     }
     let shape = LaunchConfig { grid_dim: (x, y, 1), block_dim: (threads, 1, 1), shared_mem_bytes: shared };
-    // SAFETY: the caller's promise.
-    unsafe { call.launch(shape) }.map(|_| ()).map_err(|e| candle_core::Error::msg(format!("kernel {name}: {e}")))
+    timed(&stream, (name, 0.0), || {
+        // SAFETY: the caller's promise.
+        unsafe { call.launch(shape) }.map(|_| ()).map_err(|e| candle_core::Error::msg(format!("kernel {name}: {e}")))
+    })
 }
 
 /// The device of a tensor. Errors: it is not on a GPU.

@@ -1,15 +1,16 @@
-//! The student's head and loss on the GPU; `loss/` has the definitions, `kernels/loss.cu` the plan. Nothing waits for the GPU until all
-//! chunks of a pack are launched.
+//! The student's head and loss on the GPU; `loss/` has the definitions, `kernels/loss.cu` the plan. Nothing here waits for the GPU but who
+//! asks for the sums.
 
 use super::launch::{Argument, Grid, device_of, floats, launch, place, room};
 use super::linear::{Way, times_weight};
+use super::pinned::{Fetched, fetch, send};
 use super::product::Factor;
 use crate::kernel::Precision;
 use crate::linear::Head;
-use crate::loss::{Batch, Divergence, LossError, LossSettings, LossSums, Tail};
+use crate::loss::{Batch, Divergence, LossError, LossSettings, LossSums, Tail, refuse_repeated};
 use crate::run::RunContext;
 use crate::{Error, Result};
-use candle_core::{CudaDevice, DType, Device, Tensor};
+use candle_core::{CudaDevice, DType, Tensor};
 
 /// Most kept ids of a position.
 const MOST_KEPT: usize = 256;
@@ -34,6 +35,16 @@ struct Said {
     status: Tensor,
 }
 
+/// The same on its way to the host.
+#[derive(Debug)]
+pub(crate) struct Owed {
+    kd: Fetched<f64>,
+    ce: Fetched<f64>,
+    status: Fetched<u32>,
+    /// What a row is looked up in that was refused: (offsets `[n + 1]`, ids).
+    targets: Option<[Tensor; 2]>,
+}
+
 /// Sums and d(total · scale) / d(hidden) of a batch that was checked; `None` when a stop was asked for.
 pub(crate) fn fused_batch(
     hidden: &Tensor,
@@ -41,16 +52,12 @@ pub(crate) fn fused_batch(
     batch: &Batch<'_>,
     chunk: usize,
     context: &RunContext,
-) -> Result<Option<(LossSums, Tensor)>> {
+) -> Result<Option<(Owed, Tensor)>> {
     let (device, (n, width), vocab) = (device_of(hidden)?, hidden.dims2()?, head.weight.outputs());
     let Some(weight) = head.placed else {
         return Err(candle_core::Error::Msg("loss: the head was not copied to the GPU".into()).into());
     };
     let gradient = room((n, width), DType::F32, &device)?;
-    let mut sums = LossSums::default();
-    if n == 0 {
-        return Ok(Some((sums, gradient)));
-    }
     let rows = Rows::new(batch, &device)?;
     let f64s = || room(n, DType::F64, &device);
     let said = Said { kd: f64s()?, ce: f64s()?, status: room(n, DType::U32, &device)? };
@@ -65,29 +72,40 @@ pub(crate) fn fused_batch(
         let slopes = rows.differentiate(&logits, start, head.precision, &said)?;
         times_weight(&slopes, weight, head.precision, Way::Backward, 0.0, &out)?;
     }
-    let (kd, ce): (Vec<f64>, Vec<f64>) = (said.kd.to_vec1()?, said.ce.to_vec1()?);
-    refuse(&said.status.to_vec1()?, batch)?;
-    (sums.kd, sums.ce) = (kd.iter().sum(), ce.iter().sum());
-    Ok(Some((sums, gradient)))
+    let (kd, ce, status) = (fetch(&said.kd)?, fetch(&said.ce)?, fetch(&said.status)?);
+    let targets = rows.targets.map(|[offsets, ids, ..]| [offsets, ids]);
+    Ok(Some((Owed { kd, ce, status, targets }, gradient)))
 }
 
-/// Errors: as the CPU's, of the first row that has one.
-fn refuse(status: &[u32], batch: &Batch<'_>) -> Result<()> {
-    let Some((row, status)) = status.iter().copied().enumerate().find(|(_, status)| *status != 0) else { return Ok(()) };
-    let ids = batch.targets.map_or(&[][..], |targets| targets.position(row).ids);
-    let mut sorted = ids.to_vec();
-    sorted.sort_unstable();
-    let twice = sorted.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0]);
-    Err(match (status, twice) {
+impl Owed {
+    /// The sums without weights, added in the rows' order. Waits for them. Errors: as the CPU's, of the first row that has one.
+    pub(crate) fn wait(self) -> Result<LossSums> {
+        let (kd, ce, status) = (self.kd.wait()?, self.ce.wait()?, self.status.wait()?);
+        if let Some((row, status)) = status.iter().copied().enumerate().find(|(_, status)| *status != 0) {
+            let ids = match &self.targets {
+                None => Vec::new(),
+                Some([offsets, ids]) => {
+                    let bounds = offsets.narrow(0, row, 2)?.to_vec1::<u32>()?;
+                    ids.narrow(0, bounds[0] as usize, (bounds[1] - bounds[0]) as usize)?.to_vec1()?
+                }
+            };
+            return Err(refused(status, row, &ids));
+        }
+        Ok(LossSums { kd: kd.iter().sum(), ce: ce.iter().sum(), ..LossSums::default() })
+    }
+}
+
+/// Why a row that keeps these ids has no loss.
+fn refused(status: u32, row: usize, ids: &[u32]) -> Error {
+    match (status, refuse_repeated(ids, row)) {
         (NO_MASS, _) => LossError::NoMass { row, kept: ids.len() }.into(),
-        (REPEATED_ID, Some(id)) => LossError::RepeatedId { row, id }.into(),
-        _ => Error::from(candle_core::Error::Msg(format!("loss: row {row} ended with status {status}"))),
-    })
+        (REPEATED_ID, Err(repeated)) => repeated.into(),
+        _ => candle_core::Error::Msg(format!("loss: row {row} ended with status {status}")).into(),
+    }
 }
 
 impl Rows {
     fn new(batch: &Batch<'_>, device: &CudaDevice) -> Result<Self> {
-        let on_device = Device::Cuda(device.clone());
         let targets = match batch.targets {
             None => None,
             Some(targets) => {
@@ -110,18 +128,18 @@ impl Rows {
                 if ids.is_empty() {
                     (ids, logprobs) = (vec![0], vec![0.0]);
                 }
-                let u32s = |values: Vec<u32>| Tensor::new(values, &on_device);
-                let f32s = |values: Vec<f32>| Tensor::new(values, &on_device);
-                Some([u32s(offsets)?, u32s(ids)?, f32s(logprobs)?, f32s(tails)?])
+                let u32s = |values: &[u32]| send(values, values.len(), device);
+                let f32s = |values: &[f32]| send(values, values.len(), device);
+                Some([u32s(&offsets)?, u32s(&ids)?, f32s(&logprobs)?, f32s(&tails)?])
             }
         };
         Ok(Self {
-            labels: Tensor::new(batch.labels, &on_device)?,
+            labels: send(batch.labels, batch.labels.len(), device)?,
             targets,
             lse_t: batch
                 .lse_t
                 .filter(|_| batch.settings.needs_lse_t())
-                .map(|lse_t| Tensor::new(lse_t, &on_device))
+                .map(|lse_t| send(lse_t, lse_t.len(), device))
                 .transpose()?,
             settings: words(batch.settings, batch.scale),
         })

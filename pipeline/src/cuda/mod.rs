@@ -12,8 +12,10 @@ mod launch;
 pub(crate) mod linear;
 pub(crate) mod loss;
 pub(crate) mod optimizer;
+pub(crate) mod pinned;
 mod placed;
 mod product;
+pub(crate) mod profile;
 mod search;
 pub(crate) mod staging;
 
@@ -46,6 +48,7 @@ struct Opened {
     device: Device,
     module: Arc<CudaModule>,
     functions: HashMap<&'static str, CudaFunction>,
+    pinned: Arc<pinned::Pool>,
 }
 
 /// Opens GPU number `ordinal` with our kernels loaded; once a process, later calls give the same device. Error: one sentence about what is
@@ -103,7 +106,7 @@ fn start(ordinal: usize) -> Result<Opened, String> {
     let runs_machine_code = capability == (9, 0) && driver_version().map_err(refused)? >= DRIVER_OF_MACHINE_CODE;
     let kernels = if runs_machine_code { Ptx::from_binary(MACHINE_CODE.to_vec()) } else { Ptx::from_src(PTX) };
     let module = context.load_module(kernels).map_err(refused)?;
-    Ok(Opened { device, module, functions: HashMap::new() })
+    Ok(Opened { device, module, functions: HashMap::new(), pinned: Arc::default() })
 }
 
 /// The driver's own words for an error.
@@ -135,18 +138,29 @@ fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), DriverError> {
 
 /// A kernel of ours by name, on a device that [`open`] gave; found once, then kept. Error: no kernel of that name, or another device.
 pub fn function(device: &CudaDevice, name: &'static str) -> candle_core::Result<CudaFunction> {
+    of_opened(device, |here| {
+        if let Some(function) = here.functions.get(name) {
+            return Ok(function.clone());
+        }
+        let found = here.module.load_function(name);
+        let function = found.map_err(|e| candle_core::Error::msg(format!("kernel {name}: {}", plain(&e))))?;
+        here.functions.insert(name, function.clone());
+        Ok(function)
+    })
+}
+
+/// The pinned memory of a device that [`open`] gave. Error: another device.
+fn pool(device: &CudaDevice) -> candle_core::Result<Arc<pinned::Pool>> {
+    of_opened(device, |here| Ok(Arc::clone(&here.pinned)))
+}
+
+fn of_opened<T>(device: &CudaDevice, what: impl FnOnce(&mut Opened) -> candle_core::Result<T>) -> candle_core::Result<T> {
     let ordinal = device.cuda_stream().context().ordinal();
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(here) = opened.get_mut(&ordinal) else {
-        candle_core::bail!("kernel {name}: device cuda:{ordinal} was not opened with our kernels");
-    };
-    if let Some(function) = here.functions.get(name) {
-        return Ok(function.clone());
+    match opened.get_mut(&ordinal) {
+        Some(here) => what(here),
+        None => candle_core::bail!("device cuda:{ordinal} was not opened with our kernels"),
     }
-    let function =
-        here.module.load_function(name).map_err(|e| candle_core::Error::msg(format!("kernel {name}: {}", plain(&e))))?;
-    here.functions.insert(name, function.clone());
-    Ok(function)
 }
 
 /// Memory of a device, in bytes.

@@ -2,6 +2,8 @@
 //! round anything itself.
 
 use super::launch::{Argument, Grid, address, device_of, launch, room};
+use super::profile::timed;
+use crate::adapter::MAX_RANK;
 use crate::kernel::Precision;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
@@ -13,7 +15,7 @@ use std::time::Instant;
 #[derive(Debug, Clone)]
 pub(super) struct Factor {
     /// Who keeps the memory.
-    pub(super) _owner: Tensor,
+    pub(super) owner: Tensor,
     pub(super) address: u64,
     /// F32 or BF16.
     pub(super) dtype: DType,
@@ -28,14 +30,14 @@ impl Factor {
         if !matches!(t.dtype(), DType::F32 | DType::BF16) {
             bail!("product: expected F32 or BF16 factors, found {:?}", t.dtype());
         }
-        Ok(Self { _owner: t.clone(), address: address(t, t.dtype())?, dtype: t.dtype(), rows, columns })
+        Ok(Self { owner: t.clone(), address: address(t, t.dtype())?, dtype: t.dtype(), rows, columns })
     }
 
-    /// An f32 tensor [rows, columns] rounded to what `precision` says.
+    /// A tensor [rows, columns] rounded to what `precision` says: of f32 values, or already so.
     pub(super) fn rounded(t: &Tensor, precision: Precision) -> Result<Self> {
-        match precision {
-            Precision::F32 => Self::of(t),
-            Precision::Bf16 => Self::of(&to_bf16(t)?),
+        match (precision, t.dtype()) {
+            (Precision::Bf16, DType::F32) => Self::of(&to_bf16(t)?),
+            _ => Self::of(t),
         }
     }
 }
@@ -116,32 +118,50 @@ fn gemm(
     };
     let (alpha, beta): (*const f32, *const f32) = (&alpha, &beta);
     let handle = device.cublas_handle();
-    device.cuda_stream().context().bind_to_thread().w()?;
-    // SAFETY: three matrices of these sizes lie on the device, and the stream that the handle works on is the one they were made on.
-    let done = unsafe {
-        result::gemm_ex(
-            *handle.handle(),
-            operation(first.1),
-            operation(second.1),
-            int(n)?,
-            int(m)?,
-            int(k)?,
-            alpha.cast(),
-            first.0.address as *const c_void,
-            kind(first.0.dtype),
-            int(first.0.columns)?,
-            second.0.address as *const c_void,
-            kind(second.0.dtype),
-            int(second.0.columns)?,
-            beta.cast(),
-            out as *mut c_void,
-            sys::cudaDataType_t::CUDA_R_32F,
-            int(n)?,
-            compute,
-            sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-        )
-    };
-    done.map_err(|e| candle_core::Error::msg(format!("cuBLAS: {m} by {k} by {n}: {e:?}")))
+    let [rows, columns, depth] = [int(m)?, int(n)?, int(k)?];
+    let [stride_a, stride_b] = [int(second.0.columns)?, int(first.0.columns)?];
+    let stream = device.cuda_stream();
+    stream.context().bind_to_thread().w()?;
+    timed(&stream, (name(first.0.dtype, compute, m.min(n).min(k)), 2.0 * m as f64 * n as f64 * k as f64), || {
+        // SAFETY: three matrices of these sizes lie on the device, and the stream that the handle works on is the one they were made on.
+        let done = unsafe {
+            result::gemm_ex(
+                *handle.handle(),
+                operation(first.1),
+                operation(second.1),
+                columns,
+                rows,
+                depth,
+                alpha.cast(),
+                first.0.address as *const c_void,
+                kind(first.0.dtype),
+                stride_b,
+                second.0.address as *const c_void,
+                kind(second.0.dtype),
+                stride_a,
+                beta.cast(),
+                out as *mut c_void,
+                sys::cudaDataType_t::CUDA_R_32F,
+                columns,
+                compute,
+                sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        };
+        done.map_err(|e| candle_core::Error::msg(format!("cuBLAS: {m} by {k} by {n}: {e:?}")))
+    })
+}
+
+/// What a profile calls a product: by its factors, those of an adapter apart, of which one side is its rank.
+fn name(dtype: DType, compute: sys::cublasComputeType_t, least: usize) -> &'static str {
+    let fast = compute == sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32;
+    match (dtype, fast, least <= MAX_RANK as usize) {
+        (DType::BF16, _, false) => "product of bf16",
+        (DType::BF16, _, true) => "thin product of bf16",
+        (_, true, false) => "product of tf32",
+        (_, true, true) => "thin product of tf32",
+        (_, false, false) => "product of f32",
+        (_, false, true) => "thin product of f32",
+    }
 }
 
 /// Operations a second that a GPU reaches in products of bf16 factors [n, n] with f32 sums: what everything else is measured by. The best of

@@ -10,17 +10,15 @@
 //! event e says. A pinned buffer is filled again when its last copy is through.
 
 use super::launch::{address, room};
+use super::pinned::{Buffer, WAITS};
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
-use candle_core::cuda_backend::cudarc::driver::{CudaEvent, CudaStream, PinnedHostSlice, result};
+use candle_core::cuda_backend::cudarc::driver::{CudaEvent, CudaStream};
 use candle_core::{CudaDevice, DType, Result, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
 /// Bytes of a pinned buffer; two of them keep a bus of 50 GB/s busy for 2.5 ms each.
 const BUFFER: usize = 64 << 20;
-/// Events that the host sleeps for, rather than asking again and again.
-const WAITS: Option<CUevent_flags> = Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC);
 /// Bytes that a thread copies at a time.
 const PIECE: usize = 1 << 20;
 
@@ -52,12 +50,6 @@ pub(crate) struct Staging {
     device: CudaDevice,
     copies: Arc<CudaStream>,
     buffers: [Buffer; 2],
-}
-
-struct Buffer {
-    pinned: PinnedHostSlice<u8>,
-    /// The end of the last copy from it.
-    copied: CudaEvent,
 }
 
 /// Room on the device, and what is to lie there.
@@ -92,12 +84,9 @@ impl Staging {
     pub(crate) fn new(device: &CudaDevice) -> Result<Self> {
         let context = Arc::clone(device.cuda_stream().context());
         let copies = context.new_stream().w()?;
-        let buffer = || -> Result<Buffer> {
-            // SAFETY: written before it is read. It is read by the device only, but for write-combined memory that is what counts.
-            let pinned = unsafe { context.alloc_pinned::<u8>(BUFFER) }.w()?;
-            Ok(Buffer { pinned, copied: copies.record_event(WAITS).w()? })
-        };
-        Ok(Self { device: device.clone(), buffers: [buffer()?, buffer()?], copies })
+        let pool = super::pool(device)?;
+        let buffers = [pool.take(BUFFER, &context)?, pool.take(BUFFER, &context)?];
+        Ok(Self { device: device.clone(), buffers, copies })
     }
 
     /// What was reserved may be written once everything that was launched until now is through.
@@ -124,12 +113,10 @@ impl Staging {
             for part in bytes.chunks(BUFFER) {
                 let buffer = &mut self.buffers[turn % 2];
                 turn += 1;
-                buffer.copied.synchronize().w()?;
-                let pinned = &mut buffer.pinned.as_mut_slice().w()?[..part.len()];
+                let pinned = buffer.bytes(part.len())?;
                 pinned.par_chunks_mut(PIECE).zip(part.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
-                // SAFETY: the room is as long as the bytes, and the buffer stays as it is until the copy's event.
-                unsafe { result::memcpy_htod_async(place, pinned, self.copies.cu_stream()) }.w()?;
-                buffer.copied = self.copies.record_event(WAITS).w()?;
+                // SAFETY: the room is as long as the bytes.
+                unsafe { buffer.copy_to(place, part.len(), &self.copies) }?;
                 place += part.len() as u64;
             }
         }
@@ -139,7 +126,7 @@ impl Staging {
 }
 
 impl Drop for Staging {
-    /// The buffers may go once no copy reads them.
+    /// The stream may go once its copies are through.
     fn drop(&mut self) {
         // What went wrong shows at the next call.
         let _ = self.copies.synchronize();

@@ -37,29 +37,56 @@ pub fn fused(
     chunk: usize,
 ) -> Result<(LossSums, Tensor)> {
     let batch = Batch { labels, targets, lse_t: None, settings, scale };
-    fused_batch(hidden, head, &batch, chunk, &RunContext::default())?.ok_or_else(Error::stopped)
+    let done = fused_batch(hidden, head, &batch, chunk, &RunContext::default())?;
+    let (sums, gradient) = done.ok_or_else(Error::stopped)?;
+    Ok((sums.wait()?, gradient))
 }
 
-/// [`fused`] with everything about the rows in one value, ln Z_T included; `None` when a stop was asked for.
+/// The sums of a batch, which a GPU may still have to compute.
+#[derive(Debug)]
+pub struct PendingSums {
+    settings: LossSettings,
+    unweighted: Unweighted,
+}
+
+#[derive(Debug)]
+enum Unweighted {
+    Here(LossSums),
+    #[cfg(feature = "cuda")]
+    OnGpu(gpu::Owed),
+}
+
+impl PendingSums {
+    /// The sums. Waits for what was launched until they were asked for, and not for what was launched since. Errors: those of the rows.
+    pub fn wait(self) -> Result<LossSums> {
+        let sums = match self.unweighted {
+            Unweighted::Here(sums) => sums,
+            #[cfg(feature = "cuda")]
+            Unweighted::OnGpu(owed) => owed.wait()?,
+        };
+        Ok(sums.weighted(&self.settings))
+    }
+}
+
+/// [`fused`] with everything about the rows in one value, ln Z_T included; `None` when a stop was asked for. On a GPU everything is
+/// launched, and errors of the rows are those of the sums.
 pub fn fused_batch(
     hidden: &Tensor,
     head: Head<'_>,
     batch: &Batch<'_>,
     chunk: usize,
     context: &RunContext,
-) -> Result<Option<(LossSums, Tensor)>> {
+) -> Result<Option<(PendingSums, Tensor)>> {
     let (n, width) = shapes(hidden, head.weight, batch)?;
     if chunk == 0 {
         return Err(Error::Setting { name: "head_chunk", found: "0".into(), expected: "1 or more positions".into() });
     }
     batch.check(head.weight.outputs())?;
+    let pending = |unweighted| PendingSums { settings: *batch.settings, unweighted };
     #[cfg(feature = "cuda")]
     if hidden.device().is_cuda() {
         let done = gpu::fused_batch(hidden, head, batch, chunk, context)?;
-        return Ok(done.map(|(mut sums, gradient)| {
-            batch.close(&mut sums);
-            (sums, gradient)
-        }));
+        return Ok(done.map(|(owed, gradient)| (pending(Unweighted::OnGpu(owed)), gradient)));
     }
     let mut sums = LossSums::default();
     let mut gradient = vec![0f32; n * width];
@@ -74,8 +101,7 @@ pub fn fused_batch(
             differentiate(hidden, head, batch, i * chunk, &mut logits, gradient, &mut sums)?;
         }
     }
-    batch.close(&mut sums);
-    Ok(Some((sums, Tensor::from_vec(gradient, (n, width), hidden.device())?)))
+    Ok(Some((pending(Unweighted::Here(sums)), Tensor::from_vec(gradient, (n, width), hidden.device())?)))
 }
 
 /// Checks hidden states against head and labels; gives N and H.

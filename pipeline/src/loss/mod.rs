@@ -22,7 +22,9 @@ mod unknown;
 
 pub use comparison::Comparison;
 pub(crate) use fused::VOCABULARY_STRETCH;
-pub use fused::{fused, fused_batch};
+pub use fused::{PendingSums, fused, fused_batch};
+#[cfg(feature = "cuda")]
+pub(crate) use row::refuse_repeated;
 pub use settings::{DEFAULT_BETA, DEFAULT_SKEW, Divergence, LossError, LossSettings, Tail};
 pub use unknown::TailBounds;
 
@@ -83,8 +85,15 @@ pub fn rows(
     }
     let mut sums = LossSums::default();
     batch.add_rows(logits, vocab, 0, &mut sums)?;
-    batch.close(&mut sums);
-    Ok(sums)
+    Ok(sums.weighted(settings))
+}
+
+impl LossSums {
+    /// With the weighted total filled in.
+    fn weighted(self, settings: &LossSettings) -> Self {
+        let LossSettings { kd_alpha, kd_ce_alpha, temperature: t, .. } = *settings;
+        Self { total: kd_alpha * t * t * self.kd + kd_ce_alpha * self.ce, ..self }
+    }
 }
 
 impl Batch<'_> {
@@ -134,11 +143,5 @@ impl Batch<'_> {
             sums.ce += term.ce;
         }
         Ok(())
-    }
-
-    /// Fills in the weighted total.
-    fn close(&self, sums: &mut LossSums) {
-        let s = self.settings;
-        sums.total = s.kd_alpha * s.temperature * s.temperature * sums.kd + s.kd_ce_alpha * sums.ce;
     }
 }

@@ -145,7 +145,7 @@ impl Split {
 }
 
 /// An id listed twice finds −∞ where its logit was.
-fn refuse_repeated(ids: &[u32], row: usize) -> Result<(), LossError> {
+pub(crate) fn refuse_repeated(ids: &[u32], row: usize) -> Result<(), LossError> {
     let mut sorted = ids.to_vec();
     sorted.sort_unstable();
     match sorted.windows(2).find(|pair| pair[0] == pair[1]) {

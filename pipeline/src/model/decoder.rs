@@ -9,6 +9,8 @@ use super::layer::{Geometry, Layer, PROJECTIONS};
 use super::turns::Turns;
 use super::weights::Weights;
 use crate::data::pack::Pack;
+#[cfg(feature = "cuda")]
+use crate::device;
 use crate::kernel::Precision;
 use crate::linear::awq::{AwqWeight, PER_WORD};
 use crate::linear::dense::{DenseWeight, Stored};
@@ -91,7 +93,7 @@ impl Decoder {
         }
         #[cfg(feature = "cuda")]
         if let Some(table) = &self.embed_placed {
-            return table.rows(&Tensor::new(input_ids, &self.device)?);
+            return table.rows(&device::tensor(input_ids, input_ids.len(), &self.device)?);
         }
         let h = self.config.hidden_size;
         let mut x = vec![0f32; input_ids.len() * h];

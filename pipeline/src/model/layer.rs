@@ -15,6 +15,8 @@ use crate::ops::attention::{self, KeysValues};
 use crate::ops::rope::{Table, Turn};
 use crate::ops::{add, rms_norm, rows, swiglu};
 use candle_core::{Device, Result, Tensor};
+use std::borrow::Cow;
+use std::ops::RangeInclusive;
 
 /// The seven linear layers, named as in the checkpoint, in the order of [`Layer::linears`].
 pub const PROJECTIONS: [&str; 7] = [
@@ -179,32 +181,55 @@ impl Layer {
 
     /// The layer's output from the sum after attention.
     fn feed_forward(&self, h: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
-        let mut parts = Vec::new();
-        for (start, rows) in self.row_parts(h.dim(0)?, WIDE_THERE) {
-            let h = h.narrow(0, start, rows)?;
-            // Everything else is let go before the widest product.
-            let dropout = dropout.map(|dropout| dropout.later(start));
-            let (_, product) = self.feed(&h, dropout)?;
-            let ([down], _) = forward_kept([&self.down_proj], &product, self.pass(dropout, DOWN))?;
-            parts.push(add(&h, &down)?);
+        let mut sums = Vec::new();
+        let parts = self.row_parts(h.dim(0)?, WIDE_THERE);
+        let layer = self.held_for(&parts)?;
+        for (start, rows) in parts {
+            let (h, dropout) = (h.narrow(0, start, rows)?, dropout.map(|dropout| dropout.later(start)));
+            let gated = layer.feed(&h, dropout)?;
+            let product = layer.product_for_down(&gated, dropout)?;
+            // Everything else is let go before the last product.
+            drop(gated);
+            let ([down], _) = forward_kept([&layer.down_proj], &product, self.pass(dropout, DOWN))?;
+            sums.push(add(&h, &down)?);
         }
-        joined(parts)
+        joined(sums)
     }
 
     /// The same, and what [`backward`](Self::backward) would otherwise compute again.
     pub fn forward_keeping(&self, x: &Tensor, geometry: &Geometry, dropout: Option<Dropout>) -> Result<(Tensor, Activations)> {
         let attended = self.attend(x, geometry, dropout)?;
-        let (mut parts, mut fed) = (Vec::new(), Vec::new());
+        let (mut sums, mut fed) = (Vec::new(), Vec::new());
         // The parts of the way back, which may be shorter.
-        for (start, rows) in self.row_parts(x.dim(0)?, WIDE_BACK) {
-            let h = attended.h.narrow(0, start, rows)?;
-            let dropout = dropout.map(|dropout| dropout.later(start));
-            let (gated, product) = self.feed(&h, dropout)?;
-            let ([down], low) = forward_kept([&self.down_proj], &product, self.pass(dropout, DOWN))?;
-            parts.push(add(&h, &down)?);
+        let parts = self.row_parts(x.dim(0)?, WIDE_BACK);
+        let layer = self.held_for(&parts)?;
+        for (start, rows) in parts {
+            let (h, dropout) = (attended.h.narrow(0, start, rows)?, dropout.map(|dropout| dropout.later(start)));
+            let gated = layer.feed(&h, dropout)?;
+            let product = layer.product_for_down(&gated, dropout)?;
+            let ([down], low) = forward_kept([&layer.down_proj], &product, self.pass(dropout, DOWN))?;
+            sums.push(add(&h, &down)?);
             fed.push(Fed { gated, low });
         }
-        Ok((joined(parts)?, Activations { attended, fed }))
+        Ok((joined(sums)?, Activations { attended, fed }))
+    }
+
+    /// The layer with its MLP's weights unpacked on a GPU, where rows go through them in several parts.
+    fn held_for(&self, parts: &[(usize, usize)]) -> Result<Cow<'_, Self>> {
+        if parts.len() > 1 { self.held(GATE..=DOWN) } else { Ok(Cow::Borrowed(self)) }
+    }
+
+    /// The layer with these projections' weights unpacked on a GPU, for as long as it is held: 2 bytes a weight. A CPU unpacks as it
+    /// multiplies, and nothing is gained there.
+    fn held(&self, projections: RangeInclusive<usize>) -> Result<Cow<'_, Self>> {
+        if self.input_layernorm.device().is_cpu() {
+            return Ok(Cow::Borrowed(self));
+        }
+        let mut layer = self.clone();
+        for linear in &mut layer.linears_mut()[projections] {
+            **linear = linear.held(self.precision)?;
+        }
+        Ok(Cow::Owned(layer))
     }
 
     /// From the layer's input x and dL/dy, both [T, H]: dL/dx, and the LoRA gradients in the order of [`PROJECTIONS`]. `dropout` is what
@@ -217,23 +242,25 @@ impl Layer {
         geometry: &Geometry,
         dropout: Option<Dropout>,
     ) -> Result<(Tensor, [Option<LoraGradient>; 7])> {
+        // A weight's second use is close: what is computed again, and the way back.
+        let layer = self.held(Q..=DOWN)?;
         let (s, fed) = match kept {
             Some(Activations { attended, fed }) => (attended, fed),
-            None => (self.attend(x, geometry, dropout)?, Vec::new()),
+            None => (layer.attend(x, geometry, dropout)?, Vec::new()),
         };
         let mut fed = fed.into_iter();
         let (mut parts, mut mlp) = (Vec::new(), [None, None, None]);
         for (start, rows) in self.row_parts(x.dim(0)?, WIDE_BACK) {
             let (h, dy) = (s.h.narrow(0, start, rows)?, dy.narrow(0, start, rows)?);
             let dropout = dropout.map(|dropout| dropout.later(start));
-            let FedGradients { dh, gate, up, down } = self.feed_backward(&h, fed.next(), &dy, dropout)?;
+            let FedGradients { dh, gate, up, down } = layer.feed_backward(&h, fed.next(), &dy, dropout)?;
             parts.push(dh);
             for (sum, part) in mlp.iter_mut().zip([gate, up, down]) {
                 *sum = summed(sum.take(), part)?;
             }
         }
         let [gate, up, down] = mlp;
-        let (dx, [q, k, v, o]) = self.attend_backward(x, s, joined(parts)?, geometry, dropout)?;
+        let (dx, [q, k, v, o]) = layer.attend_backward(x, s, joined(parts)?, geometry, dropout)?;
         Ok((dx, [q, k, v, o, gate, up, down]))
     }
 
@@ -263,18 +290,14 @@ impl Layer {
     /// dL/dh and the gradients of gate, up and down from dL/dy of the rows of h [n, H].
     fn feed_backward(&self, h: &Tensor, fed: Option<Fed>, dy: &Tensor, dropout: Option<Dropout>) -> Result<FedGradients> {
         let pass = self.pass(dropout, DOWN);
-        let (Gated { gate, up, low }, product, low_down) = match fed {
-            Some(Fed { gated, low }) => {
-                let product = swiglu::forward(&gated.gate, &gated.up)?;
-                (gated, product, low)
-            }
-            None => {
-                let (gated, product) = self.feed(h, dropout)?;
-                // What down keeps of its input is a product of it alone, so its output is not made again.
-                let low = [self.down_proj.low(&product, pass)?];
-                (gated, product, low)
-            }
+        let (gated, low_down) = match fed {
+            Some(Fed { gated, low }) => (gated, Some(low)),
+            None => (self.feed(h, dropout)?, None),
         };
+        let Gated { gate, up, low } = gated;
+        let product = swiglu::forward(&gate, &up)?;
+        // What down keeps of its input is a product of it alone, so its output is not made again.
+        let low_down = low_down.map_or_else(|| Ok([self.down_proj.low(&product, pass)?]), Ok::<_, candle_core::Error>)?;
         let (d_product, [down]) = backward_all([&self.down_proj], &product, &low_down, [dy], pass)?;
         let (d_gate, d_up) = swiglu::backward(&gate, &up, &d_product)?;
         let layers = [&self.gate_proj, &self.up_proj];
@@ -285,10 +308,10 @@ impl Layer {
     }
 
     /// The parts, as (first row, rows), in which `t` rows go through the MLP when `wide` tensors of its width exist at once.
-    fn row_parts(&self, t: usize, wide: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+    fn row_parts(&self, t: usize, wide: usize) -> Vec<(usize, usize)> {
         let by_memory = (MLP_BYTES / (wide * 4 * self.gate_proj.weight.outputs().max(1))).max(LEAST_MLP_ROWS);
         let part = self.mlp_rows.unwrap_or(by_memory).max(1);
-        (0..t).step_by(part).map(move |start| (start, part.min(t - start)))
+        (0..t).step_by(part).map(|start| (start, part.min(t - start))).collect()
     }
 
     /// How the N projections from number `first` on are passed through.
@@ -310,7 +333,7 @@ impl Layer {
     ) -> Result<Attended> {
         let (t, _) = x.dims2()?;
         let heads = |y: Tensor| -> Result<Tensor> { y.reshape((t, (), self.head_dim)) };
-        let normed = rms_norm::forward(x, &self.input_layernorm, self.eps)?;
+        let normed = self.normed(x, &self.input_layernorm, dropout)?;
         let ([q, k, v], low) = forward_kept([&self.q_proj, &self.k_proj, &self.v_proj], &normed, self.pass(dropout, Q))?;
         let (q, q_unnormed) = self.head_norm(heads(q)?, &self.q_norm)?;
         let (k, k_unnormed) = self.head_norm(heads(k)?, &self.k_norm)?;
@@ -327,12 +350,27 @@ impl Layer {
         Ok(Attended { q_unnormed, k_unnormed, q, k, v, attended, attended_flat, h, low, low_o })
     }
 
-    /// What gate and up make of h [n, H], and SwiGLU of that.
-    fn feed(&self, h: &Tensor, dropout: Option<Dropout>) -> Result<(Gated, Tensor)> {
-        let h_normed = rms_norm::forward(h, &self.post_attention_layernorm, self.eps)?;
+    /// What gate and up make of h [n, H].
+    fn feed(&self, h: &Tensor, dropout: Option<Dropout>) -> Result<Gated> {
+        let h_normed = self.normed(h, &self.post_attention_layernorm, dropout)?;
         let ([gate, up], low) = forward_kept([&self.gate_proj, &self.up_proj], &h_normed, self.pass(dropout, GATE))?;
-        let product = swiglu::forward(&gate, &up)?;
-        Ok((Gated { gate, up, low }, product))
+        Ok(Gated { gate, up, low })
+    }
+
+    /// The norm of x as products read it; dropout comes before their rounding.
+    fn normed(&self, x: &Tensor, w: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+        match dropout {
+            None => rms_norm::forward_rounded(x, w, self.eps, self.precision),
+            Some(_) => rms_norm::forward(x, w, self.eps),
+        }
+    }
+
+    /// What down reads, likewise.
+    fn product_for_down(&self, gated: &Gated, dropout: Option<Dropout>) -> Result<Tensor> {
+        match dropout {
+            None => swiglu::forward_rounded(&gated.gate, &gated.up, self.precision),
+            Some(_) => swiglu::forward(&gated.gate, &gated.up),
+        }
     }
 
     /// x [T, heads, d] under its norm, and as [T · heads, d] without; x as it is where there is no norm.

@@ -57,6 +57,11 @@ impl Capture {
     ///
     /// Errors: a head wider than V or of 0 entries, other than n places, logits together with draws.
     pub fn rows(&self, logits: &Tensor, places: &[Place]) -> Result<Captured> {
+        self.begin(logits, places)?.finish()
+    }
+
+    /// Begins with [`rows`](Self::rows): on a GPU the work is launched, and the host is free until the end of it.
+    pub fn begin(&self, logits: &Tensor, places: &[Place]) -> Result<Capturing> {
         let (n, vocab) = logits.dims2()?;
         let head = usize::from(self.selection.head());
         let drawn_alone = matches!(self.selection, Selection::Sampled { .. });
@@ -71,16 +76,19 @@ impl Capture {
         }
         #[cfg(feature = "cuda")]
         if logits.device().is_cuda() && self.selection.draws().is_none() && head <= gpu::MOST_KEPT {
-            return self.rows_of_gpu(logits, head);
+            let factors: Vec<f32> = self.lse_temperatures.iter().map(|t| factor(*t)).collect();
+            let summing = gpu::sum_up(logits, head, self.values == Values::LogitBf16, &factors)?;
+            return Ok(Capturing(Stage::OnGpu(self.clone(), Box::new(summing))));
         }
         // Draws walk a row block by block, which only the host does.
         let logits = &logits.to_device(&Device::Cpu)?;
-        with_f32(logits, |values| {
+        let captured = with_f32(logits, |values| {
             let rows = values.par_chunks(vocab.max(1)).zip(places).enumerate();
             let rows: Vec<std::result::Result<Row, BadLogit>> =
                 rows.map_init(Scratch::default, |scratch, (number, (z, place))| self.row(scratch, number, z, *place)).collect();
             Ok(self.captured(rows, head))
-        })
+        })?;
+        Ok(Capturing(Stage::Done(Box::new(captured))))
     }
 
     fn captured(&self, rows: Vec<std::result::Result<Row, BadLogit>>, head: usize) -> Captured {
@@ -172,15 +180,13 @@ impl Capture {
 
 #[cfg(feature = "cuda")]
 impl Capture {
-    /// [`rows`](Self::rows) of logits on a GPU, which finds the `head` largest and sums up the rest.
-    fn rows_of_gpu(&self, logits: &Tensor, head: usize) -> Result<Captured> {
-        let factors: Vec<f32> = self.lse_temperatures.iter().map(|t| factor(*t)).collect();
-        let summed = gpu::summed(logits, head, self.values == Values::LogitBf16, &factors)?;
+    /// [`rows`](Self::rows) of logits of which a GPU has found the largest and summed up the rest.
+    fn rows_of_gpu(&self, summed: &gpu::Summed) -> Captured {
         let rows = (0..summed.bad.len()).into_par_iter().map(|number| match u32::try_from(summed.bad[number]) {
-            Err(_) => Ok(self.row_of_gpu(&summed, number)),
+            Err(_) => Ok(self.row_of_gpu(summed, number)),
             Ok(id) => Err(BadLogit { row: number, id, value: summed.values[number * summed.kept] }),
         });
-        Ok(self.captured(rows.collect(), head))
+        self.captured(rows.collect(), summed.kept)
     }
 
     fn row_of_gpu(&self, summed: &gpu::Summed, number: usize) -> Row {
@@ -212,6 +218,28 @@ fn factor(t: f32) -> f32 {
 /// ln Σ p^(1/T) from Σ exp((z − max) / T) and ln W.
 fn lse_at(t: f32, sum: f64, log_total: f64) -> f32 {
     (sum.ln() - log_total / f64::from(t)) as f32
+}
+
+/// A capture under way.
+#[derive(Debug)]
+pub struct Capturing(Stage);
+
+#[derive(Debug)]
+enum Stage {
+    Done(Box<Captured>),
+    #[cfg(feature = "cuda")]
+    OnGpu(Capture, Box<gpu::Summing>),
+}
+
+impl Capturing {
+    /// What was captured. Waits for it, and for nothing that was launched since.
+    pub fn finish(self) -> Result<Captured> {
+        match self.0 {
+            Stage::Done(captured) => Ok(*captured),
+            #[cfg(feature = "cuda")]
+            Stage::OnGpu(capture, summing) => Ok(capture.rows_of_gpu(&summing.wait()?)),
+        }
+    }
 }
 
 /// What was captured of rows of logits.

@@ -4,14 +4,14 @@ use super::with_f32;
 #[cfg(feature = "cuda")]
 use crate::cuda::blocks;
 use crate::device::on_gpu;
-use crate::kernel::vectorised;
+use crate::kernel::{Precision, vectorised};
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 /// y [T, H] of x [T, H] and w `[H]`, f32.
 pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let h = width(x, w)?;
-    on_gpu!(x => blocks::rms_norm(x, w, eps));
+    on_gpu!(x => blocks::rms_norm(x, w, eps, Precision::F32));
     let y = with_f32(x, |x| {
         with_f32(w, |w| {
             let mut y = vec![0f32; x.len()];
@@ -20,6 +20,15 @@ pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
         })
     })?;
     Tensor::from_vec(y, x.dims(), x.device())
+}
+
+/// [`forward`] for products alone, whose factors are rounded to `precision`: on a GPU y is so already, bf16 or f32; on a CPU it is f32, and
+/// they round it.
+pub fn forward_rounded(x: &Tensor, w: &Tensor, eps: f64, precision: Precision) -> Result<Tensor> {
+    width(x, w)?;
+    on_gpu!(x => blocks::rms_norm(x, w, eps, precision));
+    let _ = precision;
+    forward(x, w, eps)
 }
 
 /// dL/dx [T, H] from x, w and dL/dy: r (w ∘ dy − x · r² · mean(x ∘ w ∘ dy)).

@@ -9,7 +9,7 @@
 use super::{floats, with_f32};
 #[cfg(feature = "cuda")]
 use crate::cuda::blocks;
-use crate::device::on_gpu;
+use crate::device::{self, on_gpu};
 use crate::kernel::vectorised;
 use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
@@ -37,10 +37,16 @@ impl Table {
     pub fn new(positions: &[u32], head_dim: usize, theta: f64, device: &Device) -> Result<Self> {
         let half = head_dim / 2;
         let inverse: Vec<f32> = (0..half).map(|i| (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32).collect();
-        let angles = positions.iter().flat_map(|p| inverse.iter().map(move |f| *p as f32 * f));
-        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.map(|a| (a.cos(), a.sin())).unzip();
-        let tensor = |values| Tensor::from_vec(values, (positions.len(), half), device);
-        Ok(Self { half, cos: tensor(cos)?, sin: tensor(sin)? })
+        let mut turned = (vec![0f32; positions.len() * half], vec![0f32; positions.len() * half]);
+        // Of a long pack some milliseconds on one thread, in which a GPU would have nothing to do.
+        let rows = turned.0.par_chunks_mut(half.max(1)).zip(turned.1.par_chunks_mut(half.max(1))).zip(positions);
+        rows.for_each(|((cos, sin), p)| {
+            for ((cos, sin), f) in cos.iter_mut().zip(sin).zip(&inverse) {
+                (*cos, *sin) = ((*p as f32 * f).cos(), (*p as f32 * f).sin());
+            }
+        });
+        let tensor = |values: &[f32]| device::tensor(values, (positions.len(), half), device);
+        Ok(Self { half, cos: tensor(&turned.0)?, sin: tensor(&turned.1)? })
     }
 
     /// Turns x [T, heads, d] (f32).

@@ -5,13 +5,25 @@ use super::{STRIDE, combined, floats};
 #[cfg(feature = "cuda")]
 use crate::cuda::blocks;
 use crate::device::on_gpu;
-use crate::kernel::vectorised;
+use crate::kernel::{Precision, vectorised};
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 /// y of gate g and up u, all f32 of one shape.
 pub fn forward(g: &Tensor, u: &Tensor) -> Result<Tensor> {
     combined(("swiglu", "swiglu_forward"), g, u, gate)
+}
+
+/// [`forward`] for products alone, whose factors are rounded to `precision`: on a GPU y is so already, bf16 or f32; on a CPU it is f32, and
+/// they round it.
+pub fn forward_rounded(g: &Tensor, u: &Tensor, precision: Precision) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if precision == Precision::Bf16 && g.device().is_cuda() {
+        fit(g, u)?;
+        return blocks::swiglu_bf16(g, u);
+    }
+    let _ = precision;
+    forward(g, u)
 }
 
 /// (dL/dg, dL/du): dg = dy · u · σ(g) (1 + g (1 − σ(g))), du = dy · g · σ(g).

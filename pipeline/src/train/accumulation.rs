@@ -56,7 +56,7 @@ fn over_packs(
     (scored, context): (u64, &RunContext),
 ) -> Result<Option<Step>> {
     let scale = 1.0 / scored.max(1) as f64;
-    let mut step = Step::default();
+    let (mut step, mut pending) = (Step::default(), Vec::new());
     for range in pack::plan(records.iter().map(|r| r.input_ids.len()), config.pack_tokens as usize) {
         if context.stopping() {
             return Ok(None);
@@ -79,10 +79,15 @@ fn over_packs(
         if student.backward_training(tape, &d_hidden, &mut step.gradients, context)? == Walk::Stopped {
             return Ok(None);
         }
+        pending.push(sums);
+        moment.first_row += pack.input_ids().len();
+    }
+    // A GPU has the next pack's work before it is through with a pack: only here, after all of them, is it waited for.
+    for sums in pending {
+        let sums = sums.wait()?;
         step.mean.total += sums.total * scale;
         step.mean.kd += sums.kd * scale;
         step.mean.ce += sums.ce * scale;
-        moment.first_row += pack.input_ids().len();
     }
     Ok(Some(step))
 }

@@ -154,6 +154,14 @@ void near(const char* what, const std::vector<T>& found, const std::vector<doubl
 // Half of an f32's unit, relative: what one rounding costs at most.
 constexpr double ROUNDING = 0x1p-24;
 
+inline std::vector<unsigned short> bits(const std::vector<__nv_bfloat16>& values) {
+    std::vector<unsigned short> all;
+    for (__nv_bfloat16 value : values) {
+        all.push_back(__bfloat16_as_ushort(value));
+    }
+    return all;
+}
+
 // Every value must have the expected bits.
 template <class T>
 void same(const char* what, const std::vector<T>& found, const std::vector<T>& expected) {

@@ -100,6 +100,10 @@ TEST(swiglu_goes_there_and_back) {
             Values<float> dev_g(g, offset), dev_u(u, offset), dev_dy(dy, offset), out = Values<float>::made(n, offset);
             launch("swiglu_forward", grid_for(n), block_for(n), 0, dev_g, dev_u, out, (long long)n);
             near("y", out.read(), y, y_allowed);
+            Values<__nv_bfloat16> rounded = Values<__nv_bfloat16>::made(n, offset), narrow = Values<__nv_bfloat16>::made(n, offset);
+            launch("cast_f32_bf16", grid_for(n), block_for(n), 0, out, rounded, (long long)n);
+            launch("swiglu_forward_bf16", grid_for(n), block_for(n), 0, dev_g, dev_u, narrow, (long long)n);
+            same("y in bf16", bits(narrow.read()), bits(rounded.read()));
             Values<float> to_g = Values<float>::made(n, offset), to_u = Values<float>::made(n, offset);
             launch("swiglu_backward", grid_for(n), block_for(n), 0, dev_g, dev_u, dev_dy, to_g, to_u, (long long)n);
             near("dg", to_g.read(), dg, dg_allowed);

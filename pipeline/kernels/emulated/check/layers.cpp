@@ -52,6 +52,11 @@ TEST(rms_norm_goes_there_and_back) {
             launch("rms_norm_forward", {unsigned(rows)}, block_for(width), 0, dev_x, dev_w, y, rows, width, eps);
             // r, and two products.
             near("y", y.read(), expected.y, 3.01 * ROUNDING);
+            size_t n = x.size();
+            Values<__nv_bfloat16> rounded = Values<__nv_bfloat16>::made(n, offset), narrow = Values<__nv_bfloat16>::made(n, offset);
+            launch("cast_f32_bf16", grid_for(n), block_for(n), 0, y, rounded, (long long)n);
+            launch("rms_norm_forward_bf16", {unsigned(rows)}, block_for(width), 0, dev_x, dev_w, narrow, rows, width, eps);
+            same("y in bf16", bits(narrow.read()), bits(rounded.read()));
             launch("rms_norm_backward", {unsigned(rows)}, block_for(width), 0, dev_x, dev_w, dev_dy, dev_dy, rows, width, eps);
             near("dx", dev_dy.read(), expected.dx, expected.dx_allowed);
         }
