@@ -23,7 +23,8 @@ pub struct KernelTime {
     pub operations: f64,
 }
 
-/// From now on the time of everything that is launched on a GPU is taken. It costs two events a launch, some microseconds.
+/// From now on the time of every kernel, product and copy that is launched here on a GPU is taken; not of the few copies that the tensor
+/// library makes itself. It costs two events a launch, some microseconds of the host's.
 pub fn begin_profile() {
     #[cfg(feature = "cuda")]
     crate::cuda::profile::begin();
@@ -63,6 +64,11 @@ pub fn of_process(name: &str, gpu: u16) -> String {
         "auto" if count() > 0 => format!("cuda:{gpu}"),
         other => other.into(),
     }
+}
+
+/// Whether a name means a GPU, as far as can be said without opening one.
+pub(crate) fn means_gpu(name: &str) -> bool {
+    name.starts_with("cuda") || name == "auto" && count() > 0
 }
 
 /// Gives the result of an operation's launch on the GPU that this tensor is on; goes on with what follows where it is on the CPU.

@@ -25,6 +25,7 @@ use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use potstill_cache::RowKey;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -138,7 +139,11 @@ impl Teacher {
 
     /// Logits f32 [n, width] of scored places `start..start + n`.
     pub fn logits(&self, hidden: &ScoredHidden, start: usize, n: usize) -> Result<Tensor> {
-        let [logits] = forward_all([&self.head], &hidden.0.narrow(0, start, n)?, self.decoder.precision())?;
+        self.logits_by(&self.head, hidden, start..start + n)
+    }
+
+    fn logits_by(&self, head: &Linear, hidden: &ScoredHidden, places: Range<usize>) -> Result<Tensor> {
+        let [logits] = forward_all([head], &hidden.0.narrow(0, places.start, places.len())?, self.decoder.precision())?;
         Ok(logits)
     }
 
@@ -160,36 +165,32 @@ impl Teacher {
     ) -> Result<Option<(Vec<Vec<Captured>>, Duration)>> {
         let Some(states) = self.hidden(packs, context)? else { return Ok(None) };
         let (began, mut more) = (Instant::now(), Duration::ZERO);
-        let mut all = Vec::with_capacity(packs.len());
-        for (pack, hidden) in packs.iter().zip(states) {
+        let head = self.head.held(self.decoder.precision())?;
+        let mut all = vec![vec![Captured::default(); captures.len()]; packs.len()];
+        // A chunk's rows are made while a GPU computes the next one's logits.
+        let mut under_way: Option<(usize, Capturing)> = None;
+        for (number, (pack, hidden)) in packs.iter().zip(states).enumerate() {
             let (n, places) = (pack.scored().len(), places(pack));
-            let mut captured = vec![Captured::default(); captures.len()];
-            // A chunk's rows are made while a GPU computes the next one's logits.
-            let mut under_way = None;
             for start in (0..n).step_by(chunk.max(1)) {
                 if context.stopping() {
                     return Ok(None);
                 }
-                let rows = chunk.max(1).min(n - start);
-                let (logits, places) = (self.logits(&hidden, start, rows)?, &places[start..start + rows]);
-                for (number, (capture, captured)) in captures.iter().zip(&mut captured).enumerate() {
-                    if number == 0 {
-                        let begun = capture.begin(&logits, places)?;
-                        // Before others its work is waited for, so that their time is their own.
-                        finish(if captures.len() == 1 { under_way.replace(begun) } else { Some(begun) }, captured)?;
-                        continue;
-                    }
-                    let began = Instant::now();
+                let range = start..n.min(start.saturating_add(chunk.max(1)));
+                let (logits, places) = (self.logits_by(&head, &hidden, range.clone())?, &places[range]);
+                let [first, others @ ..] = captures else { continue };
+                let begun = (number, first.begin(&logits, places)?);
+                // Before others its work is waited for, so that their time is their own.
+                let over = if others.is_empty() { under_way.replace(begun) } else { Some(begun) };
+                finish(over, &mut all)?;
+                let began = Instant::now();
+                for (capture, captured) in others.iter().zip(&mut all[number][1..]) {
                     captured.extend(&capture.rows(&logits, places)?);
-                    more += began.elapsed();
                 }
-            }
-            if let Some(captured) = captured.first_mut() {
-                finish(under_way, captured)?;
+                more += began.elapsed();
             }
             context.progress.add(self.share(pack, self.decoder.layers.len()));
-            all.push(captured);
         }
+        finish(under_way, &mut all)?;
         if self.residency == Residency::Streamed {
             self.decoder.release_ends();
         }
@@ -210,10 +211,10 @@ impl Teacher {
     }
 }
 
-/// Appends what was captured, if anything was.
-fn finish(under_way: Option<Capturing>, captured: &mut Captured) -> Result<()> {
-    if let Some(capturing) = under_way {
-        captured.extend(&capturing.finish()?);
+/// Appends what was captured of a pack's rows, if anything was, to that pack's first result.
+fn finish(under_way: Option<(usize, Capturing)>, all: &mut [Vec<Captured>]) -> Result<()> {
+    if let Some((pack, capturing)) = under_way {
+        all[pack][0].extend(&capturing.finish()?);
     }
     Ok(())
 }

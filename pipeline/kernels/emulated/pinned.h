@@ -1,5 +1,5 @@
 // Copies from and to pinned memory, which nobody waits for. The device is through with one only when an event or a stream behind it was
-// waited for: until then the host may neither change what is copied nor read what is to come. Both end the process.
+// waited for: until then what is to come is no data, and where the host changes what is copied the process ends.
 #pragma once
 
 #include <cstddef>

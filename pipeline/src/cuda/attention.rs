@@ -5,7 +5,7 @@
 use super::launch::{Argument, Grid, device_of, floats, launch, place, room};
 use super::pinned::send;
 use crate::kernel::Precision;
-use crate::ops::attention::Shape;
+use crate::ops::attention::{Segments, Shape};
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 
 /// Rows of a tile.
@@ -74,29 +74,43 @@ impl Kernel {
     }
 }
 
-/// Tiles of 64 rows of each conversation, as (begin, end, first row), those with the most work first: u32 [n, 3].
-fn tiles(segments: &[u32], work: impl Fn(&[u32; 3]) -> u32, device: &CudaDevice) -> Result<Tensor> {
-    let pairs = segments.windows(2).map(|w| (w[0], w[1]));
-    let mut tiles: Vec<[u32; 3]> =
-        pairs.flat_map(|(begin, end)| (begin..end).step_by(ROWS as usize).map(move |first| [begin, end, first])).collect();
-    tiles.sort_by_key(|tile| std::cmp::Reverse(work(tile)));
-    let n = tiles.len();
-    send(&tiles.into_flattened(), (n, 3), device)
+/// Tiles of 64 rows of each conversation of a pack, as (begin, end, first row): u32 [n, 3] each.
+#[derive(Debug, Clone)]
+pub(crate) struct Tiles {
+    /// Those with the most keys before them first.
+    of_queries: Tensor,
+    /// Those with the most queries after them first.
+    of_keys: Tensor,
+}
+
+impl Tiles {
+    /// Of conversations between these bounds.
+    pub(crate) fn new(segments: &[u32], device: &CudaDevice) -> Result<Self> {
+        let pairs = segments.windows(2).map(|w| (w[0], w[1]));
+        let all: Vec<[u32; 3]> =
+            pairs.flat_map(|(begin, end)| (begin..end).step_by(ROWS as usize).map(move |first| [begin, end, first])).collect();
+        let by = |work: fn(&[u32; 3]) -> u32| {
+            let mut tiles = all.clone();
+            tiles.sort_by_key(|tile| std::cmp::Reverse(work(tile)));
+            send(&tiles.into_flattened(), (all.len(), 3), device)
+        };
+        Ok(Self { of_queries: by(|[begin, _, first]| first - begin)?, of_keys: by(|[_, end, first]| end - first)? })
+    }
 }
 
 /// o as q [T, heads, d] and lse [heads · T] of q, k and v [T, kv_heads, d]; shapes and segments were checked.
 pub(crate) fn forward(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
-    segments: &[u32],
+    segments: &Segments,
     shape: Shape,
     precision: Precision,
 ) -> Result<(Tensor, Tensor)> {
     let device = device_of(q)?;
     let (o, lse) = (room(q.dims(), DType::F32, &device)?, room(shape.heads * shape.tokens, DType::F32, &device)?);
     if shape.tokens > 0 {
-        let tiles = tiles(segments, |[begin, _, first]| first - begin, &device)?;
-        let places = [floats(q)?, floats(k)?, floats(v)?, place(&tiles, DType::U32)?, floats(&o)?, floats(&lse)?];
-        Kernel::new(Pass::Forward, shape.d, precision)?.run(&device, &tiles, shape.heads, &places, &shape)?;
+        let tiles = &segments.tiles(&device)?.of_queries;
+        let places = [floats(q)?, floats(k)?, floats(v)?, place(tiles, DType::U32)?, floats(&o)?, floats(&lse)?];
+        Kernel::new(Pass::Forward, shape.d, precision)?.run(&device, tiles, shape.heads, &places, &shape)?;
     }
     Ok((o, lse))
 }
@@ -106,7 +120,7 @@ pub(crate) fn backward(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     (o, lse): (&Tensor, &Tensor),
     dy: &Tensor,
-    segments: &[u32],
+    segments: &Segments,
     (shape, precision): (Shape, Precision),
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let device = device_of(q)?;
@@ -119,12 +133,11 @@ pub(crate) fn backward(
     let arguments = [&[floats(o)?, floats(dy)?, floats(&delta)?][..], &sizes].concat();
     // SAFETY: o and dy are [T, heads, d], delta [heads · T]; a warp a token and head, eight of them a block.
     unsafe { launch(&device, "attention_delta", Grid::blocks((shape.tokens * shape.heads).div_ceil(8)), &arguments) }?;
-    let of_queries = tiles(segments, |[begin, _, first]| first - begin, &device)?;
-    let of_keys = tiles(segments, |[_, end, first]| end - first, &device)?;
+    let Tiles { of_queries, of_keys } = segments.tiles(&device)?;
     let given = [floats(q)?, floats(k)?, floats(v)?, floats(dy)?, floats(lse)?, floats(&delta)?];
-    let places = [&given[..], &[place(&of_queries, DType::U32)?, floats(&dq)?]].concat();
-    Kernel::new(Pass::BackwardQ, shape.d, precision)?.run(&device, &of_queries, shape.heads, &places, &shape)?;
-    let places = [&given[..], &[place(&of_keys, DType::U32)?, floats(&dk)?, floats(&dv)?]].concat();
-    Kernel::new(Pass::BackwardKv, shape.d, precision)?.run(&device, &of_keys, shape.kv_heads, &places, &shape)?;
+    let places = [&given[..], &[place(of_queries, DType::U32)?, floats(&dq)?]].concat();
+    Kernel::new(Pass::BackwardQ, shape.d, precision)?.run(&device, of_queries, shape.heads, &places, &shape)?;
+    let places = [&given[..], &[place(of_keys, DType::U32)?, floats(&dk)?, floats(&dv)?]].concat();
+    Kernel::new(Pass::BackwardKv, shape.d, precision)?.run(&device, of_keys, shape.kv_heads, &places, &shape)?;
     Ok((dq, dk, dv))
 }

@@ -136,6 +136,9 @@ impl Part {
     }
 }
 
+/// What a function that older drivers lack was called before, with the same arguments.
+const FORMERLY: [(&str, &str); 1] = [("cuEventElapsedTime_v2", "cuEventElapsedTime")];
+
 /// Points the trampolines of one library at its functions, all or none. Error: which needed functions it lacks.
 ///
 /// The library must stay loaded for as long as the process lives, since from here on anybody may call it.
@@ -144,7 +147,9 @@ pub(super) fn bind(part: Part, library: &Library) -> Result<(), String> {
     let mut lacking = Vec::new();
     for function in part.functions() {
         // SAFETY: the symbol is taken as an address and called only by code that was written against CUDA's declaration of it.
-        match unsafe { library.get::<*const ()>(function.name) } {
+        let find = |name: &str| unsafe { library.get::<*const ()>(name) };
+        let older = || FORMERLY.iter().find(|(now, _)| *now == function.name).map(|(_, before)| find(before));
+        match find(function.name).or_else(|error| older().unwrap_or(Err(error))) {
             Ok(address) => found.push((function.slot, *address as usize)),
             Err(_) if function.needed => lacking.push(function.name),
             Err(_) => {}

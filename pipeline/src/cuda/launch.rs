@@ -177,8 +177,9 @@ pub(super) fn copy(from: &Tensor, to: &Tensor) -> Result<()> {
     }
     let (stream, bytes) = (device_of(to)?.cuda_stream(), 4 * to.elem_count());
     stream.context().bind_to_thread().w()?;
+    let (to, from) = (address(to, DType::F32)?, address(from, DType::F32)?);
     // SAFETY: both have as many bytes.
-    unsafe { result::memcpy_dtod_async(address(to, DType::F32)?, address(from, DType::F32)?, bytes, stream.cu_stream()) }.w()
+    timed(&stream, ("copy on the GPU", 0.0), || unsafe { result::memcpy_dtod_async(to, from, bytes, stream.cu_stream()) }.w())
 }
 
 /// Bytes as they are, as u8 `[n]`.

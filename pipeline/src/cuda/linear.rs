@@ -13,6 +13,9 @@ use crate::linear::dropout::RowMask;
 use crate::linear::{Linear, Lora, LoraGradient, Low, Pass};
 use candle_core::{DType, Result, Tensor, bail};
 
+/// What a profile calls the products with an adapter's factors, and those that make their gradients.
+const ADAPTER: &str = "product of an adapter";
+
 /// The outputs [T, out] of several layers of the same x [T, in], and what the way back needs.
 pub(crate) fn forward_kept<const N: usize>(layers: [&Linear; N], x: &Tensor, pass: Pass<N>) -> Result<(Vec<Tensor>, Vec<Low>)> {
     let rows = Factor::rounded(x, pass.precision)?;
@@ -30,7 +33,7 @@ pub(crate) fn forward_kept<const N: usize>(layers: [&Linear; N], x: &Tensor, pas
             Some(lora) => {
                 let u = seen(lora, x, &rows, mask, pass.precision)?;
                 let (u_rounded, b) = (Factor::rounded(&u, pass.precision)?, Factor::rounded(&lora.b, pass.precision)?);
-                product((&u_rounded, Reads::AsItLies), (&b, Reads::Turned), (1.0, 1.0), Multiplies::Exactly, &y)?;
+                product(ADAPTER, (&u_rounded, Reads::AsItLies), (&b, Reads::Turned), (1.0, 1.0), Multiplies::Exactly, &y)?;
                 Some(u)
             }
         };
@@ -69,10 +72,10 @@ pub(crate) fn backward_all<const N: usize>(
         let rank = lora.a.dim(0)?;
         let du = room((t, rank), DType::F32, &device)?;
         let (a, b) = (Factor::rounded(&lora.a, precision)?, Factor::rounded(&lora.b, precision)?);
-        product((&rows, Reads::AsItLies), (&b, Reads::AsItLies), (lora.scale as f32, 0.0), Multiplies::Exactly, &du)?;
+        product(ADAPTER, (&rows, Reads::AsItLies), (&b, Reads::AsItLies), (lora.scale as f32, 0.0), Multiplies::Exactly, &du)?;
         let du_rounded = Factor::rounded(&du, precision)?;
         let through_a = |beta, out: &Tensor| {
-            product((&du_rounded, Reads::AsItLies), (&a, Reads::AsItLies), (1.0, beta), Multiplies::Exactly, out)
+            product(ADAPTER, (&du_rounded, Reads::AsItLies), (&a, Reads::AsItLies), (1.0, beta), Multiplies::Exactly, out)
         };
         let x = match mask {
             None => {
@@ -96,7 +99,7 @@ fn outer(x: &Tensor, y: &Tensor, precision: Precision) -> Result<Tensor> {
     let (rows, columns) = (Factor::of(x)?, Factor::of(y)?);
     let out = room((rows.columns, columns.columns), DType::F32, &device_of(x)?)?;
     let how = if precision == Precision::Bf16 { Multiplies::Fast } else { Multiplies::Exactly };
-    product((&rows, Reads::Turned), (&columns, Reads::AsItLies), (1.0, 0.0), how, &out)?;
+    product(ADAPTER, (&rows, Reads::Turned), (&columns, Reads::AsItLies), (1.0, 0.0), how, &out)?;
     Ok(out)
 }
 
@@ -106,7 +109,7 @@ fn seen(lora: &Lora, x: &Tensor, rows: &Factor, mask: Option<RowMask>, precision
     let masked = mask.map(|mask| Factor::rounded(&dropout(x, mask, None)?, precision)).transpose()?;
     let a = Factor::rounded(&lora.a, precision)?;
     let rows = (masked.as_ref().unwrap_or(rows), Reads::AsItLies);
-    product(rows, (&a, Reads::Turned), (lora.scale as f32, 0.0), Multiplies::Exactly, &u)?;
+    product(ADAPTER, rows, (&a, Reads::Turned), (lora.scale as f32, 0.0), Multiplies::Exactly, &u)?;
     Ok(u)
 }
 
@@ -131,7 +134,7 @@ pub(super) fn times_weight(
         (Lies::OutputsFirst, Way::Forward) | (Lies::InputsFirst, Way::Backward) => Reads::Turned,
         (Lies::InputsFirst, Way::Forward) | (Lies::OutputsFirst, Way::Backward) => Reads::AsItLies,
     };
-    product((rows, Reads::AsItLies), (&weight, reads), (1.0, beta), Multiplies::Exactly, out)
+    product("product with a weight", (rows, Reads::AsItLies), (&weight, reads), (1.0, beta), Multiplies::Exactly, out)
 }
 
 fn placed(layer: &Linear) -> Result<&DeviceWeight> {

@@ -54,9 +54,11 @@ pub(crate) fn fused_batch(
     context: &RunContext,
 ) -> Result<Option<(Owed, Tensor)>> {
     let (device, (n, width), vocab) = (device_of(hidden)?, hidden.dims2()?, head.weight.outputs());
-    let Some(weight) = head.placed else {
+    let Some(placed) = head.placed else {
         return Err(candle_core::Error::Msg("loss: the head was not copied to the GPU".into()).into());
     };
+    // For all chunks, there and back.
+    let weight = placed.held(head.precision)?;
     let gradient = room((n, width), DType::F32, &device)?;
     let rows = Rows::new(batch, &device)?;
     let f64s = || room(n, DType::F64, &device);
@@ -68,9 +70,9 @@ pub(crate) fn fused_batch(
         let rows_now = chunk.min(n - start);
         let (hidden, out) = (hidden.narrow(0, start, rows_now)?, gradient.narrow(0, start, rows_now)?);
         let logits = room((rows_now, vocab), DType::F32, &device)?;
-        times_weight(&Factor::rounded(&hidden, head.precision)?, weight, head.precision, Way::Forward, 0.0, &logits)?;
+        times_weight(&Factor::rounded(&hidden, head.precision)?, &weight, head.precision, Way::Forward, 0.0, &logits)?;
         let slopes = rows.differentiate(&logits, start, head.precision, &said)?;
-        times_weight(&slopes, weight, head.precision, Way::Backward, 0.0, &out)?;
+        times_weight(&slopes, &weight, head.precision, Way::Backward, 0.0, &out)?;
     }
     let (kd, ce, status) = (fetch(&said.kd)?, fetch(&said.ce)?, fetch(&said.status)?);
     let targets = rows.targets.map(|[offsets, ids, ..]| [offsets, ids]);

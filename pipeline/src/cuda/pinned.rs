@@ -49,7 +49,7 @@ impl Pool {
         let size = bytes.next_power_of_two().max(SMALLEST);
         let free = {
             let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            // The first of a size was given back first, and copies end in their order: where it is in use, so are the others.
+            // The first of a size was given back first; where a copy uses it, others are mostly used too, and are not asked one by one.
             let first = idle.iter().position(|memory| memory.bytes.len() == size);
             first.filter(|i| idle[*i].copied.is_complete()).map(|i| idle.remove(i))
         };
@@ -174,10 +174,12 @@ impl<T: WithDType> Fetched<T> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::super::launch::overwrite;
-    use super::super::{open, pool};
+    use super::super::{describe, open};
     use super::*;
+    use candle_core::DType;
 
-    /// On a GPU, or an emulated one, which ends the process where pinned memory is read or written too early.
+    /// On a GPU, or an emulated one, of which pinned memory holds no data before it was waited for, and which ends the process where it is
+    /// written too early.
     #[test]
     fn values_are_those_of_the_moment_they_were_asked_for() {
         let Ok(device) = open(0) else { return };
@@ -200,18 +202,24 @@ mod tests {
     fn a_buffer_is_used_again_once_its_copy_is_through() {
         let Ok(device) = open(0) else { return };
         let cuda = device.as_cuda_device().unwrap();
-        let context = Arc::clone(cuda.cuda_stream().context());
-        let own: Arc<Pool> = Arc::default();
-        let address = |buffer: &mut Buffer| buffer.bytes(1).unwrap().as_ptr() as usize;
+        let (stream, own): (_, Arc<Pool>) = (cuda.cuda_stream(), Arc::default());
+        let context = Arc::clone(stream.context());
+        let place = |buffer: &mut Buffer| buffer.bytes(1).unwrap().as_ptr() as usize;
+        let room = send(&[0u8; 4], 4, cuda).unwrap();
         let mut one = own.take(SMALLEST, &context).unwrap();
-        let mut two = own.take(1, &context).unwrap();
-        let (first, second) = (address(&mut one), address(&mut two));
-        assert_ne!(first, second);
+        let first = place(&mut one);
+        one.bytes(4).unwrap().copy_from_slice(&[1, 2, 3, 4]);
+        // SAFETY: there is room for four bytes until the end of the test.
+        unsafe { one.copy_to(address(&room, DType::U8).unwrap(), 4, &stream) }.unwrap();
         drop(one);
-        assert_eq!(address(&mut own.take(100, &context).unwrap()), first);
-        assert_ne!(address(&mut own.take(SMALLEST + 1, &context).unwrap()), first, "a buffer that is too small");
-        assert!(two.bytes(SMALLEST + 1).is_err());
-        // The device's own is another.
-        assert!(!Arc::ptr_eq(&own, &pool(cuda).unwrap()));
+        // A real GPU may be through already; the emulated one says that it is not.
+        let mut other = own.take(SMALLEST, &context).unwrap();
+        assert!(describe(cuda).unwrap().name != "Emulated GPU" || place(&mut other) != first, "a buffer in use");
+        stream.synchronize().unwrap();
+        drop(other);
+        assert_eq!(place(&mut own.take(1, &context).unwrap()), first);
+        assert_ne!(place(&mut own.take(SMALLEST + 1, &context).unwrap()), first, "a buffer that is too small");
+        assert!(own.take(1, &context).unwrap().bytes(SMALLEST + 1).is_err());
+        assert_eq!(room.to_vec1::<u8>().unwrap(), [1, 2, 3, 4]);
     }
 }

@@ -1,8 +1,8 @@
 //! Frozen weights on the GPU, as they are stored: uploaded once, unpacked before each product into room that the next product uses
 //! again, or held unpacked for as long as several products on end take.
 //!
-//! Unpacking costs reading the packed weight and writing and reading it in bf16: of a product with n rows a share of about 450 / n on an
-//! H200 (4.5 bytes a weight at 4.8 TB/s against 2 n operations at 0.9 PFLOP/s).
+//! Unpacking costs reading the packed weight and writing it in bf16: of a product with n rows a share of about 220 / n on an H200 (2.5 bytes
+//! a weight at 4.3 TB/s against 2 n operations at 0.75 PFLOP/s).
 
 use super::launch::{Argument, Grid, address, device_of, floats, launch, place, room, upload};
 use super::product::Factor;

@@ -3,7 +3,6 @@
 
 use super::launch::{Argument, Grid, address, device_of, launch, room};
 use super::profile::timed;
-use crate::adapter::MAX_RANK;
 use crate::kernel::Precision;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
@@ -68,8 +67,9 @@ pub(super) enum Multiplies {
     Fast,
 }
 
-/// out = alpha · a b + beta · out: f32 [m, n]. Errors: sizes or dtypes that do not fit.
+/// out = alpha · a b + beta · out: f32 [m, n]. A profile calls it by its name. Errors: sizes or dtypes that do not fit.
 pub(super) fn product(
+    name: &'static str,
     (a, reads_a): (&Factor, Reads),
     (b, reads_b): (&Factor, Reads),
     (alpha, beta): (f32, f32),
@@ -88,12 +88,12 @@ pub(super) fn product(
         bail!("product: factors of no columns");
     }
     let device = device_of(out)?;
-    gemm(&device, [m, n, k], (b, reads_b), (a, reads_a), (alpha, beta), how, address(out, DType::F32)?)
+    gemm((&device, name), [m, n, k], (b, reads_b), (a, reads_a), (alpha, beta), how, address(out, DType::F32)?)
 }
 
 /// Row-major C = A B is column-major Cᵀ = Bᵀ Aᵀ: `first` is B, `second` A, and a row-major matrix is its own transpose to the library.
 fn gemm(
-    device: &CudaDevice,
+    (device, name): (&CudaDevice, &'static str),
     [m, n, k]: [usize; 3],
     first: (&Factor, Reads),
     second: (&Factor, Reads),
@@ -122,7 +122,7 @@ fn gemm(
     let [stride_a, stride_b] = [int(second.0.columns)?, int(first.0.columns)?];
     let stream = device.cuda_stream();
     stream.context().bind_to_thread().w()?;
-    timed(&stream, (name(first.0.dtype, compute, m.min(n).min(k)), 2.0 * m as f64 * n as f64 * k as f64), || {
+    timed(&stream, (name, 2.0 * m as f64 * n as f64 * k as f64), || {
         // SAFETY: three matrices of these sizes lie on the device, and the stream that the handle works on is the one they were made on.
         let done = unsafe {
             result::gemm_ex(
@@ -151,19 +151,6 @@ fn gemm(
     })
 }
 
-/// What a profile calls a product: by its factors, those of an adapter apart, of which one side is its rank.
-fn name(dtype: DType, compute: sys::cublasComputeType_t, least: usize) -> &'static str {
-    let fast = compute == sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32;
-    match (dtype, fast, least <= MAX_RANK as usize) {
-        (DType::BF16, _, false) => "product of bf16",
-        (DType::BF16, _, true) => "thin product of bf16",
-        (_, true, false) => "product of tf32",
-        (_, true, true) => "thin product of tf32",
-        (_, false, false) => "product of f32",
-        (_, false, true) => "thin product of f32",
-    }
-}
-
 /// Operations a second that a GPU reaches in products of bf16 factors [n, n] with f32 sums: what everything else is measured by. The best of
 /// `rounds`; waits for the GPU. Errors: not a GPU.
 pub fn matrix_rate(device: &Device, n: usize, rounds: usize) -> Result<f64> {
@@ -176,7 +163,7 @@ pub fn matrix_rate(device: &Device, n: usize, rounds: usize) -> Result<f64> {
     for _ in 0..=rounds {
         device.synchronize()?;
         let began = Instant::now();
-        product((&factor, Reads::AsItLies), (&factor, Reads::Turned), (1.0, 0.0), Multiplies::Exactly, &out)?;
+        product("product", (&factor, Reads::AsItLies), (&factor, Reads::Turned), (1.0, 0.0), Multiplies::Exactly, &out)?;
         device.synchronize()?;
         best = best.min(began.elapsed().as_secs_f64());
     }

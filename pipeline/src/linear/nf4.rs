@@ -13,8 +13,9 @@
 
 use crate::dynamic_map::{self, Sign, midpoints, nearest};
 use crate::kernel::Isa;
+use bytes::Bytes;
 use rayon::prelude::*;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 /// Elements that share one absolute maximum.
 pub const BLOCK: usize = 64;
@@ -50,9 +51,10 @@ const ZERO_CODE: u8 = 7;
 pub struct Nf4Weight {
     rows: usize,
     columns: usize,
-    codes: Vec<u8>,
-    absmax: Vec<u8>,
-    nested_absmax: Vec<f32>,
+    // Shared by copies of the weight.
+    codes: Bytes,
+    absmax: Bytes,
+    nested_absmax: Arc<[f32]>,
     nested_offset: f32,
 }
 
@@ -74,6 +76,7 @@ impl Nf4Weight {
             },
         );
         let (absmax, nested_absmax, nested_offset) = quantize_maxima(&maxima);
+        let (codes, absmax, nested_absmax) = (codes.into(), absmax.into(), nested_absmax.into());
         Some(Self { rows, columns, codes, absmax, nested_absmax, nested_offset })
     }
 

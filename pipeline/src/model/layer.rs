@@ -11,7 +11,7 @@ use crate::data::pack::Pack;
 use crate::kernel::Precision;
 use crate::linear::dropout::Dropout;
 use crate::linear::{Linear, LoraGradient, Low, Pass, backward_all, forward_kept};
-use crate::ops::attention::{self, KeysValues};
+use crate::ops::attention::{self, KeysValues, Segments};
 use crate::ops::rope::{Table, Turn};
 use crate::ops::{add, rms_norm, rows, swiglu};
 use candle_core::{Device, Result, Tensor};
@@ -38,7 +38,7 @@ const DOWN: usize = 6;
 /// Where a pack's conversations begin and how their positions turn; the same for every layer.
 #[derive(Debug, Clone)]
 pub struct Geometry {
-    segments: Vec<u32>,
+    segments: Segments,
     rope: Table,
 }
 
@@ -46,7 +46,7 @@ impl Geometry {
     /// The geometry of `pack` for a model on `device`.
     pub fn new(pack: &Pack, config: &ModelConfig, device: &Device) -> Result<Self> {
         let rope = Table::new(&pack.positions(), config.head_dim, config.rope_theta, device)?;
-        Ok(Self { segments: pack.segments().to_vec(), rope })
+        Ok(Self { segments: Segments::new(pack.segments().to_vec()), rope })
     }
 
     /// The geometry of conversations that go on: (rows before, new rows) of each.
@@ -57,7 +57,7 @@ impl Geometry {
             Some(*end)
         });
         let rope = Table::new(&positions.collect::<Vec<u32>>(), config.head_dim, config.rope_theta, device)?;
-        Ok(Self { segments: std::iter::once(0).chain(ends).collect(), rope })
+        Ok(Self { segments: Segments::new(std::iter::once(0).chain(ends).collect()), rope })
     }
 }
 
@@ -342,7 +342,7 @@ impl Layer {
         let v = heads(v)?;
         let attended = match past {
             None => attention::forward_at(&q, &k, &v, &geometry.segments, self.precision)?,
-            Some(past) => attention::forward_cached(&q, &k, &v, &geometry.segments, past)?,
+            Some(past) => attention::forward_cached(&q, &k, &v, geometry.segments.bounds(), past)?,
         };
         let attended_flat = attended.output.flatten_from(1)?;
         let ([o], low_o) = forward_kept([&self.o_proj], &attended_flat, self.pass(dropout, O))?;

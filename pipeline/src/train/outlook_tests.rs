@@ -62,7 +62,17 @@ fn fourteen_b() -> ModelConfig {
 /// r = 64 on everything, one pack of several with 2,048 tokens that are all scored, the default chunk.
 fn settings() -> MemorySettings {
     let (tokens, rank, targets, optimizer) = (2048, 64, TargetModules::ALL, StateWidth::F32);
-    MemorySettings { tokens, scored: 2048, head_chunk: 256, keep_layers: 0, rank, targets, optimizer, packs: Packs::Several }
+    MemorySettings {
+        tokens,
+        scored: 2048,
+        head_chunk: 256,
+        keep_layers: 0,
+        rank,
+        targets,
+        optimizer,
+        packs: Packs::Several,
+        unpacked: None,
+    }
 }
 
 fn bytes(memory: &Memory, name: &str) -> u64 {

@@ -9,7 +9,7 @@
 //! ```
 
 use super::forward::{QUERIES, blocks_of_rows, panels_of_columns};
-use super::{Attended, Shape, pairs};
+use super::{Attended, Segments, Shape, pairs};
 #[cfg(feature = "cuda")]
 use crate::cuda::attention as gpu;
 use crate::device::on_gpu;
@@ -65,7 +65,7 @@ pub fn backward(
     dy: &Tensor,
     segments: &[u32],
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    backward_at(q, k, v, attended, dy, segments, Precision::F32)
+    backward_at(q, k, v, attended, dy, &Segments::new(segments.to_vec()), Precision::F32)
 }
 
 /// The same after [`forward_at`](super::forward_at).
@@ -75,10 +75,10 @@ pub fn backward_at(
     v: &Tensor,
     attended: &Attended,
     dy: &Tensor,
-    segments: &[u32],
+    segments: &Segments,
     precision: Precision,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    let shape = Shape::of(q, k, v, segments)?;
+    let shape = Shape::of(q, k, v, segments.bounds())?;
     let lse = attended.log_sums(dy, q, shape)?;
     on_gpu!(q => gpu::backward((q, k, v), (&attended.output, lse), dy, segments, (shape, precision)));
     let _ = precision;
@@ -87,8 +87,10 @@ pub fn backward_at(
     let given = Given { q: &qs, o: &os, dy: &dys, lse: &lse, shape };
     let (ks, vs) = (&ks[..], &vs[..]);
 
-    let spans: Vec<((usize, usize), usize)> =
-        pairs(segments).filter(|(begin, end)| begin < end).flat_map(|s| (0..shape.kv_heads).map(move |kv| (s, kv))).collect();
+    let spans: Vec<((usize, usize), usize)> = pairs(segments.bounds())
+        .filter(|(begin, end)| begin < end)
+        .flat_map(|s| (0..shape.kv_heads).map(move |kv| (s, kv)))
+        .collect();
     let panels: Vec<Panels> = spans.par_iter().map(|&(segment, kv)| Panels::new(ks, vs, segment, kv, shape)).collect();
     let group = shape.heads / shape.kv_heads;
     let mut pieces: Vec<Piece> = spans

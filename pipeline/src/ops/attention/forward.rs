@@ -7,7 +7,7 @@
 //! ```
 //! Queries are cut into groups of 32 from the conversation's first on, so a conversation's bits do not depend on the pack.
 
-use super::{Attended, Shape, pairs};
+use super::{Attended, Segments, Shape, pairs};
 #[cfg(feature = "cuda")]
 use crate::cuda::attention as gpu;
 use crate::device::on_gpu;
@@ -50,12 +50,12 @@ unsafe impl Sync for Target {}
 
 /// o [T, heads, d] of q [T, heads, d], k and v [T, kv_heads, d]; `segments` are cumulative lengths from 0 to T.
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32]) -> Result<Attended> {
-    forward_at(q, k, v, segments, Precision::F32)
+    forward_at(q, k, v, &Segments::new(segments.to_vec()), Precision::F32)
 }
 
 /// The same with factors rounded to `precision` on a GPU. The CPU's are f32 whatever it says.
-pub fn forward_at(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32], precision: Precision) -> Result<Attended> {
-    let shape = Shape::of(q, k, v, segments)?;
+pub fn forward_at(q: &Tensor, k: &Tensor, v: &Tensor, segments: &Segments, precision: Precision) -> Result<Attended> {
+    let shape = Shape::of(q, k, v, segments.bounds())?;
     on_gpu!(q => gpu::forward((q, k, v), segments, shape, precision).map(|(output, lse)| Attended { output, lse: Some(lse) }));
     let _ = precision;
     let size = shape.tokens * shape.heads;
@@ -64,7 +64,7 @@ pub fn forward_at(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[u32], precisio
     with_f32(q, |q| {
         with_f32(k, |k| {
             with_f32(v, |v| {
-                write((q, k, v), &pairs(segments).collect::<Vec<_>>(), shape, &target);
+                write((q, k, v), &pairs(segments.bounds()).collect::<Vec<_>>(), shape, &target);
                 Ok(())
             })
         })

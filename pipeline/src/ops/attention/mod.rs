@@ -20,7 +20,50 @@ pub use backward::{backward, backward_at};
 pub use cached::{KeysValues, forward_cached};
 pub use forward::{forward, forward_at};
 
+#[cfg(feature = "cuda")]
+use crate::cuda::attention::Tiles;
+#[cfg(feature = "cuda")]
+use candle_core::CudaDevice;
 use candle_core::{Result, Tensor, bail};
+#[cfg(feature = "cuda")]
+use std::sync::OnceLock;
+
+/// Which rows of a pack are one conversation: cumulative lengths from 0 to T.
+#[derive(Debug, Clone)]
+pub struct Segments {
+    bounds: Vec<u32>,
+    /// What a GPU's kernels walk over; made when they first do.
+    #[cfg(feature = "cuda")]
+    tiles: OnceLock<Tiles>,
+}
+
+impl Segments {
+    /// Of these lengths.
+    pub fn new(bounds: Vec<u32>) -> Self {
+        Self {
+            bounds,
+            #[cfg(feature = "cuda")]
+            tiles: OnceLock::new(),
+        }
+    }
+
+    /// The lengths.
+    pub fn bounds(&self) -> &[u32] {
+        &self.bounds
+    }
+
+    /// Tiles of them on the device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn tiles(&self, device: &CudaDevice) -> Result<&Tiles> {
+        match self.tiles.get() {
+            Some(tiles) => Ok(tiles),
+            None => {
+                let made = Tiles::new(&self.bounds, device)?;
+                Ok(self.tiles.get_or_init(|| made))
+            }
+        }
+    }
+}
 
 /// What the backward needs of the forward: the output and each row's log-sum-exp.
 #[derive(Debug, Clone)]

@@ -13,6 +13,7 @@
 
 use super::super::PrecomputeConfig;
 use super::super::opening::Opened;
+use crate::kernel::Precision;
 use crate::model::config::ModelConfig;
 use crate::model::layer::{LEAST_MLP_ROWS, MLP_BYTES, WIDE_THERE};
 use crate::model::stored::StoredBytes;
@@ -115,6 +116,7 @@ pub(super) fn memory(opened: &Opened, run: &PrecomputeConfig, stored: &StoredByt
         part("rows on their way to disk", always, waiting + encoding),
         part("hidden states of a block", always, 2 * F32 * h * block),
         part("one layer's tensors of a pack", layers, layer(model, s.largest)),
+        part("weights, unpacked", layers, unpacked(model, run.compute, s.largest) * u64::from(opened.device.is_cuda())),
         part("logits of a chunk", head, chunk * wide + rounded),
         part("kept of a block", head, 2 * scored_of(block) * kept),
     ]);
@@ -140,8 +142,20 @@ fn layer(model: &ModelConfig, tokens: u64) -> u64 {
     let (h, i) = (model.hidden_size as u64, model.intermediate_size as u64);
     let (q, kv) = ((model.heads * model.head_dim) as u64, (model.kv_heads * model.head_dim) as u64);
     let turned = model.head_dim as u64;
-    let rows = (MLP_BYTES as u64 / (WIDE_THERE as u64 * F32 * i)).max(LEAST_MLP_ROWS as u64).min(tokens);
+    let rows = rows_of_a_part(i).min(tokens);
     let attention = tokens * (3 * h + 3 * q + 3 * kv + h.max(q) + turned);
     let mlp = tokens * (2 * h + turned) + rows * (h + (WIDE_THERE as u64 + 1) * i);
     F32 * attention.max(mlp)
+}
+
+/// Most rows that go through an MLP of this width at once.
+fn rows_of_a_part(i: u64) -> u64 {
+    (MLP_BYTES as u64 / (WIDE_THERE as u64 * F32 * i)).max(LEAST_MLP_ROWS as u64)
+}
+
+/// Bytes of the weights that a GPU holds unpacked at once: one of the MLP's, or all three where rows go through them in parts.
+fn unpacked(model: &ModelConfig, compute: Precision, tokens: u64) -> u64 {
+    let (h, i) = (model.hidden_size as u64, model.intermediate_size as u64);
+    let held = if rows_of_a_part(i) < tokens { 3 } else { 1 };
+    held * h * i * if compute == Precision::Bf16 { 2 } else { 4 }
 }

@@ -68,6 +68,8 @@ pub struct MemorySettings {
     pub optimizer: StateWidth,
     /// How many packs a step has.
     pub packs: Packs,
+    /// Bytes of an unpacked weight on a GPU, 2 or 4; nothing on a CPU, which never unpacks one as a whole.
+    pub unpacked: Option<u64>,
 }
 
 /// Where something is held. On a CPU both are the same memory.
@@ -152,6 +154,7 @@ pub fn memory(model: &ModelConfig, s: &MemorySettings) -> Memory {
         part("head's hidden states", When::Loss, 3 * scored),
         part("logits of a chunk", When::Loss, chunk + stretch),
         part("gradients of a layer", When::Backward, of_layer),
+        part("weights of a layer, unpacked", When::Backward, s.unpacked.unwrap_or(0) * weights.of_layer),
         // The last layer's, part of which is what was kept of it.
         part("one layer's backward", When::Backward, layer_backward(model, s) - s.keep_layers.min(1) * kept),
         Part { name: "embedding", place: Place::Host, when: always, bytes: ends * BF16 },
@@ -180,22 +183,26 @@ struct Weights {
     maxima: u64,
     /// Norms and biases, the final norm among them.
     small: u64,
+    /// How many weights a layer has.
+    of_layer: u64,
 }
 
 impl Weights {
     fn of(model: &ModelConfig) -> Self {
         let (h, layers) = (model.hidden_size as u64, model.layers as u64);
-        let mut layer = Self { codes: 0, maxima: 0, small: 2 * h * F32 };
+        let mut layer = Self { codes: 0, maxima: 0, small: 2 * h * F32, of_layer: 0 };
         for projection in 0..PROJECTIONS.len() {
             let (outputs, inputs) = features(model, projection);
             let n = outputs as u64 * inputs as u64;
             let blocks = n.div_ceil(nf4::BLOCK as u64);
             layer.codes += n.div_ceil(2);
+            layer.of_layer += n;
             layer.maxima += blocks + F32 * blocks.div_ceil(nf4::NESTED_BLOCK as u64) + F32;
             layer.small += if has_bias(model.biases, projection) { F32 * outputs as u64 } else { 0 };
         }
         layer.small += if model.head_norms { 2 * F32 * model.head_dim as u64 } else { 0 };
-        Self { codes: layers * layer.codes, maxima: layers * layer.maxima, small: layers * layer.small + h * F32 }
+        let (codes, maxima, small) = (layers * layer.codes, layers * layer.maxima, layers * layer.small + h * F32);
+        Self { codes, maxima, small, ..layer }
     }
 }
 
