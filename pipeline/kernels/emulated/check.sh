@@ -6,8 +6,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 build() {
-    "${CXX:-g++}" -std=c++17 -ffp-contract=off -Wall -Wextra -Wno-sign-compare -Wno-unknown-pragmas -Werror "$@" \
-        "$here/driver.cpp" "$here/transfers.cpp" "$here/memory.cpp" "$here/pinned.cpp" "$here/cublas.cpp" "$here/curand.cpp" "$here/fibres.cpp" \
+    "${CXX:-g++}" -std=c++17 -pthread -ffp-contract=off -Wall -Wextra -Wno-sign-compare -Wno-unknown-pragmas -Werror "$@" \
+        "$here/driver.cpp" "$here/transfers.cpp" "$here/memory.cpp" "$here/pinned.cpp" "$here/cublas.cpp" "$here/curand.cpp" "$here/nccl.cpp" "$here/fibres.cpp" \
         -include "$here/cuda_emulated.h" "$here"/check/*.cpp -x c++ "$here/../all.cu"
 }
 build -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -o "$out/sanitized"

@@ -102,7 +102,7 @@ struct Strides {
 
 int product(const Matrix& a, const Matrix& b, const Matrix& c, const Strides& strides, int batch, const void* alpha, const void* beta,
             int compute) {
-    std::lock_guard<std::mutex> lock(device());
+    Turn turn;
     bool wide = c.type == R_64F;
     // Scalars have the type of the sums.
     auto scalar = [&](const void* value) { return compute == COMPUTE_16F ? load(value, R_16F, 0) : load(value, R_32F, 0); };

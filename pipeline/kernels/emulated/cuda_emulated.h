@@ -11,6 +11,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+// These use a word that is defined below for something of their own.
+#include <memory>
+#include <thread>
 #include <tuple>
 #include <type_traits>
 #include <utility>

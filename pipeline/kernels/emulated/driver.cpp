@@ -1,6 +1,6 @@
 // The CUDA driver API as far as cudarc and candle-core call it: devices, contexts, streams, events, modules and launches. Everything is
-// done when the call returns, but for copies from and to pinned memory (pinned.h), which streams and events are waited for; what copies and
-// allocates is in transfers.cpp.
+// done when the call returns, but for copies from and to pinned memory (pinned.h) and sums over several ranks (nccl.cpp), which streams and
+// events are waited for; what copies and allocates is in transfers.cpp.
 // Codes are the driver's own (cuda.h).
 
 #include "driver.h"
@@ -17,12 +17,28 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <unistd.h>
 
 namespace emulated {
 
 std::mutex& device() {
     static auto* mutex = new std::mutex;
     return *mutex;
+}
+
+std::shared_ptr<Collective>& last_collective() {
+    static thread_local std::shared_ptr<Collective> last;
+    return last;
+}
+
+static void wait_for(const std::shared_ptr<Collective>& collective) {
+    while (collective && collective->launched && !collective->over) {
+        usleep(50);
+    }
+}
+
+void settle() {
+    wait_for(last_collective());
 }
 
 int refuse(int code, const char* format, ...) {
@@ -70,6 +86,8 @@ struct Event {
     unsigned long long copies;
     // Whether it was found not to be there yet, as a real one may.
     bool asked;
+    // The sum over several ranks that it comes after, if any.
+    std::shared_ptr<Collective> after;
 };
 
 // Copies are over in the order they were begun in, on whatever stream: more than is promised, and what is waited for is over in any case.
@@ -145,7 +163,10 @@ API cuCtxGetCurrent(void** found) {
     *found = current_context;
     return SUCCESS;
 }
-API cuCtxSynchronize() { return wait_for_copies(copies_begun()); }
+API cuCtxSynchronize() {
+    settle();
+    return wait_for_copies(copies_begun());
+}
 API cuCtxGetStreamPriorityRange(int* least, int* greatest) {
     *least = *greatest = 0;
     return SUCCESS;
@@ -157,7 +178,10 @@ API cuStreamCreate(void** made, unsigned) {
 }
 API cuStreamCreateWithPriority(void** made, unsigned flags, int) { return cuStreamCreate(made, flags); }
 API cuStreamDestroy_v2(void*) { return SUCCESS; }
-API cuStreamSynchronize(void*) { return wait_for_copies(copies_begun()); }
+API cuStreamSynchronize(void*) {
+    settle();
+    return wait_for_copies(copies_begun());
+}
 API cuStreamWaitEvent(void*, void*, unsigned) { return SUCCESS; }
 API cuStreamIsCapturing(void*, int* capturing) {
     *capturing = 0;
@@ -173,12 +197,19 @@ API cuEventDestroy_v2(void* event) {
     return SUCCESS;
 }
 API cuEventRecord(void* event, void*) {
+    auto last = last_collective();
+    if (last && !last->launched) {
+        return refuse(INVALID_VALUE, "an event is recorded before NCCL has launched what it is to wait for (ncclInProgress)");
+    }
     std::lock_guard<std::mutex> lock(device());
-    *static_cast<Event*>(event) = {std::chrono::steady_clock::now(), copies_begun(), false};
+    *static_cast<Event*>(event) = {std::chrono::steady_clock::now(), copies_begun(), false, last};
     return SUCCESS;
 }
 API cuEventQuery(void* event) {
     auto& asked = *static_cast<Event*>(event);
+    if (asked.after && !asked.after->over) {
+        return NOT_READY;
+    }
     {
         std::lock_guard<std::mutex> lock(device());
         if (copying(asked.copies) && !asked.asked) {
@@ -188,7 +219,10 @@ API cuEventQuery(void* event) {
     }
     return wait_for_copies(asked.copies);
 }
-API cuEventSynchronize(void* event) { return wait_for_copies(static_cast<Event*>(event)->copies); }
+API cuEventSynchronize(void* event) {
+    wait_for(static_cast<Event*>(event)->after);
+    return wait_for_copies(static_cast<Event*>(event)->copies);
+}
 API cuEventElapsedTime_v2(float* milliseconds, void* from, void* to) {
     std::chrono::duration<float, std::milli> time = static_cast<Event*>(to)->recorded - static_cast<Event*>(from)->recorded;
     *milliseconds = time.count();
@@ -253,7 +287,7 @@ API cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int threads,
 
 API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void*,
                    void** arguments, void** extra) {
-    std::lock_guard<std::mutex> lock(device());
+    Turn turn;
     auto* kernel = static_cast<Kernel*>(function);
     uint64_t threads = uint64_t(bx) * by * bz;
     bool grid_fits = gx > 0 && gy > 0 && gz > 0 && gx <= 0x7fffffff && gy <= 65535 && gz <= 65535;
@@ -274,6 +308,7 @@ API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
 API cuGetErrorName(int code, const char** name) {
     static const std::map<int, const char*> names = {
         {SUCCESS, "CUDA_SUCCESS"},       {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"},
+        {NOT_READY, "CUDA_ERROR_NOT_READY"},
         {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"}, {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
         {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"},
     };

@@ -22,7 +22,7 @@ void* at(Address address) {
 
 // Moves bytes of which `to` and `from`, where they are not null, are device memory.
 int move(const char* name, void* to, const void* from, size_t bytes, const void* to_device, const void* from_device) {
-    std::lock_guard<std::mutex> lock(device());
+    Turn turn;
     for (const void* place : {to_device, from_device}) {
         if (bytes > 0 && place != nullptr && !holds(place, bytes)) {
             return refuse(INVALID_VALUE, "%s: %zu bytes at %p are not within one allocation", name, bytes, place);
@@ -37,7 +37,7 @@ int move(const char* name, void* to, const void* from, size_t bytes, const void*
 }  // namespace
 
 API cuMemAlloc_v2(Address* made, size_t bytes) {
-    std::lock_guard<std::mutex> lock(device());
+    Turn turn;
     if (bytes == 0) {
         return refuse(INVALID_VALUE, "an allocation of 0 bytes");
     }
@@ -49,7 +49,7 @@ API cuMemAllocAsync(Address* made, size_t bytes, void*) { return cuMemAlloc_v2(m
 API cuMemAllocFromPoolAsync(Address* made, size_t bytes, void*, void*) { return cuMemAlloc_v2(made, bytes); }
 
 API cuMemFree_v2(Address address) {
-    std::lock_guard<std::mutex> lock(device());
+    Turn turn;
     if (address != 0 && !release(at(address))) {
         return refuse(INVALID_VALUE, "cuMemFree: %p is no allocation, or something wrote beside it", at(address));
     }
@@ -68,7 +68,7 @@ API cuMemFreeHost(void* pointer) {
 }
 
 API cuMemGetInfo_v2(size_t* left, size_t* total) {
-    std::lock_guard<std::mutex> lock(device());
+    Turn turn;
     *left = DEVICE_BYTES - allocated();
     *total = DEVICE_BYTES;
     return SUCCESS;
@@ -77,7 +77,7 @@ API cuMemGetInfo_v2(size_t* left, size_t* total) {
 API cuMemcpyHtoD_v2(Address to, const void* from, size_t bytes) { return move("cuMemcpyHtoD", at(to), from, bytes, at(to), nullptr); }
 API cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void*) {
     {
-        std::lock_guard<std::mutex> lock(device());
+        Turn turn;
         if (bytes > 0 && pinned(from, bytes) && holds(at(to), bytes)) {
             copy_out(at(to), from, bytes);
             return SUCCESS;
@@ -88,7 +88,7 @@ API cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void*) {
 API cuMemcpyDtoH_v2(void* to, Address from, size_t bytes) { return move("cuMemcpyDtoH", to, at(from), bytes, nullptr, at(from)); }
 API cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void*) {
     {
-        std::lock_guard<std::mutex> lock(device());
+        Turn turn;
         if (bytes > 0 && pinned(to, bytes) && holds(at(from), bytes)) {
             copy_in(to, at(from), bytes);
             return SUCCESS;
@@ -103,7 +103,7 @@ API cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void*) { return
 API cuMemcpyPeerAsync(Address to, void*, Address from, void*, size_t bytes, void*) { return cuMemcpyDtoD_v2(to, from, bytes); }
 
 API cuMemsetD8_v2(Address to, unsigned char value, size_t bytes) {
-    std::lock_guard<std::mutex> lock(device());
+    Turn turn;
     if (bytes > 0 && !holds(at(to), bytes)) {
         return refuse(INVALID_VALUE, "cuMemsetD8: %zu bytes at %p are not within one allocation", bytes, at(to));
     }
