@@ -8,7 +8,7 @@ use std::process::{Command, ExitCode};
 use std::{env, fs, io};
 
 /// What the tensor library's crates name to the linker.
-const LINKED: [&str; 6] = ["cuda", "cudart", "cublas", "cublasLt", "curand", "nvrtc"];
+const LINKED: [&str; 7] = ["cuda", "cudart", "cublas", "cublasLt", "curand", "nccl", "nvrtc"];
 
 /// Machine code for Hopper, with the instructions that are Hopper's alone.
 const MACHINE_CODE: [&str; 2] = ["-cubin", "-gencode=arch=compute_90a,code=sm_90a"];

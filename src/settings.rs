@@ -173,6 +173,7 @@ pub const TRAIN: Section = Section {
         Setting { key: "keep_checkpoints", rule: Rule::Whole(2, 1 << 20) },
         Setting { key: "resume", rule: Rule::Resume },
         Setting { key: "device", rule: Rule::Device },
+        Setting { key: "dist_backend", rule: Rule::OneOf(&["tcp", "nccl"]) },
     ],
 };
 

@@ -74,7 +74,8 @@ GPU of --device cuda. Give all of them the same command; --batch-size is that of
 or
   torchrun --no-python --nproc-per-node 2 potstill train --config FILE
 Rank 0 evaluates and writes; a signal to one stops all. Where torchrun's own store has MASTER_PORT
-(TORCHELASTIC_USE_AGENT_STORE=True), the port after it is used.
+(TORCHELASTIC_USE_AGENT_STORE=True), the port after it is used. --dist-backend nccl has the GPUs
+add up gradients among themselves (libnccl.so.2: pip install nvidia-nccl-cu13); all else stays on TCP.
 
 Each setting may also stand in the table [train] of --config FILE, or in a variable such as
 POTSTILL_TRAIN__LR=1e-4. Flags win over variables, variables over the file."
@@ -270,6 +271,9 @@ pub struct Train {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
+    /// What gradients of several processes cross by: tcp, or nccl (from GPU to GPU; needs libnccl.so.2)
+    #[arg(long, value_name = "tcp|nccl")]
+    pub dist_backend: Option<String>,
     /// TOML file with a table [train]
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]

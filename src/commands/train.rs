@@ -142,8 +142,10 @@ pub fn facts(report: &TrainReport, lr: f64) -> Table {
     for (reason, conversations) in &report.skipped {
         table.fact("left out", format!("{} conversations: {reason}", print::count(*conversations)));
     }
-    if let Some(ranks) = report.ranks {
-        table.fact("ranks", ranks);
+    match (&report.nccl, report.ranks) {
+        (Some(version), ranks) => _ = table.fact("ranks", format!("{}, gradients by NCCL {version}", ranks.unwrap_or(1))),
+        (None, Some(ranks)) => _ = table.fact("ranks", ranks),
+        (None, None) => {}
     }
     table
         .fact(

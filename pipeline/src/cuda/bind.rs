@@ -22,20 +22,22 @@ struct Function {
 
 /// Declares the functions of one library; both numbers are what its calls answer with while they are not bound.
 macro_rules! library {
-    ($library:ident, needed $missing:literal { $($needed:ident)* } optional $unknown:literal { $($optional:ident)* }) => {
+    ($library:ident, needed $missing:literal { $($needed:ident)* } $(optional $unknown:literal { $($optional:ident)* })?) => {
         mod $library {
             use super::{Function, Slot};
             use std::sync::atomic::AtomicUsize;
 
             extern "C" fn missing() -> i32 { $missing }
-            extern "C" fn unknown() -> i32 { $unknown }
-
             library!(@trampolines missing, $($needed)*);
-            library!(@trampolines unknown, $($optional)*);
+
+            $(
+                extern "C" fn unknown() -> i32 { $unknown }
+                library!(@trampolines unknown, $($optional)*);
+            )?
 
             pub(super) static FUNCTIONS: &[Function] = &[
                 $( Function { name: stringify!($needed), slot: &$needed::SLOT, needed: true }, )*
-                $( Function { name: stringify!($optional), slot: &$optional::SLOT, needed: false }, )*
+                $($( Function { name: stringify!($optional), slot: &$optional::SLOT, needed: false }, )*)?
             ];
         }
     };
@@ -104,6 +106,13 @@ library! { random,
     }
 }
 
+library! { collectives,
+    needed 3 { // ncclInternalError
+        ncclGetVersion ncclGetUniqueId ncclGetErrorString ncclGetLastError
+        ncclCommInitRankConfig ncclCommGetAsyncError ncclCommAbort ncclGroupStart ncclGroupEnd ncclAllReduce
+    }
+}
+
 /// A library of CUDA's that the program calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
@@ -113,6 +122,8 @@ pub(super) enum Part {
     Blas,
     /// Random numbers, of which the tensor library makes a generator with every device.
     Random,
+    /// Sums over the GPUs of several processes: NCCL.
+    Collectives,
 }
 
 impl Part {
@@ -124,6 +135,7 @@ impl Part {
             Part::Driver => &["libcuda.so.1"],
             Part::Blas => &["libcublas.so.13", "libcublas.so.12"],
             Part::Random => &["libcurand.so.10"],
+            Part::Collectives => &["libnccl.so.2"],
         }
     }
 
@@ -132,6 +144,7 @@ impl Part {
             Part::Driver => driver::FUNCTIONS,
             Part::Blas => blas::FUNCTIONS,
             Part::Random => random::FUNCTIONS,
+            Part::Collectives => collectives::FUNCTIONS,
         }
     }
 }
@@ -175,6 +188,7 @@ mod tests {
         // SAFETY: the library that this process runs on already.
         let library = unsafe { Library::new("libc.so.6") }.unwrap();
         let before: Vec<usize> = random::FUNCTIONS.iter().map(|f| f.slot.0.load(Ordering::Acquire)).collect();
+        assert_eq!(bind(Part::Collectives, &library).unwrap_err(), "ncclGetVersion and 9 more");
         let lacking = bind(Part::Random, &library).unwrap_err();
         assert_eq!(lacking, "curandCreateGenerator and 3 more");
         let after: Vec<usize> = random::FUNCTIONS.iter().map(|f| f.slot.0.load(Ordering::Acquire)).collect();
@@ -184,7 +198,8 @@ mod tests {
     /// One trampoline for every name, each with a slot of its own.
     #[test]
     fn no_two_functions_share_a_slot() {
-        let all: Vec<&Function> = [Part::Driver, Part::Blas, Part::Random].iter().flat_map(|part| part.functions()).collect();
+        let parts = [Part::Driver, Part::Blas, Part::Random, Part::Collectives];
+        let all: Vec<&Function> = parts.iter().flat_map(|part| part.functions()).collect();
         let names: std::collections::BTreeSet<&str> = all.iter().map(|f| f.name).collect();
         let slots: std::collections::BTreeSet<usize> = all.iter().map(|f| std::ptr::from_ref(f.slot) as usize).collect();
         assert_eq!((names.len(), slots.len()), (all.len(), all.len()));

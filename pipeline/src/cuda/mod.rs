@@ -7,6 +7,7 @@ mod absent;
 pub(crate) mod attention;
 mod bind;
 pub(crate) mod blocks;
+pub(crate) mod collective;
 pub(crate) mod head;
 mod launch;
 pub(crate) mod linear;

@@ -22,6 +22,12 @@ pub(super) fn mathematics() -> Result<(), String> {
     OPENED.get_or_init(|| open(Part::Blas).and_then(|()| open(Part::Random))).clone()
 }
 
+/// The same for NCCL, which only ranks that ask for it need.
+pub(super) fn collectives() -> Result<(), String> {
+    static OPENED: OnceLock<Result<(), String>> = OnceLock::new();
+    OPENED.get_or_init(|| open(Part::Collectives)).clone()
+}
+
 fn open(part: Part) -> Result<(), String> {
     let named = env::var_os(CUDA_LIBRARIES).map(|folders| env::split_paths(&folders).collect::<Vec<_>>()).unwrap_or_default();
     let (place, library) = find(part, &named)?;
@@ -42,16 +48,22 @@ fn find(part: Part, named: &[PathBuf]) -> Result<(String, Library), String> {
             return Ok((file.to_string(), library));
         }
     }
+    // The driver's own library comes with it, never with a package.
+    let packed = if part == Part::Driver { None } else { first_file(&usual_folders(), part) };
+    load(&packed.ok_or_else(|| missing(part))?)
+}
+
+/// What is said of a library that is nowhere.
+fn missing(part: Part) -> String {
     let file = part.files()[0];
-    if part == Part::Driver {
-        // It comes with the driver, never with a package.
-        return Err(format!("{file} was not found, so no NVIDIA driver is installed here"));
-    }
-    let Some(path) = first_file(&usual_folders(), part) else {
-        const HOW: &str = "install CUDA's libraries (pip install nvidia-cublas nvidia-curand) or name their folders in";
-        return Err(format!("{file} was not found; {HOW} {CUDA_LIBRARIES}"));
+    let how = match part {
+        Part::Driver => return format!("{file} was not found, so no NVIDIA driver is installed here"),
+        Part::Blas | Part::Random => {
+            "install CUDA's libraries (pip install nvidia-cublas nvidia-curand) or name their folders in"
+        }
+        Part::Collectives => "install NCCL (pip install nvidia-nccl-cu13, or -cu12) or name its folder in",
     };
-    load(&path)
+    format!("{file} was not found; {how} {CUDA_LIBRARIES}")
 }
 
 fn first_file(folders: &[PathBuf], part: Part) -> Option<PathBuf> {
@@ -96,7 +108,7 @@ fn folders_below(prefix: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(&lib).into_iter().flatten().flatten();
     let pythons = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("python3")).map(|entry| entry.path());
     let packages = pythons.flat_map(|python| ["site-packages", "dist-packages"].map(|kind| python.join(kind).join("nvidia")));
-    let wheels = packages.flat_map(|nvidia| ["cu13", "cublas", "curand"].map(|wheel| nvidia.join(wheel).join("lib")));
+    let wheels = packages.flat_map(|nvidia| ["cu13", "cublas", "curand", "nccl"].map(|wheel| nvidia.join(wheel).join("lib")));
     wheels.filter(|folder| folder.is_dir()).chain([lib.clone()]).collect()
 }
 
@@ -128,5 +140,15 @@ mod tests {
         assert_eq!(folders, [wheel.clone(), prefix.path().join("lib")]);
         assert_eq!(first_file(&folders, Part::Blas), Some(wheel.join("libcublas.so.13")));
         assert_eq!(first_file(&folders, Part::Random), None);
+    }
+
+    #[test]
+    fn what_is_missing_is_said_with_what_helps() {
+        let said = missing(Part::Collectives);
+        assert_eq!(
+            said,
+            "libnccl.so.2 was not found; install NCCL (pip install nvidia-nccl-cu13, or -cu12) or name its folder in POTSTILL_CUDA_LIBRARIES"
+        );
+        assert!(missing(Part::Driver).ends_with("no NVIDIA driver is installed here"));
     }
 }

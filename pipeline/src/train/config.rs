@@ -2,6 +2,7 @@
 
 use super::distillation::{DEFAULT_MAX_UNKNOWN_MASS, DivergenceName, LossSchedule, TailName};
 use super::optimizer::{AdamWConfig, OptimizerKind};
+use super::ranks::DistBackend;
 use super::report::{Objective, Resume};
 use super::schedule::Schedule;
 use super::watch::DEFAULT_EVAL_EVERY;
@@ -187,6 +188,8 @@ pub struct TrainConfig {
     pub resume: Resume,
     /// `auto`, `cpu`, `cuda` or `cuda:N`.
     pub device: String,
+    /// By which way gradients cross between ranks. Decides no bit of the adapter of one rank or two, and of more only last ones.
+    pub dist_backend: DistBackend,
 }
 
 impl Default for TrainConfig {
@@ -250,6 +253,7 @@ impl Default for TrainConfig {
             keep_checkpoints: DEFAULT_KEEP_CHECKPOINTS,
             resume: Resume::default(),
             device: "auto".into(),
+            dist_backend: DistBackend::default(),
         }
     }
 }

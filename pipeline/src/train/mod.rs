@@ -151,6 +151,7 @@ fn prepare<'a>(config: &'a TrainConfig, ranks: &'a Ranks, context: &RunContext) 
     let mut plan = config.loss_plan()?;
     config.check_schedule()?;
     let device = device::pick(&config.device, context)?;
+    let nccl = config.dist_backend.check(&device)?;
     let rows = Rows::open(config, context)?;
     config.check_layers(ModelConfig::from_folder(&config.student)?.layers)?;
     let reading = rows.cache().map(|cache| Reading::of(config, cache, &mut plan)).transpose()?;
@@ -168,10 +169,11 @@ fn prepare<'a>(config: &'a TrainConfig, ranks: &'a Ranks, context: &RunContext) 
     let identity = identity::of(config, (&plan, reading.as_ref()), &rows, (total, ranks.of()), context)?;
     found.as_ref().map_or(Ok(()), |checkpoint| checkpoint.check_identity(&identity))?;
     passed_over.iter().for_each(|sentence| context.warn(sentence));
-    let from = ranks.agree(&identity, total, found.as_ref().map(Checkpoint::step))?;
+    let from = ranks.agree(&identity, (total, config.dist_backend), found.as_ref().map(Checkpoint::step))?;
     if folder.is_none() {
         found = from.map(|step| Checkpoint::of_step(config, step, &identity)).transpose()?;
     }
+    ranks.connect(config.dist_backend, &device, context)?;
     let mut student = Student::from_folder(&config.student, &config.lora(), config.compute, &device, context)?;
     student.keep_layers(config.keep_layers as usize);
     let mut adamw = AdamW::new(config.optimizer(), &student.parameters())?;
@@ -183,7 +185,7 @@ fn prepare<'a>(config: &'a TrainConfig, ranks: &'a Ranks, context: &RunContext) 
         let watch = Watch::open(config, provenance, &folder, held_out, (&student, &progress))?;
         ledger = Some(Ledger { folder, watch });
     }
-    let report = TrainReport { targets, skipped: rows.skipped(), passed_over, ..TrainReport::default() };
+    let report = TrainReport { targets, nccl, skipped: rows.skipped(), passed_over, ..TrainReport::default() };
     let steps = rows.steps(config, left_out, progress.step)?;
     let (rates, started) = (config.rates(total), Instant::now());
     Ok((Run { config, ranks, plan, reading, rates, total, student, adamw, progress, ledger, report, started }, steps))

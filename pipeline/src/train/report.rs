@@ -51,6 +51,9 @@ pub struct TrainReport {
     /// Processes that trained together; absent for one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ranks: Option<u32>,
+    /// The version of NCCL, where gradients crossed between GPUs by it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nccl: Option<String>,
     /// Optimiser steps done in all.
     pub steps: u64,
     /// Step the run started from.

@@ -68,6 +68,20 @@ pub enum RankError {
         /// What is known.
         why: String,
     },
+    /// Gradients that cannot cross the way that was asked for.
+    #[error("dist_backend = nccl: {why}; use --dist-backend tcp")]
+    NoNccl {
+        /// What is missing.
+        why: String,
+    },
+    /// An exchange between GPUs that failed, and not because a rank did.
+    #[error("NCCL could not {what}: {why}; NCCL_DEBUG=INFO tells more, --dist-backend tcp does without it")]
+    Nccl {
+        /// What it was to do.
+        what: &'static str,
+        /// What it said.
+        why: String,
+    },
     /// A rank that has ended and said why.
     #[error("rank {rank} ended, and all with it: {sentence}")]
     Ended {
@@ -85,6 +99,7 @@ impl RankError {
     pub fn class(&self) -> ErrorClass {
         match self {
             RankError::Other { .. } => ErrorClass::Mismatch,
+            RankError::NoNccl { .. } => ErrorClass::Usage,
             RankError::Ended { class, .. } => *class,
             _ => ErrorClass::Runtime,
         }

@@ -154,6 +154,14 @@ impl Link {
         }
     }
 
+    /// The next message, an id.
+    pub(super) fn id(&self) -> Result<[u8; 128], RankError> {
+        match self.receive()? {
+            Message::Id(id) => Ok(id),
+            other => self.unexpected("an id", &other),
+        }
+    }
+
     /// The next message, a word.
     pub(super) fn word(&self) -> Result<(Next, bool), RankError> {
         match self.receive()? {

@@ -80,6 +80,8 @@ pub(super) enum Message {
     Done,
     /// Nothing comes after this.
     Bye,
+    /// What the ranks' GPUs find each other by.
+    Id([u8; 128]),
 }
 
 impl Message {
@@ -97,12 +99,13 @@ impl Message {
             Message::Values(_) => 9,
             Message::Done => 10,
             Message::Bye => 11,
+            Message::Id(_) => 12,
         }
     }
 
     /// What it is, for sentences.
     pub(super) fn name(&self) -> &'static str {
-        const NAMES: [&str; 12] = [
+        const NAMES: [&str; 13] = [
             "a sign of life",
             "a stop",
             "a failure",
@@ -115,6 +118,7 @@ impl Message {
             "values",
             "an end",
             "a farewell",
+            "an id",
         ];
         NAMES[usize::from(self.kind())]
     }
@@ -133,6 +137,7 @@ impl Message {
             Message::Start(step) => put_number(&mut frame, *step),
             Message::Word { next, prove } => frame.extend([*next as u8, u8::from(*prove)]),
             Message::Proof(digest) => frame.extend(digest),
+            Message::Id(id) => frame.extend(id),
             Message::Part(Part { step, scored, tokens, sums }) => {
                 [step, scored, tokens].into_iter().for_each(|n| frame.extend(n.to_le_bytes()));
                 put_sums(&mut frame, sums);
@@ -161,6 +166,7 @@ impl Message {
             7 => 49,
             8 => 25,
             9 => 4 * CHUNK,
+            12 => 128,
             _ => return Err(wrong(format!("a message of the unknown kind {kind}"))),
         };
         if length > most {
@@ -202,6 +208,7 @@ impl Message {
             }
             10 => Message::Done,
             11 => Message::Bye,
+            12 => Message::Id(rest.take()?),
             _ => return None,
         };
         rest.0.is_empty().then_some(message)
@@ -296,7 +303,7 @@ mod tests {
             Message::Part(Part { sums: Some([0.5, -1.0, 1e300]), ..part }),
         ]);
         all.extend([Message::Sums(None), Message::Sums(Some([1.0, 2.0, 3.0])), Message::Values(vec![1.5; CHUNK])]);
-        all.extend([Message::Values(Vec::new()), Message::Done, Message::Bye]);
+        all.extend([Message::Values(Vec::new()), Message::Done, Message::Bye, Message::Id([200; 128])]);
         all
     }
 
@@ -332,7 +339,7 @@ mod tests {
         let mut random = ChaCha8Rng::seed_from_u64(3);
         for _ in 0..20_000 {
             let length = random.next_u32() % 60;
-            let mut bytes = vec![(random.next_u32() % 13) as u8];
+            let mut bytes = vec![(random.next_u32() % 14) as u8];
             bytes.extend(length.to_le_bytes());
             bytes.extend((0..length).map(|_| (random.next_u32() % 5) as u8));
             // Whatever was taken for a message has exactly these bytes.

@@ -11,16 +11,22 @@
 //!          part (losses) ──► rank 0 ──► sums          gradients ──► rank 0 ──► sums          clip, AdamW: the same everywhere
 //! the end  done ◄── rank 0, when all is on disk; farewell ──► rank 0
 //! ```
-//! All of it goes over TCP through rank 0 ([`Meeting`]). A stop at one rank is passed on at once: all give up the pass under way, and rank 0
+//! All of it goes over TCP through rank 0 ([`Meeting`]), but that the gradients of GPUs may be added up by NCCL ([`DistBackend`]). A stop at one rank is passed on at once: all give up the pass under way, and rank 0
 //! says stop. A rank that fails says so, and one that is gone is found out, by the end of its connection or its silence.
 
+mod backend;
 mod error;
 mod link;
 mod meeting;
 mod message;
+#[cfg(feature = "cuda")]
+mod nccl;
+#[cfg(not(feature = "cuda"))]
+mod no_nccl;
 pub(super) mod share;
 mod sums;
 
+pub use backend::DistBackend;
 pub use error::RankError;
 pub use meeting::Meeting;
 pub(super) use message::Next;
@@ -28,13 +34,17 @@ pub(super) use sums::digest;
 
 use super::accumulation::Step;
 use super::identity::{Identity, differences};
+#[cfg(feature = "cuda")]
+use crate::cuda::collective::Communicator;
 use crate::run::RunContext;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use link::Link;
 use message::{Message, Part};
+#[cfg(not(feature = "cuda"))]
+use no_nccl::Communicator;
 use potstill_cache::ErrorClass;
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::sync::atomic::Ordering;
 
 /// Most ranks.
@@ -65,6 +75,8 @@ impl Place {
 pub struct Ranks {
     rank: u32,
     of: u32,
+    /// Where gradients cross by NCCL. Before the links: what hangs on a rank that is gone ends before they close.
+    by_gpu: OnceCell<Communicator>,
     links: Links,
     /// Whether all is said.
     parted: Cell<bool>,
@@ -84,7 +96,7 @@ enum Links {
 impl Ranks {
     /// A run of one process.
     pub fn alone() -> Self {
-        Self { rank: 0, of: 1, links: Links::Alone, parted: Cell::new(false) }
+        Self { rank: 0, of: 1, by_gpu: OnceCell::new(), links: Links::Alone, parted: Cell::new(false) }
     }
 
     fn first(links: Vec<Link>) -> Self {
@@ -113,10 +125,16 @@ impl Ranks {
     /// Makes sure that all ranks are of the same run, and gives the step of the checkpoint to go on from, which rank 0 has found.
     ///
     /// Errors: a rank that differs, at rank 0 with its differences, at all others as rank 0's end.
-    pub(super) fn agree(&self, identity: &Identity, total: u64, found: Option<u64>) -> Result<Option<u64>> {
+    pub(super) fn agree(
+        &self,
+        identity: &Identity,
+        (total, backend): (u64, DistBackend),
+        found: Option<u64>,
+    ) -> Result<Option<u64>> {
         let mut own = identity.clone();
-        // Of a constant schedule the number of steps is no part of the identity.
+        // Of a constant schedule the number of steps is no part of the identity; by which way gradients cross never is.
         own.insert("steps".into(), total.to_string());
+        own.insert("dist_backend".into(), backend.to_string());
         match &self.links {
             Links::Alone => Ok(found),
             Links::Others(links) => {
@@ -174,13 +192,13 @@ impl Ranks {
     ///
     /// `parameters` give the gradients' shapes. Errors: a rank at another step, or at other rows.
     pub(super) fn add_up(&self, number: u64, own: Own, parameters: &[(String, Tensor)]) -> Result<Option<Step>> {
-        if let Links::Alone = self.links {
+        if matches!(self.links, Links::Alone) && self.by_gpu.get().is_none() {
             return Ok(own.step);
         }
         let sums = own.step.as_ref().map(|step| [step.mean.total, step.mean.kd, step.mean.ce]);
         let part = Part { step: number, scored: own.scored, tokens: own.tokens, sums };
         let sums = match &self.links {
-            Links::Alone => None,
+            Links::Alone => sums,
             Links::Others(links) => sums::of_parts(part, links)?,
             Links::First(link) => {
                 link.send(&Message::Part(part))?;
@@ -193,10 +211,11 @@ impl Ranks {
             if step.gradients.is_empty() {
                 step.gradients = parameters.iter().map(|(_, tensor)| tensor.zeros_like()).collect::<candle_core::Result<_>>()?;
             }
-            match &self.links {
-                Links::Alone => {}
-                Links::Others(links) => sums::add_up(&mut step.gradients, links)?,
-                Links::First(link) => sums::hand_in(&mut step.gradients, link)?,
+            match (self.by_gpu.get(), &self.links) {
+                (Some(communicator), _) => self.all_reduce(communicator, &step.gradients)?,
+                (None, Links::Alone) => {}
+                (None, Links::Others(links)) => sums::add_up(&mut step.gradients, links)?,
+                (None, Links::First(link)) => sums::hand_in(&mut step.gradients, link)?,
             }
         }
         Ok(Some(step))

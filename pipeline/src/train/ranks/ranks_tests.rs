@@ -13,6 +13,10 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
+#[cfg(feature = "cuda")]
+#[path = "nccl_tests.rs"]
+mod nccl;
+
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/golden");
 
 fn place(rank: u32, of: u32, port: u16) -> Place {
@@ -319,7 +323,7 @@ fn a_rank_that_is_gone_silent_or_talks_nonsense_is_found_out() {
             thread::spawn(move || (stays && leaves.recv().is_ok()).then_some(stream));
         });
         // Found out at the meeting already, or by whoever waits for a word.
-        let error = ranks.and_then(|ranks| ranks.agree(&Identity::new(), 1, None)).unwrap_err();
+        let error = ranks.and_then(|ranks| ranks.agree(&Identity::new(), (1, DistBackend::Tcp), None)).unwrap_err();
         // A pass under way would end.
         while halts && !context.stopping() {
             thread::yield_now();
@@ -421,4 +425,16 @@ fn adapters_of_other_bits_are_found_out() {
     assert_eq!((words[0].0, words[1].0, &words[1].1), (Next::Step, Next::Step, &Ok(Next::Stop)));
     let error = words[0].1.as_ref().unwrap_err();
     assert!(error.starts_with("rank 1 has another adapter than rank 0 after step 3"), "{error}");
+}
+
+#[test]
+fn gradients_of_a_cpu_do_not_cross_by_nccl() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = TrainConfig { device: "cpu".into(), dist_backend: DistBackend::Nccl, ..config(&dir.path().join("run")) };
+    let error = train::run(&run, &RunContext::default()).unwrap_err();
+    assert_eq!(error.class(), ErrorClass::Usage);
+    let why = if cfg!(feature = "cuda") { "the device is the CPU" } else { "this build computes on the CPU only" };
+    let said = format!("dist_backend = nccl: NCCL adds up on NVIDIA GPUs, and {why}; use --dist-backend tcp");
+    assert_eq!(error.to_string(), said);
+    assert!(!run.out.exists());
 }
