@@ -41,10 +41,22 @@ fn rank(bench: &Bench, arguments: &[&str], rank: u32, of: u32, port: &str) -> Co
 
 /// Ranks under way, the first of which has told its port.
 fn started(bench: &Bench, of: u32, arguments: impl Fn(u32) -> Vec<String>) -> Vec<Child> {
+    started_in(bench, of, arguments, |_, _| ())
+}
+
+/// The same, each with what is changed in its environment.
+fn started_in(
+    bench: &Bench,
+    of: u32,
+    arguments: impl Fn(u32) -> Vec<String>,
+    environment: impl Fn(u32, &mut Command),
+) -> Vec<Child> {
     let start = |number: u32, port: &str| {
         let arguments = arguments(number);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        rank(bench, &arguments, number, of, port).spawn().unwrap()
+        let mut command = rank(bench, &arguments, number, of, port);
+        environment(number, &mut command);
+        command.spawn().unwrap()
     };
     let mut first = start(0, "0");
     let mut stderr = BufReader::with_capacity(1, first.stderr.take().unwrap());
@@ -149,4 +161,64 @@ fn variables_that_do_not_fit_are_named_and_a_worker_is_no_rank() {
         assert_eq!(output.status.code(), Some(if worker { 0 } else { 3 }), "{output:?}");
         assert_eq!(bench.path(name).join("worker-00000-of-00002").is_dir(), worker);
     }
+}
+
+/// Gradients from GPU to GPU, each process with an emulated one: `scripts/test-cuda-emulated.sh` runs this.
+#[cfg(feature = "cuda")]
+#[test]
+fn nccl_adds_up_what_tcp_does_and_is_given_up_when_a_rank_dies() {
+    // No setting of the program's, which would refuse it.
+    const ON_A_GPU: &str = "POTSTILL_TEST_DEVICE";
+    if std::env::var_os(ON_A_GPU).is_none() {
+        return;
+    }
+    let bench = Bench::new();
+    let cache = [support::precompute("cache"), vec!["--device", "cpu"]].concat();
+    assert_eq!(bench.command(&cache).env_remove(ON_A_GPU).output().unwrap().status.code(), Some(3));
+    let run = |out: &str, backend: &str, dies: Option<(u32, &str)>| -> Vec<Ran> {
+        let mut arguments = vec!["train", "--student", STUDENT.as_str(), "--cache", "cache", "--out", out, "--steps", "4"];
+        arguments.extend(["--batch-size", "2", "--rank", "2", "--checkpoint-every", "0", "--device", "cuda"]);
+        arguments.extend(["--dist-backend", backend, "--no-tensorboard", "--quiet"]);
+        let environment = |rank: u32, command: &mut Command| {
+            command.env_remove(ON_A_GPU);
+            if let Some((_, group)) = dies.filter(|(victim, _)| *victim == rank) {
+                command.env("EMULATED_NCCL_DIES_IN", group);
+            }
+        };
+        let own = |_| arguments.iter().map(|argument| argument.to_string()).collect();
+        started_in(&bench, 2, own, environment).into_iter().map(ended).collect()
+    };
+    let numbers = |out: &str| {
+        let all = files(&bench.path(out));
+        ["adapter/adapter_model.safetensors", "checkpoint-4/optimizer.safetensors"].map(|name| all[name].clone())
+    };
+    for backend in ["tcp", "nccl"] {
+        let ran = run(backend, backend, None);
+        assert!(ran.iter().all(|ran| ran.code == 0), "{ran:?}");
+        assert_eq!(ran[0].stdout.contains("2, gradients by NCCL "), backend == "nccl", "{ran:?}");
+    }
+    assert_eq!(numbers("tcp"), numbers("nccl"));
+    for victim in [0, 1] {
+        let out = format!("cut-{victim}");
+        let ran = run(&out, "nccl", Some((victim, "3")));
+        let left = &ran[1 - victim as usize];
+        let gone = format!("rank {victim} is gone: it has closed the connection; ");
+        assert!(left.code == 1 && left.error().contains(&gone), "{ran:?}");
+        // Rank 0 keeps the two steps before.
+        assert_eq!(bench.path(&out).join("checkpoint-2").is_dir(), victim == 1);
+        assert!(run(&out, "nccl", None).iter().all(|ran| ran.code == 0));
+        assert_eq!(numbers(&out), numbers("tcp"));
+    }
+}
+
+/// Where nothing can be added up by NCCL that is said before anything is done.
+#[test]
+fn nccl_needs_gpus() {
+    let bench = Bench::new();
+    bench.cache("cache");
+    let ran = bench.run(&[train("run", "4"), vec!["--device", "cpu", "--dist-backend", "nccl"]].concat());
+    assert!(ran.code == 2 && ran.error().starts_with("dist_backend = nccl: NCCL adds up on NVIDIA GPUs, and "), "{ran:?}");
+    let ran = bench.run(&[train("run", "4"), vec!["--dist-backend", "gloo"]].concat());
+    assert!(ran.code == 2 && ran.error().starts_with("--dist-backend = \"gloo\": expected "), "{ran:?}");
+    assert!(!bench.path("run").exists());
 }
