@@ -31,7 +31,7 @@ TINY = {
 # Tests that hold rows to the same bits whatever they are packed or chunked with. On a GPU that is cuBLAS's to decide, which picks its way by sizes.
 BITS = ("packs_and_chunks_decide_no_bit", "does_not_depend_on_packs_either", "draws_belong_to_the_conversation", "chunks_do_not_change_a_bit",
         "parts_of_the_mlp_change_no_output")
-PARTS = ("tests", "peak", "parity", "teacher", "student", "peers")
+PARTS = ("tests", "peak", "parity", "nccl", "teacher", "student", "peers")
 
 
 class Failed(Exception):
@@ -155,11 +155,29 @@ class Check:
         losses = {}
         for device in caches:
             out = self.work / f"parity-run-{device}"
-            self.potstill("train", "--quiet", "--json", "--device", device, "--compute", "f32", "--student", golden / "student", "--cache", caches["cpu"],
-                          "--out", out, "--steps", 3, "--batch-size", 4, "--rank", 8, "--no-shuffle", "--warmup-steps", 0)
+            self.run(self.three_steps(caches["cpu"], out, "--device", device), 240)
             losses[device] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
         off = max(abs(a - b) / a for a, b in zip(losses["cpu"], losses["cuda"]))
         self.row("losses of three steps against the CPU's", f"{off:.1e} apart", "below 1e-5", off < 1e-5)
+
+    def three_steps(self, cache, out, *flags):
+        return [self.bin / "potstill", "train", "--quiet", "--json", "--compute", "f32", "--student", self.fixtures / "golden/student", "--cache", cache,
+                "--out", out, "--steps", 3, "--batch-size", 4, "--rank", 8, "--no-shuffle", "--warmup-steps", 0, *flags]
+
+    def nccl(self):
+        """One rank's gradients through NCCL: the run of the part parity once more."""
+        before, after = self.work / "parity-run-cuda", self.work / "nccl-run"
+        if not before.exists():
+            raise Failed("needs the cache and the run that the part parity makes")
+        done = self.run(self.three_steps(self.work / "parity-cpu", after, "--device", "cuda", "--dist-backend", "nccl"), 240, check=False)
+        if done.returncode == 2 and "libnccl.so.2 was not found" in done.stderr:
+            self.figure("one rank on NCCL", "skipped: libnccl.so.2 was not found", "", None)
+            return
+        if done.returncode != 0:
+            raise Failed((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+        adapter = "adapter/adapter_model.safetensors"
+        same = (before / adapter).read_bytes() == (after / adapter).read_bytes()
+        self.row(f"one rank on NCCL {json.loads(done.stdout)['nccl']}", "the same adapter" if same else "another adapter", "the same adapter", same)
 
     def chats(self):
         rows, words = self.s["chats"]
@@ -259,7 +277,7 @@ class Check:
                 self.figure(f"PyTorch, {job}, {length} tokens", f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['base']}, {memory}", "", None)
 
     def all(self):
-        bodies = {"tests": self.tests, "peak": self.matrix_peak, "parity": self.parity, "teacher": self.teacher, "student": self.student,
+        bodies = {"tests": self.tests, "peak": self.matrix_peak, "parity": self.parity, "nccl": self.nccl, "teacher": self.teacher, "student": self.student,
                   "peers": self.peers}
         for part in self.o.only or PARTS:
             began = time.monotonic()

@@ -198,6 +198,14 @@ fn nccl_adds_up_what_tcp_does_and_is_given_up_when_a_rank_dies() {
         assert_eq!(ran[0].stdout.contains("2, gradients by NCCL "), backend == "nccl", "{ran:?}");
     }
     assert_eq!(numbers("tcp"), numbers("nccl"));
+    // One process alone goes that way too.
+    let mut alone = vec!["train", "--student", STUDENT.as_str(), "--cache", "cache", "--out", "alone", "--steps", "2"];
+    alone.extend(["--batch-size", "2", "--rank", "2", "--device", "cuda", "--dist-backend", "nccl", "--quiet"]);
+    let mut alone = bench.command(&alone);
+    VARIABLES.iter().for_each(|name| _ = alone.env_remove(name));
+    let died = alone.env_remove(ON_A_GPU).env("EMULATED_NCCL_DIES_IN", "2").output().unwrap();
+    assert!(died.status.code().is_none() && bench.path("alone").is_dir(), "{died:?}");
+    assert_eq!(alone.env_remove("EMULATED_NCCL_DIES_IN").output().unwrap().status.code(), Some(0));
     for victim in [0, 1] {
         let out = format!("cut-{victim}");
         let ran = run(&out, "nccl", Some((victim, "3")));

@@ -239,9 +239,10 @@ impl Run<'_> {
         self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.watch.write_best(&self.student, &self.progress))
     }
 
-    /// Passes on what came of talking to other ranks. Where one has ended, what was trained since the checkpoint of step `saved` is kept.
+    /// Passes on what came of talking to other ranks. Where that has ended, what was trained since the checkpoint of step `saved` is kept.
     fn keeping<T>(&self, saved: u64, result: Result<T>) -> Result<T> {
-        let ended = matches!(result, Err(Error::Ranks(RankError::Gone { .. } | RankError::Ended { .. })));
+        let ended =
+            matches!(result, Err(Error::Ranks(RankError::Gone { .. } | RankError::Ended { .. } | RankError::Nccl { .. })));
         if ended && self.progress.step > saved {
             self.save()?;
         }

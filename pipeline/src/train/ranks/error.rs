@@ -69,13 +69,13 @@ pub enum RankError {
         why: String,
     },
     /// Gradients that cannot cross the way that was asked for.
-    #[error("dist_backend = nccl: {why}; use --dist-backend tcp")]
+    #[error("dist_backend = nccl: {why}; --dist-backend tcp does without NCCL")]
     NoNccl {
         /// What is missing.
         why: String,
     },
     /// An exchange between GPUs that failed, and not because a rank did.
-    #[error("NCCL could not {what}: {why}; NCCL_DEBUG=INFO tells more, --dist-backend tcp does without it")]
+    #[error("NCCL could not {what}: {why}; --dist-backend tcp does without NCCL")]
     Nccl {
         /// What it was to do.
         what: &'static str,

@@ -434,7 +434,7 @@ fn gradients_of_a_cpu_do_not_cross_by_nccl() {
     let error = train::run(&run, &RunContext::default()).unwrap_err();
     assert_eq!(error.class(), ErrorClass::Usage);
     let why = if cfg!(feature = "cuda") { "the device is the CPU" } else { "this build computes on the CPU only" };
-    let said = format!("dist_backend = nccl: NCCL adds up on NVIDIA GPUs, and {why}; use --dist-backend tcp");
+    let said = format!("dist_backend = nccl: NCCL adds up on NVIDIA GPUs, and {why}; --dist-backend tcp does without NCCL");
     assert_eq!(error.to_string(), said);
     assert!(!run.out.exists());
 }
