@@ -155,6 +155,7 @@ impl Link {
     }
 
     /// The next message, an id.
+    #[cfg(feature = "cuda")]
     pub(super) fn id(&self) -> Result<[u8; 128], RankError> {
         match self.receive()? {
             Message::Id(id) => Ok(id),

@@ -5,7 +5,7 @@
 //! writes, and a run is a function of its settings and the number of ranks.
 //!
 //! ```text
-//! start    identity ──► rank 0, which compares ──► the checkpoint to go on from
+//! start    identity ──► rank 0, which compares ──► the checkpoint to go on from          the id of their GPUs' group ◄── rank 0
 //! a step   word ◄── rank 0 (evaluates, saves; step, end or stop)      now and then a digest of the adapter ──► rank 0, which compares
 //!          pass over the rank's own rows
 //!          part (losses) ──► rank 0 ──► sums          gradients ──► rank 0 ──► sums          clip, AdamW: the same everywhere

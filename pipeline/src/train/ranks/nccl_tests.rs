@@ -8,15 +8,14 @@ use crate::train::ranks::sums;
 /// The GPUs of two ranks. `None` where there are none to test on; a run that is about them must not pass for that.
 fn gpus() -> Option<[&'static str; 2]> {
     let emulated = |device: &Device| cuda::describe(device.as_cuda_device().unwrap()).unwrap().name == "Emulated GPU";
-    let found = match (cuda::open(0), cuda::collective::version()) {
+    match (cuda::open(0), cuda::collective::version()) {
         (Ok(device), Ok(_)) if emulated(&device) => Some(["cuda:0"; 2]),
         (Ok(_), Ok(_)) if cuda::count() >= Ok(2) => Some(["cuda:0", "cuda:1"]),
         (_, version) => {
             assert!(std::env::var_os("POTSTILL_TEST_DEVICE").is_none(), "{version:?}");
             None
         }
-    };
-    found
+    }
 }
 
 fn by(backend: DistBackend, device: &str, out: &Path) -> TrainConfig {
