@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What gpu-check.sh runs: parity on the GPU, then both stages at full size, in one table. See there for usage.
+"""What gpu-check.sh runs: parity on the GPU, then both stages at full size, in one table, and where the GPU's time went. See there for usage.
 
 Everything is the program as a user runs it. Models have random weights, made on the spot; speeds are of whole runs without loading. The share is of the matrix
 rate that this GPU reaches in the same run with bf16 factors (8192 cubed): stage one counts 2 operations a weight and token, stage two 6 (forward, again
@@ -71,7 +71,7 @@ class Memory:
 class Check:
     def __init__(self, options):
         self.o, self.s = options, TINY if options.tiny else FULL
-        self.rows, self.peak, self.failed = [], None, False
+        self.rows, self.profiles, self.peak, self.failed = [], [], None, False
         self.end = time.monotonic() + 60 * options.minutes
         packed = (HERE / "bin/potstill").exists()
         target = Path(os.environ.get("CARGO_TARGET_DIR", HERE / "target"))
@@ -104,6 +104,15 @@ class Check:
 
     def potstill(self, *arguments, limit=240):
         return self.run([self.bin / "potstill", *arguments], limit)
+
+    def profile(self, title, *arguments):
+        """One more run, whose kernels are timed; for the end of the report."""
+        done = self.run([self.bin / "potstill", *arguments], 240, environment=self.environment | {"POTSTILL_CUDA_PROFILE": "1"})
+        lines = done.stderr.splitlines()
+        begin = next((i for i, line in enumerate(lines) if line.startswith("on the GPU ")), None)
+        if begin is None:
+            raise Failed("no profile: " + (lines or ["no word"])[-1])
+        self.profiles.append("\n".join([title, *lines[begin:]]))
 
     def row(self, what, result, goal="", ok=True):
         state = "ok" if ok else "FAILED"
@@ -230,6 +239,11 @@ class Check:
         for length in self.s["lengths"]:
             if length < longest:
                 score(f"cache-{length}", length, "--residency", "resident")
+        few = self.work / "few.jsonl"
+        few.write_text("".join(chats.read_text().splitlines(keepends=True)[: max(2 * self.s["pack"] // longest, 2)]))
+        self.profile(f"stage one, resident, {longest} tokens", "precompute", "--quiet", "--device", "cuda", "--compute", "bf16", "--teacher", folder,
+                     "--data", few, "--cache", self.work / "cache-profile", "--top-k", 64, "--max-length", longest, "--truncate", "right",
+                     "--pack-tokens", self.s["pack"], "--head-chunk", self.s["chunk"], "--residency", "resident")
         (self.work / "cache-resident").rename(self.work / f"cache-{longest}")
         shutil.rmtree(folder)
 
@@ -238,15 +252,19 @@ class Check:
             raise Failed("needs the caches that the part teacher makes")
         folder = self.model("student", "--dense")
         layers, head = self.weights("student")
+
+        def steps(objective, length, out):
+            return ["train", "--quiet", "--json", "--device", "cuda", "--compute", "bf16", "--objective", objective, "--student", folder,
+                    "--cache", self.work / f"cache-{length}", "--out", out, "--steps", self.s["steps"], "--rank", self.s["rank"],
+                    "--batch-size", max(self.s["rows"] // length, 1), "--pack-tokens", max(length, 2 * 1024 if not self.o.tiny else length),
+                    "--head-chunk", self.s["chunk"], "--no-shuffle", "--warmup-steps", 0, "--checkpoint-every", 0]
+
         for length in self.s["lengths"]:
             times = {}
             for objective in ("sft", "distill"):
                 out = self.work / f"run-{objective}-{length}"
                 with Memory() as memory:
-                    self.potstill("train", "--quiet", "--json", "--device", "cuda", "--compute", "bf16", "--objective", objective, "--student", folder,
-                                  "--cache", self.work / f"cache-{length}", "--out", out, "--steps", self.s["steps"], "--rank", self.s["rank"],
-                                  "--batch-size", max(self.s["rows"] // length, 1), "--pack-tokens", max(length, 2 * 1024 if not self.o.tiny else length),
-                                  "--head-chunk", self.s["chunk"], "--no-shuffle", "--warmup-steps", 0, "--checkpoint-every", 0)
+                    self.potstill(*steps(objective, length, out))
                 lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
                 # The first step sets things up.
                 seconds = lines[-1]["seconds"] - lines[0]["seconds"]
@@ -258,6 +276,8 @@ class Check:
                             "50 % of the peak, 16 GB", share and share >= 0.5 and (memory.peak or 0) * 2**20 <= 16e9)
             ratio = times["distill"] / times["sft"]
             self.figure(f"distill against sft, {length} tokens", f"{ratio:.2f} x the time", "1.10 x at most", ratio <= 1.1)
+        longest = max(self.s["lengths"])
+        self.profile(f"stage two, distill, {longest} tokens, {self.s['steps']} steps", *steps("distill", longest, self.work / "run-profile"))
 
     def peers(self):
         """The same two jobs in PyTorch, where it is."""
@@ -290,6 +310,8 @@ class Check:
         widths = [max(len(str(row[i])) for row in self.rows) for i in range(3)]
         for row in self.rows:
             print("  ".join(str(cell).ljust(width) for cell, width in zip(row, [*widths, 7])).rstrip())
+        for profile in self.profiles:
+            print("\n" + profile)
         return 1 if self.failed else 0
 
 
