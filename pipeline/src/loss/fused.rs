@@ -56,15 +56,20 @@ enum Unweighted {
     OnGpu(gpu::Owed),
 }
 
+impl Unweighted {
+    fn wait(self) -> Result<LossSums> {
+        match self {
+            Unweighted::Here(sums) => Ok(sums),
+            #[cfg(feature = "cuda")]
+            Unweighted::OnGpu(owed) => owed.wait(),
+        }
+    }
+}
+
 impl PendingSums {
     /// The sums. Waits for what was launched until they were asked for, and not for what was launched since. Errors: those of the rows.
     pub fn wait(self) -> Result<LossSums> {
-        let sums = match self.unweighted {
-            Unweighted::Here(sums) => sums,
-            #[cfg(feature = "cuda")]
-            Unweighted::OnGpu(owed) => owed.wait()?,
-        };
-        Ok(sums.weighted(&self.settings))
+        Ok(self.unweighted.wait()?.weighted(&self.settings))
     }
 }
 
