@@ -246,6 +246,8 @@ int release(Communicator* c) {
     }
     if (c->shared != nullptr) {
         munmap(c->shared, sizeof(Shared));
+        // The last to come has done that, if all came.
+        shm_unlink(c->name.c_str());
     }
     delete c;
     return SUCCESS;
