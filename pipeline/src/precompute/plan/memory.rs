@@ -116,10 +116,12 @@ pub(super) fn memory(opened: &Opened, run: &PrecomputeConfig, stored: &StoredByt
         part("rows on their way to disk", always, waiting + encoding),
         part("hidden states of a block", always, 2 * F32 * h * block),
         part("one layer's tensors of a pack", layers, layer(model, s.largest)),
-        part("weights, unpacked", layers, unpacked(model, run.compute, s.largest) * u64::from(opened.device.is_cuda())),
         part("logits of a chunk", head, chunk * wide + rounded),
         part("kept of a block", head, 2 * scored_of(block) * kept),
     ]);
+    if opened.device.is_cuda() {
+        parts.push(part("weights, unpacked", layers, unpacked(model, run.compute, s.largest)));
+    }
     let sum = |when: Moment| -> u64 { parts.iter().filter(|part| part.when == when).map(|part| part.bytes).sum() };
     let peak = sum(always) + sum(layers).max(sum(head));
     Memory { parts, peak }

@@ -140,7 +140,7 @@ pub fn memory(model: &ModelConfig, s: &MemorySettings) -> Memory {
     let of_layer = if s.packs == Packs::Several { F32 * trainable / model.layers.max(1) as u64 } else { 0 };
     let (device, always) = (Place::Device, When::Always);
     let part = |name, when, bytes| Part { name, place: device, when, bytes };
-    let parts = vec![
+    let mut parts = vec![
         part("NF4 codes", always, weights.codes),
         part("NF4 absolute maxima", always, weights.maxima),
         part("head", always, ends * BF16),
@@ -154,11 +154,12 @@ pub fn memory(model: &ModelConfig, s: &MemorySettings) -> Memory {
         part("head's hidden states", When::Loss, 3 * scored),
         part("logits of a chunk", When::Loss, chunk + stretch),
         part("gradients of a layer", When::Backward, of_layer),
-        part("weights of a layer, unpacked", When::Backward, s.unpacked.unwrap_or(0) * weights.of_layer),
         // The last layer's, part of which is what was kept of it.
         part("one layer's backward", When::Backward, layer_backward(model, s) - s.keep_layers.min(1) * kept),
-        Part { name: "embedding", place: Place::Host, when: always, bytes: ends * BF16 },
+        // A GPU has it too, for want of a faster way to its rows.
+        Part { place: s.unpacked.map_or(Place::Host, |_| device), ..part("embedding", always, ends * BF16) },
     ];
+    parts.extend(s.unpacked.map(|bytes| part("weights of a layer, unpacked", When::Backward, bytes * weights.of_layer)));
     let (peak, device) = peak(&parts);
     let host = parts.iter().filter(|part| part.place == Place::Host).map(|part| part.bytes).sum();
     Memory { parts, device, peak, host, trainable }
