@@ -5,12 +5,14 @@
 //! a weight at 4.3 TB/s against 2 n operations at 0.75 PFLOP/s).
 
 use super::launch::{Argument, Grid, address, device_of, floats, launch, place, room, upload};
+use super::pinned::send;
 use super::product::Factor;
 use crate::kernel::Precision;
 use crate::linear::Weight;
-use crate::linear::dense::Stored;
+use crate::linear::dense::{DenseWeight, Stored};
 use crate::linear::nf4;
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
+use rayon::prelude::*;
 
 /// A weight's copy on a GPU.
 #[derive(Debug, Clone)]
@@ -132,6 +134,18 @@ impl DeviceWeight {
         // SAFETY: the parts' lengths were checked when the weight was made, and there is room for all its values.
         unsafe { launch(&device, kernel, grid, &arguments) }?;
         Ok((self.factor(values, out, dtype, lies), lies))
+    }
+
+    /// Rows of a dense weight in the host's memory by their numbers, f32 [n, in] on the device. They are sent as they are stored.
+    pub(crate) fn rows_of_host(weight: &DenseWeight, ids: &[u32], device: &CudaDevice) -> Result<Tensor> {
+        let (inputs, all) = (weight.inputs(), weight.bytes());
+        let width = all.len() / weight.outputs().max(1);
+        let mut bytes = vec![0u8; ids.len() * width];
+        let rows = bytes.par_chunks_mut(width.max(1)).zip(ids);
+        rows.for_each(|(row, id)| row.copy_from_slice(&all[*id as usize * width..][..width]));
+        let values = send(&bytes, bytes.len(), device)?;
+        let table = Self { outputs: ids.len(), inputs, parts: Parts::Dense { stored: weight.stored(), values } };
+        table.rows(&send(&(0..ids.len() as u32).collect::<Vec<_>>(), ids.len(), device)?)
     }
 
     /// Rows of a dense weight by their numbers, f32 [n, in]; `ids` u32 `[n]` are all below the number of rows.

@@ -8,9 +8,9 @@ use super::config::{Biases, ModelConfig, Quantization};
 use super::layer::{Geometry, Layer, PROJECTIONS};
 use super::turns::Turns;
 use super::weights::Weights;
-use crate::data::pack::Pack;
 #[cfg(feature = "cuda")]
-use crate::device;
+use crate::cuda::pinned::send;
+use crate::data::pack::Pack;
 use crate::kernel::Precision;
 use crate::linear::awq::{AwqWeight, PER_WORD};
 use crate::linear::dense::{DenseWeight, Stored};
@@ -92,8 +92,11 @@ impl Decoder {
             candle_core::bail!("token id {id}: expected ids below the model's vocabulary size, {}", self.config.vocab_size);
         }
         #[cfg(feature = "cuda")]
-        if let Some(table) = &self.embed_placed {
-            return table.rows(&device::tensor(input_ids, input_ids.len(), &self.device)?);
+        if let Device::Cuda(device) = &self.device {
+            return match &self.embed_placed {
+                Some(table) => table.rows(&send(input_ids, input_ids.len(), device)?),
+                None => DeviceWeight::rows_of_host(&self.embed_tokens, input_ids, device),
+            };
         }
         let h = self.config.hidden_size;
         let mut x = vec![0f32; input_ids.len() * h];
@@ -132,17 +135,17 @@ impl Decoder {
         Head { weight: &self.head, precision: self.precision, placed: self.head_placed.as_ref() }
     }
 
-    /// Copies all weights that are not there yet to the device, if it is a GPU.
+    /// Copies all weights that are not there yet to the device, if it is a GPU; but not an embedding of its own, of which a pack needs no
+    /// more than a few rows.
     pub fn place(&mut self, context: &RunContext) -> candle_core::Result<()> {
         self.place_layers(context)?;
         if self.head_placed.is_some() {
             return Ok(());
         }
-        self.place_embedding()?;
-        self.head_placed = match self.config.tied {
-            true => self.embed_placed.clone(),
-            false => Weight::Dense(self.head.clone()).placed(&self.device)?,
-        };
+        self.head_placed = Weight::Dense(self.head.clone()).placed(&self.device)?;
+        if self.config.tied {
+            self.embed_placed = self.head_placed.clone();
+        }
         Ok(())
     }
 

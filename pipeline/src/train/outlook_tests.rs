@@ -149,13 +149,13 @@ fn kept_layers_hold_what_their_way_back_reads() {
 }
 
 #[test]
-fn a_gpu_holds_a_layer_unpacked_on_the_way_back_and_the_embedding() {
+fn a_gpu_holds_a_layer_unpacked_on_the_way_back() {
     let on = |unpacked| memory(&fourteen_b(), &MemorySettings { unpacked, ..settings() });
     // q, k, v and o of 5120 by 5120, gate, up and down of 5120 by 13696.
     let layer = 4 * 5120 * 5120 + 3 * 5120 * 13_696;
     assert_eq!(bytes(&on(Some(2)), "weights of a layer, unpacked"), 2 * layer);
-    assert_eq!(on(Some(4)).device - on(None).device, 4 * layer + bytes(&on(None), "embedding"));
-    assert_eq!((on(None).host, on(Some(4)).host), (bytes(&on(None), "embedding"), 0));
+    assert_eq!(on(Some(4)).device - on(None).device, 4 * layer);
+    assert!(on(Some(2)).device < 16_000_000_000);
 }
 
 #[test]

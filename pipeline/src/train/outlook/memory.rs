@@ -156,8 +156,7 @@ pub fn memory(model: &ModelConfig, s: &MemorySettings) -> Memory {
         part("gradients of a layer", When::Backward, of_layer),
         // The last layer's, part of which is what was kept of it.
         part("one layer's backward", When::Backward, layer_backward(model, s) - s.keep_layers.min(1) * kept),
-        // A GPU has it too, for want of a faster way to its rows.
-        Part { place: s.unpacked.map_or(Place::Host, |_| device), ..part("embedding", always, ends * BF16) },
+        Part { name: "embedding", place: Place::Host, when: always, bytes: ends * BF16 },
     ];
     parts.extend(s.unpacked.map(|bytes| part("weights of a layer, unpacked", When::Backward, bytes * weights.of_layer)));
     let (peak, device) = peak(&parts);
