@@ -40,6 +40,16 @@ pub enum Precision {
     Bf16,
 }
 
+impl Precision {
+    /// Bytes of a factor.
+    pub(crate) fn bytes(self) -> u64 {
+        match self {
+            Precision::F32 => 4,
+            Precision::Bf16 => 2,
+        }
+    }
+}
+
 /// A set of instructions this processor has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Isa(Level);

@@ -44,32 +44,23 @@ pub fn fused(
 
 /// The sums of a batch, which a GPU may still have to compute.
 #[derive(Debug)]
-pub struct PendingSums {
-    settings: LossSettings,
-    unweighted: Unweighted,
-}
+pub struct PendingSums(Stage);
 
 #[derive(Debug)]
-enum Unweighted {
-    Here(LossSums),
+enum Stage {
+    Done(LossSums),
     #[cfg(feature = "cuda")]
-    OnGpu(gpu::Owed),
-}
-
-impl Unweighted {
-    fn wait(self) -> Result<LossSums> {
-        match self {
-            Unweighted::Here(sums) => Ok(sums),
-            #[cfg(feature = "cuda")]
-            Unweighted::OnGpu(owed) => owed.wait(),
-        }
-    }
+    OnGpu(Box<gpu::Owed>, LossSettings),
 }
 
 impl PendingSums {
     /// The sums. Waits for what was launched until they were asked for, and not for what was launched since. Errors: those of the rows.
     pub fn wait(self) -> Result<LossSums> {
-        Ok(self.unweighted.wait()?.weighted(&self.settings))
+        match self.0 {
+            Stage::Done(sums) => Ok(sums),
+            #[cfg(feature = "cuda")]
+            Stage::OnGpu(owed, settings) => Ok(owed.wait()?.weighted(&settings)),
+        }
     }
 }
 
@@ -87,11 +78,10 @@ pub fn fused_batch(
         return Err(Error::Setting { name: "head_chunk", found: "0".into(), expected: "1 or more positions".into() });
     }
     batch.check(head.weight.outputs())?;
-    let pending = |unweighted| PendingSums { settings: *batch.settings, unweighted };
     #[cfg(feature = "cuda")]
     if hidden.device().is_cuda() {
         let done = gpu::fused_batch(hidden, head, batch, chunk, context)?;
-        return Ok(done.map(|(owed, gradient)| (pending(Unweighted::OnGpu(owed)), gradient)));
+        return Ok(done.map(|(owed, gradient)| (PendingSums(Stage::OnGpu(Box::new(owed), *batch.settings)), gradient)));
     }
     let mut sums = LossSums::default();
     let mut gradient = vec![0f32; n * width];
@@ -106,7 +96,8 @@ pub fn fused_batch(
             differentiate(hidden, head, batch, i * chunk, &mut logits, gradient, &mut sums)?;
         }
     }
-    Ok(Some((pending(Unweighted::Here(sums)), Tensor::from_vec(gradient, (n, width), hidden.device())?)))
+    let sums = PendingSums(Stage::Done(sums.weighted(batch.settings)));
+    Ok(Some((sums, Tensor::from_vec(gradient, (n, width), hidden.device())?)))
 }
 
 /// Checks hidden states against head and labels; gives N and H.

@@ -147,12 +147,17 @@ struct FedGradients {
 
 /// Bytes of a row part's widest tensors that exist at once: rows go through the MLP in as many parts as that takes, for a model of
 /// 27,392 intermediate features would need 330 KB a token on the way there and 770 KB on the way back.
-pub(crate) const MLP_BYTES: usize = 512 << 20;
+const MLP_BYTES: usize = 512 << 20;
 /// Fewest rows of such a part: fewer would unpack weights too often.
-pub(crate) const LEAST_MLP_ROWS: usize = 512;
+const LEAST_MLP_ROWS: usize = 512;
 /// Tensors [rows, intermediate] that exist at once, there (gate, up, product) and back (those, their gradients, one packed).
 pub(crate) const WIDE_THERE: usize = 3;
 pub(crate) const WIDE_BACK: usize = 7;
+
+/// Most rows of a part where `wide` f32 tensors of `width` intermediate features exist at once.
+pub(crate) fn rows_of_part(wide: usize, width: usize) -> usize {
+    (MLP_BYTES / (wide * 4 * width.max(1))).max(LEAST_MLP_ROWS)
+}
 
 impl Layer {
     /// The linear layers in the order of [`PROJECTIONS`].
@@ -187,7 +192,7 @@ impl Layer {
         for (start, rows) in parts {
             let (h, dropout) = (h.narrow(0, start, rows)?, dropout.map(|dropout| dropout.later(start)));
             let gated = layer.feed(&h, dropout)?;
-            let product = layer.product_for_down(&gated, dropout)?;
+            let product = swiglu::forward_rounded(&gated.gate, &gated.up, self.rounding(dropout))?;
             // Everything else is let go before the last product.
             drop(gated);
             let ([down], _) = forward_kept([&layer.down_proj], &product, self.pass(dropout, DOWN))?;
@@ -206,7 +211,7 @@ impl Layer {
         for (start, rows) in parts {
             let (h, dropout) = (attended.h.narrow(0, start, rows)?, dropout.map(|dropout| dropout.later(start)));
             let gated = layer.feed(&h, dropout)?;
-            let product = layer.product_for_down(&gated, dropout)?;
+            let product = swiglu::forward_rounded(&gated.gate, &gated.up, self.rounding(dropout))?;
             let ([down], low) = forward_kept([&layer.down_proj], &product, self.pass(dropout, DOWN))?;
             sums.push(add(&h, &down)?);
             fed.push(Fed { gated, low });
@@ -242,15 +247,16 @@ impl Layer {
         geometry: &Geometry,
         dropout: Option<Dropout>,
     ) -> Result<(Tensor, [Option<LoraGradient>; 7])> {
-        // A weight's second use is close: what is computed again, and the way back.
-        let layer = self.held(Q..=DOWN)?;
+        let row_parts = self.row_parts(x.dim(0)?, WIDE_BACK);
+        // A weight's second use is close: what is computed again, and the way back. What was kept leaves it one.
+        let layer = if kept.is_none() { self.held(Q..=DOWN)? } else { self.held_for(&row_parts)? };
         let (s, fed) = match kept {
             Some(Activations { attended, fed }) => (attended, fed),
             None => (layer.attend(x, geometry, dropout)?, Vec::new()),
         };
         let mut fed = fed.into_iter();
         let (mut parts, mut mlp) = (Vec::new(), [None, None, None]);
-        for (start, rows) in self.row_parts(x.dim(0)?, WIDE_BACK) {
+        for (start, rows) in row_parts {
             let (h, dy) = (s.h.narrow(0, start, rows)?, dy.narrow(0, start, rows)?);
             let dropout = dropout.map(|dropout| dropout.later(start));
             let FedGradients { dh, gate, up, down } = layer.feed_backward(&h, fed.next(), &dy, dropout)?;
@@ -309,8 +315,8 @@ impl Layer {
 
     /// The parts, as (first row, rows), in which `t` rows go through the MLP when `wide` tensors of its width exist at once.
     fn row_parts(&self, t: usize, wide: usize) -> Vec<(usize, usize)> {
-        let by_memory = (MLP_BYTES / (wide * 4 * self.gate_proj.weight.outputs().max(1))).max(LEAST_MLP_ROWS);
-        let part = self.mlp_rows.unwrap_or(by_memory).max(1);
+        let by_memory = || rows_of_part(wide, self.gate_proj.weight.outputs());
+        let part = self.mlp_rows.unwrap_or_else(by_memory).max(1);
         (0..t).step_by(part).map(|start| (start, part.min(t - start))).collect()
     }
 
@@ -333,7 +339,7 @@ impl Layer {
     ) -> Result<Attended> {
         let (t, _) = x.dims2()?;
         let heads = |y: Tensor| -> Result<Tensor> { y.reshape((t, (), self.head_dim)) };
-        let normed = self.normed(x, &self.input_layernorm, dropout)?;
+        let normed = rms_norm::forward_rounded(x, &self.input_layernorm, self.eps, self.rounding(dropout))?;
         let ([q, k, v], low) = forward_kept([&self.q_proj, &self.k_proj, &self.v_proj], &normed, self.pass(dropout, Q))?;
         let (q, q_unnormed) = self.head_norm(heads(q)?, &self.q_norm)?;
         let (k, k_unnormed) = self.head_norm(heads(k)?, &self.k_norm)?;
@@ -352,25 +358,14 @@ impl Layer {
 
     /// What gate and up make of h [n, H].
     fn feed(&self, h: &Tensor, dropout: Option<Dropout>) -> Result<Gated> {
-        let h_normed = self.normed(h, &self.post_attention_layernorm, dropout)?;
+        let h_normed = rms_norm::forward_rounded(h, &self.post_attention_layernorm, self.eps, self.rounding(dropout))?;
         let ([gate, up], low) = forward_kept([&self.gate_proj, &self.up_proj], &h_normed, self.pass(dropout, GATE))?;
         Ok(Gated { gate, up, low })
     }
 
-    /// The norm of x as products read it; dropout comes before their rounding.
-    fn normed(&self, x: &Tensor, w: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
-        match dropout {
-            None => rms_norm::forward_rounded(x, w, self.eps, self.precision),
-            Some(_) => rms_norm::forward(x, w, self.eps),
-        }
-    }
-
-    /// What down reads, likewise.
-    fn product_for_down(&self, gated: &Gated, dropout: Option<Dropout>) -> Result<Tensor> {
-        match dropout {
-            None => swiglu::forward_rounded(&gated.gate, &gated.up, self.precision),
-            Some(_) => swiglu::forward(&gated.gate, &gated.up),
-        }
+    /// What a tensor that products alone read is rounded to at once: not at all where dropout comes between.
+    fn rounding(&self, dropout: Option<Dropout>) -> Precision {
+        if dropout.is_none() { self.precision } else { Precision::F32 }
     }
 
     /// x [T, heads, d] under its norm, and as [T · heads, d] without; x as it is where there is no norm.

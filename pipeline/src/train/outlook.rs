@@ -10,7 +10,6 @@ use super::optimizer::OptimizerKind;
 use crate::Result;
 use crate::adapter::TargetModules;
 use crate::device;
-use crate::kernel::Precision;
 use crate::model::config::ModelConfig;
 use potstill_cache::Manifest;
 use serde::Serialize;
@@ -119,7 +118,7 @@ fn memory_settings(config: &TrainConfig, run: Option<&Run>) -> MemorySettings {
             OptimizerKind::AdamW8bit => StateWidth::Blocks8,
         },
         packs: if batch * longest > tokens { Packs::Several } else { Packs::One },
-        unpacked: device::means_gpu(&config.device).then_some(if config.compute == Precision::Bf16 { 2 } else { 4 }),
+        unpacked: device::means_gpu(&config.device).then(|| config.compute.bytes()),
     }
 }
 

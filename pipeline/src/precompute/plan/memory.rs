@@ -15,7 +15,7 @@ use super::super::PrecomputeConfig;
 use super::super::opening::Opened;
 use crate::kernel::Precision;
 use crate::model::config::ModelConfig;
-use crate::model::layer::{LEAST_MLP_ROWS, MLP_BYTES, WIDE_THERE};
+use crate::model::layer::{WIDE_THERE, rows_of_part};
 use crate::model::stored::StoredBytes;
 use crate::teacher::Residency;
 use potstill_cache::{Extent, Values};
@@ -144,20 +144,16 @@ fn layer(model: &ModelConfig, tokens: u64) -> u64 {
     let (h, i) = (model.hidden_size as u64, model.intermediate_size as u64);
     let (q, kv) = ((model.heads * model.head_dim) as u64, (model.kv_heads * model.head_dim) as u64);
     let turned = model.head_dim as u64;
-    let rows = rows_of_a_part(i).min(tokens);
+    let rows = (rows_of_part(WIDE_THERE, model.intermediate_size) as u64).min(tokens);
     let attention = tokens * (3 * h + 3 * q + 3 * kv + h.max(q) + turned);
     let mlp = tokens * (2 * h + turned) + rows * (h + (WIDE_THERE as u64 + 1) * i);
     F32 * attention.max(mlp)
 }
 
-/// Most rows that go through an MLP of this width at once.
-fn rows_of_a_part(i: u64) -> u64 {
-    (MLP_BYTES as u64 / (WIDE_THERE as u64 * F32 * i)).max(LEAST_MLP_ROWS as u64)
-}
-
 /// Bytes of the weights that a GPU holds unpacked at once: one of the MLP's, or all three where rows go through them in parts.
 fn unpacked(model: &ModelConfig, compute: Precision, tokens: u64) -> u64 {
     let (h, i) = (model.hidden_size as u64, model.intermediate_size as u64);
-    let held = if rows_of_a_part(i) < tokens { 3 } else { 1 };
-    held * h * i * if compute == Precision::Bf16 { 2 } else { 4 }
+    let in_parts = (rows_of_part(WIDE_THERE, model.intermediate_size) as u64) < tokens;
+    let held = if in_parts { 3 } else { 1 };
+    held * h * i * compute.bytes()
 }

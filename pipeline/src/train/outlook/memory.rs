@@ -23,7 +23,7 @@ use crate::linear::nf4;
 use crate::loss::VOCABULARY_STRETCH;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{features, has_bias};
-use crate::model::layer::{LEAST_MLP_ROWS, MLP_BYTES, PROJECTIONS, WIDE_BACK};
+use crate::model::layer::{PROJECTIONS, WIDE_BACK, rows_of_part};
 use serde::Serialize;
 
 /// Bytes of an f32, and of a bf16.
@@ -260,7 +260,7 @@ fn kept(model: &ModelConfig, s: &MemorySettings) -> u64 {
 fn layer_backward(model: &ModelConfig, s: &MemorySettings) -> u64 {
     let Widths { h, i, q, kv, attended, low } = Widths::of(model, s);
     let each = attended + h;
-    let rows = (MLP_BYTES as u64 / (WIDE_BACK as u64 * F32 * i)).max(LEAST_MLP_ROWS as u64).min(s.tokens);
+    let rows = (rows_of_part(WIDE_BACK, model.intermediate_size) as u64).min(s.tokens);
     let joined = if rows < s.tokens { 2 * h } else { h };
     let gated = if s.keep_layers > 0 { s.tokens } else { rows };
     let mlp = s.tokens * (each + joined) + gated * (2 * i + low) + rows * ((WIDE_BACK as u64 - 2) * i + 3 * h);
